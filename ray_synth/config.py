@@ -1,0 +1,360 @@
+"""The typed configuration of a run: YAML in, a validated and frozen `Config` out.
+
+Every section refuses keys it does not know and names the nearest one that it does. Values given with
+`--set a.b=c` override the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+Kind = Literal["plain", "contextual", "stylized"]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A group of settings; immutable, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SourceConfig(Section):
+    """Where a set of labelled images is read from."""
+
+    format: Literal["digits", "uci_digits", "imagefolder", "parquet", "webdataset", "huggingface"]
+    path: str | None = Field(None, description="folder, URI, glob, or Hugging Face dataset id")
+    split: str | None = Field(None, description="split name (huggingface) or train|test (digits)")
+    revision: str | None = Field(None, description="revision of a Hugging Face dataset")
+    image_column: str = "image"
+    label_column: str = "label"
+    images_per_class: Positive | None = Field(None, description="take at most this many a class")
+    class_map: dict[str, str] | None = Field(
+        None, description="label in this source -> class name; labels left out are ignored"
+    )
+
+    @model_validator(mode="after")
+    def _needs_a_path(self) -> SourceConfig:
+        if self.format not in ("digits", "uci_digits") and not self.path:
+            raise ValueError(f"a source of format {self.format} needs a path")
+        return self
+
+
+class DataConfig(Section):
+    """The real images: training set, in-domain test, out-of-domain tests."""
+
+    train: SourceConfig
+    test: SourceConfig
+    ood: dict[str, SourceConfig] = Field(default_factory=dict)
+    class_names: list[str] | str | None = Field(
+        None, description="names, or a text file with one a line; default: the labels themselves"
+    )
+    max_pixels: Positive = Field(50_000_000, description="larger images are set aside")
+
+
+class LlmConfig(Section):
+    """The language model that lists meanings and writes contexts."""
+
+    model: str = Field("embedded", description="'embedded', hub id, folder, or .gguf file")
+    revision: str | None = None
+    style: Literal["auto", "completion", "chat"] = "auto"
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_batch_size: Positive = 16
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    replicas: Positive = 1
+
+
+class ClipConfig(Section):
+    """The image-text model that scores meanings against images."""
+
+    model: str = Field("embedded", description="'embedded', open_clip name, or local-dir:FOLDER")
+    pretrained: str | None = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_batch_size: Positive = 64
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    replicas: Positive = 1
+
+
+class MeaningConfig(Section):
+    """Label ambiguity resolution (paper, section 3.1)."""
+
+    enabled: bool = True
+    llm: LlmConfig = LlmConfig()
+    clip: ClipConfig = ClipConfig()
+    num_meanings: Positive = Field(5, description="K: phrases asked from the LLM")
+    num_images: Positive = Field(16, description="N: real images a class that judge them")
+    retries: Annotated[int, Field(ge=0)] = 3
+
+
+class PromptingConfig(Section):
+    """Prompt diversification and the size of the plan (paper, section 3.2)."""
+
+    multiplier: Annotated[float, Field(gt=0)] = Field(
+        6.0, description="synthetic images = multiplier x real training images"
+    )
+    mix: dict[Kind, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: {"contextual": 0.5, "stylized": 0.5}
+    )
+    contexts_per_class: Positive = 16
+    negative_prompt: str = ""
+    styles: str | None = Field(None, description="a YAML file of styles; default: the 60 built in")
+    max_tokens: Positive | None = Field(None, description="default: the CLIP model's context length")
+
+    @field_validator("mix")
+    @classmethod
+    def _mix_has_weight(cls, mix: dict[str, float]) -> dict[str, float]:
+        if sum(mix.values()) <= 0:
+            raise ValueError("at least one kind of prompt needs a weight above 0")
+        return mix
+
+
+class PoolConfig(Section):
+    """Bounds of the autoscaling pool of generator actors."""
+
+    min_size: Positive = 1
+    max_size: Positive = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PoolConfig:
+        if self.max_size < self.min_size:
+            raise ValueError(f"max_size {self.max_size} is below min_size {self.min_size}")
+        return self
+
+
+class GenerationConfig(Section):
+    """The off-the-shelf diffusers pipeline and the pool that runs it."""
+
+    model: str = Field("embedded", description="'embedded', hub id, or a diffusers folder")
+    revision: str | None = None
+    variant: str | None = None
+    scheduler: str | None = Field(None, description="a diffusers scheduler class, else the model's")
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    height: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    num_inference_steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
+    batch_size: Positive = 16
+    image_format: Literal["png", "webp", "jpeg"] = "webp"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    channels_last: bool = True
+    pool: PoolConfig = PoolConfig()
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_threads: Positive | None = Field(None, description="torch threads an actor; default: cores")
+
+
+class OptimizerConfig(Section):
+    """A timm optimizer and its cosine schedule."""
+
+    name: str = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_fraction: Fraction = 0.05
+    min_lr_fraction: Fraction = 0.01
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class TrainingConfig(Section):
+    """The classifier and how it is trained (paper, section 3.3)."""
+
+    model: str = Field("resnet50", description="any timm model name")
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = Field(None, description="a local safetensors file to start from")
+    image_size: Positive = 224
+    augment: str = "imagenet"
+    feed: Literal["live", "lockstep", "stored"] = "live"
+    dual_bn: bool = True
+    steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
+    epochs: Positive | None = Field(None, description="passes over the real images")
+    batch_size: Annotated[int, Field(ge=2)] = Field(256, description="real + synthetic, a worker")
+    real_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of each batch")
+    lambda_synth: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of L_synth")
+    label_smoothing: Fraction = 0.0
+    optimizer: OptimizerConfig = OptimizerConfig()
+    dtype: Dtype = "auto"
+    baseline: bool = Field(True, description="also train on real images alone, same recipe")
+    warmup_images: Positive | None = Field(None, description="live: default, two batches")
+    reservoir_images: Positive = Field(20_000, description="live: images kept for replay, a worker")
+    cache_images: Annotated[int, Field(ge=0)] = Field(
+        50_000, description="real images a worker keeps in memory; larger shards are streamed"
+    )
+    checkpoint_every: Positive = 500
+    log_every: Positive = 10
+    num_workers: Positive = 1
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_threads: Positive | None = None
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if not 1 <= round(self.batch_size * self.real_fraction) < self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} with real_fraction {self.real_fraction} leaves no "
+                "room for both real and synthetic images"
+            )
+        return self
+
+    @property
+    def num_real(self) -> int:
+        """Real images in each worker's batch."""
+        return round(self.batch_size * self.real_fraction)
+
+    @property
+    def num_synth(self) -> int:
+        """Synthetic images in each worker's batch."""
+        return self.batch_size - self.num_real
+
+
+class EvaluationConfig(Section):
+    """How trained models are tested."""
+
+    batch_size: Positive = 256
+    restrict_to_test_classes: bool = Field(
+        True, description="where a test set has only some classes, choose among those"
+    )
+    num_actors: Positive = 1
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = Field(None, description="default: sqlite in runs_dir")
+    experiment: str = "ray-synth"
+
+
+class ReachConfig(Section):
+    """What an autoscaling cluster can grow to, counted by the preflight."""
+
+    num_cpus: Annotated[float, Field(ge=0)] = 0
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    node_cpus: Annotated[float, Field(ge=0)] = Field(0, description="CPUs of the largest node")
+    node_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of the largest node")
+
+
+class ClusterConfig(Section):
+    """The Ray cluster: an address to join, or what to start on this machine."""
+
+    address: str | None = Field(None, description="default: RAY_ADDRESS, else a local Ray")
+    num_cpus: Positive | None = Field(None, description="logical CPUs of a local Ray")
+    num_gpus: Annotated[int, Field(ge=0)] | None = None
+    max_reach: ReachConfig | None = Field(None, description="what autoscaling can reach")
+    no_progress_timeout_s: Positive = Field(900, description="a stalled pipeline is an error")
+
+
+class Config(Section):
+    """One run, from class names to a report."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    runs_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: DataConfig
+    meaning: MeaningConfig = MeaningConfig()
+    prompting: PromptingConfig = PromptingConfig()
+    generation: GenerationConfig = GenerationConfig()
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=c` overrides (values are YAML), and validate.
+
+    Raises:
+        ValueError: the file is missing or no mapping, or a key or value is wrong; the message names
+            each one and, for a misspelt key, the nearest that exists.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no config file at {path}; `ray-synth init --images DIR` writes one")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no settings")
+    for override in overrides or []:
+        _apply(values, override)
+    return parse_config(values, origin=str(path))
+
+
+def parse_config(values: dict[str, Any], *, origin: str = "config", model: type = Config) -> Any:
+    """Validate a mapping as `model`. Raises ValueError with one line a problem."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(problem, model) for problem in error.errors()]
+        raise ValueError(f"{origin}:\n  " + "\n  ".join(lines)) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"--set {override!r}: expected a.b=value")
+    *parents, leaf = key.strip().split(".")
+    node = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {override!r}: {error}") from None
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
+    location = [part for part in problem["loc"]]
+    dotted = ".".join(map(str, location))
+    if problem["type"] != "extra_forbidden":
+        message = problem["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        return f"{dotted or model.__name__}: {message}{given}"
+    section = _section_at(model, location[:-1])
+    known = list(section.model_fields) if section else []
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+    return f"{dotted}: unknown key; {hint}"
+
+
+def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:
+    """The section class that a validation error's location lies in."""
+    current: Any = model
+    for part in location:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            if part not in current.model_fields:
+                return None
+            current = _strip(current.model_fields[part].annotation)
+        elif get_origin(current) is dict:
+            current = _strip(get_args(current)[1])
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _strip(annotation: Any) -> Any:
+    """`X | None` and `Annotated[X, ...]` as X."""
+    if get_origin(annotation) is Annotated:
+        return _strip(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        options = [option for option in get_args(annotation) if option is not type(None)]
+        return _strip(options[0]) if len(options) == 1 else annotation
+    return annotation

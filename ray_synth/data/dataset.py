@@ -1,0 +1,213 @@
+"""An index of real images: which rows of which shards belong to which class, and a Ray Dataset of them.
+
+config -> `load_index` (labels only) -> `select` (a few a class) -> `inspect` (corrupt images set
+aside) -> `to_ray` (encoded bytes, streamed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_synth.config import SourceConfig
+from ray_synth.data.images import decode_image
+from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
+
+if TYPE_CHECKING:
+    import ray.data
+
+
+@dataclass(frozen=True)
+class Index:
+    """Rows of a source that carry a known class.
+
+    Attributes:
+        class_names: name of each class index.
+        shards: the shards that hold the rows.
+        shard: (rows,) int64, the position in `shards`.
+        row: (rows,) int64, the row inside its shard.
+        label: (rows,) int64, the class index.
+    """
+
+    class_names: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    shard: np.ndarray
+    row: np.ndarray
+    label: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: np.ndarray) -> Index:
+        return replace(self, shard=self.shard[rows], row=self.row[rows], label=self.label[rows])
+
+    def counts(self) -> dict[str, int]:
+        """Images of each class."""
+        found = np.bincount(self.label, minlength=len(self.class_names))
+        return dict(zip(self.class_names, found.tolist(), strict=True))
+
+
+def read_class_names(given: list[str] | str | None) -> tuple[str, ...] | None:
+    """Class names from the config: a list, or a text file with one a line."""
+    if isinstance(given, str):
+        if not Path(given).is_file():
+            raise ValueError(f"no file of class names at {given}")
+        given = [line.strip() for line in Path(given).read_text().splitlines() if line.strip()]
+    if given is None:
+        return None
+    repeated = sorted({name for name in given if given.count(name) > 1})
+    if repeated:
+        raise ValueError(f"class names must differ; given twice: {', '.join(repeated)}")
+    return tuple(given)
+
+
+def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None) -> Index:
+    """Index a source by its labels alone.
+
+    Labels become classes by `class_map`, by being one of `class_names`, or, where all are whole
+    numbers below their count, by position. With no `class_names`, the sorted labels are the classes.
+
+    Raises:
+        ValueError: a training class has no image, or no label is a known class.
+    """
+    shards = list_shards(source)
+    labels = [read_labels(shard) for shard in shards]
+    flat = [label for part in labels for label in part]
+    if not flat:
+        raise ValueError(f"{source.path or source.format} holds no images")
+    if source.class_map:
+        flat = [source.class_map.get(label, "") for label in flat]
+    found = set(flat) - {""}
+    if class_names is None:
+        class_names = tuple(sorted(found))
+    numbered = not found & set(class_names) and all(
+        label.isdigit() and int(label) < len(class_names) for label in found
+    )
+    position = {name: i for i, name in enumerate(class_names)}
+    lookup = {label: int(label) if numbered else position.get(label, -1) for label in found}
+    classes = np.array([lookup.get(label, -1) for label in flat], dtype=np.int64)
+    if (classes < 0).all():
+        some = ", ".join(sorted(found)[:5])
+        raise ValueError(
+            f"{source.path or source.format}: none of its labels ({some}, ...) is a class name "
+            f"({', '.join(class_names[:5])}, ...); map them with class_map"
+        )
+    counts = [len(part) for part in labels]
+    index = Index(
+        class_names,
+        tuple(shards),
+        np.repeat(np.arange(len(shards)), counts),
+        np.concatenate([np.arange(count) for count in counts]),
+        classes,
+    )
+    return index.take(np.flatnonzero(classes >= 0))
+
+
+def require_every_class(index: Index, origin: str) -> Index:
+    """Raises ValueError where a class has no image at all."""
+    empty = [name for name, count in index.counts().items() if not count]
+    if empty:
+        raise ValueError(
+            f"{origin}: no image of {', '.join(map(repr, empty[:5]))}"
+            + (f" and {len(empty) - 5} more classes" if len(empty) > 5 else "")
+            + "; add images, or take the class out of class_names"
+        )
+    return index
+
+
+def select(index: Index, images_per_class: int | None, seed: int) -> Index:
+    """At most `images_per_class` of each class, chosen by `seed`; nested as the number grows."""
+    if images_per_class is None:
+        return index
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(index))
+    rank = np.empty(len(index), dtype=np.int64)
+    for label in range(len(index.class_names)):
+        mine = order[index.label[order] == label]
+        rank[mine] = np.arange(len(mine))
+    return index.take(np.flatnonzero(rank < images_per_class))
+
+
+def tasks(index: Index, rows_per_task: int = 1024) -> list[dict[str, Any]]:
+    """Units of reading: a shard with the rows and classes wanted from it."""
+    units = []
+    order = np.lexsort((index.row, index.shard))
+    for shard in np.unique(index.shard):
+        mine = order[index.shard[order] == shard]
+        for start in range(0, len(mine), rows_per_task):
+            part = mine[start : start + rows_per_task]
+            units.append(
+                {
+                    "shard": index.shards[shard],
+                    "rows": index.row[part].tolist(),
+                    "labels": index.label[part].tolist(),
+                }
+            )
+    return units
+
+
+def read_task(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows `{image_id, image, class_index}` of one unit of reading."""
+    labels = dict(zip(task["rows"], task["labels"], strict=True))
+    pairs = read_rows(task["shard"], task["rows"])
+    for row, (image_id, data) in zip(sorted(task["rows"]), pairs, strict=True):
+        yield {"image_id": image_id, "image": data, "class_index": labels[row]}
+
+
+def read_index(index: Index) -> Iterator[dict[str, Any]]:
+    """All rows of an index, in this process."""
+    for task in tasks(index):
+        yield from read_task(task)
+
+
+def inspect(index: Index, *, max_pixels: int) -> tuple[Index, list[dict[str, str]]]:
+    """Decode every image once; the index without the corrupt ones, and those with their errors."""
+    import ray
+
+    def check(task: dict[str, Any]) -> list[tuple[int, str, str]]:
+        broken = []
+        pairs = zip(sorted(task["rows"]), read_task(task), strict=True)
+        for row, item in pairs:
+            try:
+                decode_image(item["image"], max_pixels=max_pixels)
+            except ValueError as error:
+                broken.append((row, item["image_id"], str(error)))
+        return broken
+
+    remote = ray.remote(num_cpus=0.5)(check)
+    units = tasks(index)
+    position = {id(shard): i for i, shard in enumerate(index.shards)}
+    found = ray.get([remote.remote(unit) for unit in units])
+    dropped: set[tuple[int, int]] = set()
+    report = []
+    for unit, broken in zip(units, found, strict=True):
+        for row, image_id, error in broken:
+            dropped.add((position[id(unit["shard"])], row))
+            report.append({"image_id": image_id, "error": error})
+    if not dropped:
+        return index, []
+    keep = [
+        i
+        for i, key in enumerate(zip(index.shard.tolist(), index.row.tolist(), strict=True))
+        if key not in dropped
+    ]
+    return index.take(np.array(keep, dtype=np.int64)), report
+
+
+def to_ray(index: Index, *, test_set: str | None = None) -> ray.data.Dataset:
+    """A lazily read Ray Dataset of `{image_id, image (encoded), class_index[, test_set]}`."""
+    import ray
+    import ray.data
+
+    units = tasks(index)
+    shared = ray.put(units)  # one copy a node, however many read tasks
+
+    def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for image in read_task(ray.get(shared)[row["id"]]):
+            yield image if test_set is None else {**image, "test_set": test_set}
+
+    return ray.data.range(len(units), override_num_blocks=len(units)).flat_map(read)

@@ -1,0 +1,268 @@
+"""Readers of labelled images: a source is cut into shards, a shard gives labels and encoded images.
+
+`list_shards` and `read_labels` touch as little as each format allows (names in folders, one column in
+tables), so that a source is indexed without reading its pictures. No Ray here.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from ray_synth.config import SourceConfig
+from ray_synth.data.digits import load_digits
+from ray_synth.data.images import EXTENSIONS, encode_array
+
+FILES_PER_SHARD = 256
+ROWS_PER_SHARD = 1024
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A readable piece of a source: some files, a row group, a tar, or a range of rows."""
+
+    source: SourceConfig
+    place: str
+    start: int = 0
+    stop: int = 0
+    files: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (path, label)
+
+
+def list_shards(source: SourceConfig) -> list[Shard]:
+    """Cut a source into shards.
+
+    Raises:
+        ValueError: the place does not exist, holds no images, or has an empty class folder.
+    """
+    match source.format:
+        case "digits" | "uci_digits":
+            _, labels = load_digits(source.format, source.split)
+            return [Shard(source, source.format, 0, len(labels))]
+        case "imagefolder":
+            return _folder_shards(source)
+        case "parquet":
+            return _parquet_shards(source)
+        case "webdataset":
+            return [Shard(source, path) for path in _matching(source, (".tar",))]
+        case "huggingface":
+            count = len(_huggingface(source))
+            starts = range(0, count, ROWS_PER_SHARD)
+            return [Shard(source, str(source.path), s, min(s + ROWS_PER_SHARD, count)) for s in starts]
+    raise AssertionError(source.format)
+
+
+def read_labels(shard: Shard) -> list[str]:
+    """The label of each row of a shard, in order."""
+    source = shard.source
+    match source.format:
+        case "digits" | "uci_digits":
+            return load_digits(source.format, source.split)[1]
+        case "imagefolder":
+            return [label for _, label in shard.files]
+        case "parquet":
+            column = _row_group(shard, [source.label_column]).column(0)
+            return [str(value) for value in column.to_pylist()]
+        case "webdataset":
+            return [label for _, _, label in _tar_rows(shard)]
+        case "huggingface":
+            return _huggingface_labels(shard)
+    raise AssertionError(source.format)
+
+
+def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
+    """(image_id, encoded bytes) of the named rows of a shard, in increasing order of row."""
+    source, wanted = shard.source, sorted(rows)
+    match source.format:
+        case "digits" | "uci_digits":
+            pixels, labels = load_digits(source.format, source.split)
+            for row in wanted:
+                name = f"{source.format}/{source.split or 'test'}/{labels[row]}/{row}"
+                yield name, encode_array(pixels[row])
+        case "imagefolder":
+            filesystem, _ = _open(str(source.path))
+            for row in wanted:
+                path = shard.files[row][0]
+                with filesystem.open_input_stream(path) as stream:
+                    yield path, stream.read()
+        case "parquet":
+            column = _row_group(shard, [source.image_column]).column(0)
+            for row in wanted:
+                yield f"{shard.place}#{shard.start}:{row}", _image_bytes(column[row].as_py(), source)
+        case "webdataset":
+            keep = set(wanted)
+            for row, (key, data, _) in enumerate(_tar_rows(shard)):
+                if row in keep:
+                    yield f"{shard.place}#{key}", data
+        case "huggingface":
+            dataset = _huggingface(source)
+            for row in wanted:
+                value = dataset[shard.start + row][source.image_column]
+                yield f"{shard.place}#{shard.start + row}", _image_bytes(value, source)
+
+
+def _open(place: str) -> tuple[pafs.FileSystem, str]:
+    if "://" in place:
+        return pafs.FileSystem.from_uri(place)
+    return pafs.LocalFileSystem(), place
+
+
+def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
+    """Files under a path: the file itself, those a `*` pattern names, or all in the folder."""
+    import fnmatch
+
+    place = str(source.path)
+    pattern = None
+    if "*" in place:
+        place, _, tail = place.rpartition("/")
+        place, pattern = place or ".", tail
+    filesystem, path = _open(place)
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise ValueError(f"no such file or folder: {source.path}")
+    if info.is_file:
+        return [path]
+    found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+    names = sorted(f.path for f in found if f.is_file and f.path.lower().endswith(suffixes))
+    if pattern:
+        names = [name for name in names if fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern)]
+    if not names:
+        raise ValueError(f"no {' or '.join(suffixes)} files in {source.path}")
+    return names
+
+
+def _folder_shards(source: SourceConfig) -> list[Shard]:
+    """Class folders of images, as torchvision's ImageFolder reads them."""
+    filesystem, root = _open(str(source.path))
+    root = root.rstrip("/")
+    if filesystem.get_file_info(root).type != pafs.FileType.Directory:
+        raise ValueError(f"no such folder: {source.path}")
+    found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    files: list[tuple[str, str]] = []
+    folders: set[str] = set()
+    for info in found:
+        parts = info.path[len(root) :].strip("/").split("/")
+        if info.type == pafs.FileType.Directory and len(parts) == 1:
+            folders.add(parts[0])
+        elif info.is_file and len(parts) > 1 and parts[-1].lower().endswith(EXTENSIONS):
+            files.append((info.path, parts[0]))
+    folders = {name for name in folders if not name.startswith(".")}
+    files = sorted((path, label) for path, label in files if label in folders)
+    empty = sorted(folders - {label for _, label in files})
+    if not folders:
+        raise ValueError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
+    if empty:
+        raise ValueError(
+            f"no images in the class folder {source.path}/{empty[0]}"
+            + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
+            + f"; add images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
+        )
+    chunks = range(0, len(files), FILES_PER_SHARD)
+    return [
+        Shard(source, root, s, s + FILES_PER_SHARD, tuple(files[s : s + FILES_PER_SHARD]))
+        for s in chunks
+    ]
+
+
+def _parquet_shards(source: SourceConfig) -> list[Shard]:
+    shards = []
+    for path in _matching(source, (".parquet",)):
+        filesystem, _ = _open(str(source.path))
+        file = pq.ParquetFile(path, filesystem=filesystem)
+        for column in (source.image_column, source.label_column):
+            if column not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names)
+                raise ValueError(f"{path} has no column {column!r}; it has {names}")
+        shards += [Shard(source, path, group) for group in range(file.num_row_groups)]
+    return shards
+
+
+def _row_group(shard: Shard, columns: list[str]) -> Any:
+    filesystem, _ = _open(str(shard.source.path))
+    return pq.ParquetFile(shard.place, filesystem=filesystem).read_row_group(shard.start, columns)
+
+
+def _tar_rows(shard: Shard) -> Iterator[tuple[str, bytes, str]]:
+    """(key, image bytes, label) of a WebDataset tar; the label is in .cls, .txt or .json."""
+    import json
+
+    import webdataset
+
+    source = shard.source
+    filesystem, _ = _open(str(source.path))
+    with filesystem.open_input_stream(shard.place) as stream:
+        # Nothing is decoded by webdataset: its decoders would unpickle .pkl members.
+        entries = webdataset.tariterators.tar_file_iterator(io.BufferedReader(stream))
+        for sample in webdataset.tariterators.group_by_keys(entries):
+            image = next(
+                (v for k, v in sample.items() if f".{k}".lower().endswith(EXTENSIONS)), None
+            )
+            if image is None:
+                continue
+            if "json" in sample:
+                label = str(json.loads(sample["json"])[source.label_column])
+            else:
+                raw = sample.get("cls", sample.get("txt"))
+                if raw is None:
+                    raise ValueError(
+                        f"{shard.place}: {sample['__key__']} has no .cls, .txt or .json"
+                    )
+                label = raw.decode().strip()
+            yield sample["__key__"], image, label
+
+
+def _huggingface(source: SourceConfig) -> Any:
+    """A datasets.Dataset with undecoded images, from the hub or a local folder."""
+    from pathlib import Path
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = str(source.path)
+    try:
+        if (Path(path) / "dataset_info.json").exists() or (Path(path) / "dataset_dict.json").exists():
+            loaded: Any = datasets.load_from_disk(path)
+        else:
+            loaded = datasets.load_dataset(path, revision=source.revision)
+    except Exception as error:
+        raise ValueError(
+            f"cannot load the Hugging Face dataset {path!r} ({type(error).__name__}: {error}); "
+            "give a hub id that this machine can reach, or a local folder"
+        ) from None
+    if isinstance(loaded, dict):
+        split = source.split or "train"
+        if split not in loaded:
+            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
+        loaded = loaded[split]
+    for column in (source.image_column, source.label_column):
+        if column not in loaded.column_names:
+            names = ", ".join(loaded.column_names)
+            raise ValueError(f"{path} has no column {column!r}; it has {names}")
+    if isinstance(loaded.features[source.image_column], datasets.Image):
+        loaded = loaded.cast_column(source.image_column, datasets.Image(decode=False))
+    return loaded
+
+
+def _huggingface_labels(shard: Shard) -> list[str]:
+    dataset, column = _huggingface(shard.source), shard.source.label_column
+    values = dataset.select(range(shard.start, shard.stop)).select_columns(column)[column]
+    names = getattr(dataset.features[column], "names", None)
+    return [names[value] if names else str(value) for value in values]
+
+
+def _image_bytes(value: Any, source: SourceConfig) -> bytes:
+    """Encoded bytes from a table's cell: bytes, or Hugging Face's {bytes, path}."""
+    if isinstance(value, dict):
+        if value.get("bytes"):
+            return value["bytes"]
+        if value.get("path"):
+            filesystem, path = _open(value["path"])
+            with filesystem.open_input_stream(path) as stream:
+                return stream.read()
+    if isinstance(value, bytes):
+        return value
+    return b""  # decode_image names it as empty, and the row is set aside

@@ -1,0 +1,148 @@
+"""Live progress of a run: a bar in a terminal, a line now and then in a log.
+
+Actors on other machines count through a small Ray actor, the `Board`; the driver draws it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LOG_SECONDS = 10.0
+log = logging.getLogger("ray_synth")
+
+
+class Bar:
+    """One counted stage: drawn by rich in a terminal, else logged every few seconds."""
+
+    def __init__(self, name: str, total: int, unit: str, *, done: int = 0) -> None:
+        self.name, self.total, self.unit = name, total, unit
+        self.done = self.first = done
+        self.started = self.logged = time.monotonic()
+        self._live: Any = None
+
+    def update(self, done: int, note: str = "") -> None:
+        """Set the count, and at intervals say so."""
+        self.done = done
+        if self._live:
+            self._live.update(self._task, completed=done, note=note)
+        elif time.monotonic() - self.logged >= LOG_SECONDS:
+            self.logged = time.monotonic()
+            log.info(self.line(note))
+
+    def advance(self, count: int = 1) -> None:
+        self.update(self.done + count)
+
+    def line(self, note: str = "") -> str:
+        """`generation 320/1200 images, 18.4 images/s, 48 s left`."""
+        seconds = time.monotonic() - self.started
+        rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
+        text = f"{self.name} {self.done:,}/{self.total:,} {self.unit}, {rate:.1f} {self.unit}/s{left}"
+        return f"{text}, {note}" if note else text
+
+    def __enter__(self) -> Bar:
+        if sys.stderr.isatty():
+            self._live = _rich_progress(self.unit)
+            self._live.start()
+            self._task = self._live.add_task(
+                self.name, total=self.total, completed=self.done, note=""
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live:
+            self._live.stop()
+        elif exception[0] is None:
+            log.info(self.line())
+
+
+def _rich_progress(unit: str) -> Any:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.finished_speed or task.speed or 0:.1f} {unit}/s")
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+    )
+
+
+class Board:
+    """Counts that any actor may raise (a Ray actor once wrapped by `make_board`)."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, count: float) -> None:
+        self._counts[name] = self._counts.get(name, 0) + count
+
+    def put(self, name: str, value: float) -> None:
+        self._counts[name] = value
+
+    def counts(self) -> dict[str, float]:
+        return dict(self._counts)
+
+
+def make_board() -> Any:
+    """Start a board on the cluster; it takes no CPU."""
+    import ray
+
+    return ray.remote(num_cpus=0)(Board).remote()
+
+
+@contextmanager
+def watch(board: Any, bars: dict[str, Bar], *, seconds: float = 1.0) -> Iterator[None]:
+    """Draw a board's counts in `bars` (count name -> bar) until the block ends."""
+    import ray
+
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(seconds):
+            try:
+                counts = ray.get(board.counts.remote(), timeout=5)
+            except Exception:
+                continue  # a slow or lost board must not end the run
+            for name, bar in bars.items():
+                if name in counts:
+                    bar.update(int(counts[name]))
+
+    thread = threading.Thread(target=poll, daemon=True)
+    for bar in bars.values():
+        bar.__enter__()
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+        with_error = sys.exc_info()
+        try:
+            counts = ray.get(board.counts.remote(), timeout=5)
+        except Exception:
+            counts = {}
+        for name, bar in bars.items():
+            bar.update(int(counts.get(name, bar.done)))
+            bar.__exit__(*with_error)
