@@ -175,7 +175,7 @@ class TrainingConfig(Section):
     pretrained: bool = False
     checkpoint: str | None = Field(None, description="a local safetensors file to start from")
     image_size: Positive = 224
-    augment: str = "imagenet"
+    augment: str | dict[str, Any] = Field("imagenet", description="a policy, or its settings")
     feed: Literal["live", "lockstep", "stored"] = "live"
     dual_bn: bool = True
     steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
@@ -184,6 +184,9 @@ class TrainingConfig(Section):
     real_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of each batch")
     lambda_synth: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of L_synth")
     label_smoothing: Fraction = 0.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="test an exponential moving average of the weights"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: Dtype = "auto"
     baseline: bool = Field(True, description="also train on real images alone, same recipe")

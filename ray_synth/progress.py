@@ -24,13 +24,13 @@ class Bar:
         self.name, self.total, self.unit = name, total, unit
         self.done = self.first = done
         self.started = self.logged = time.monotonic()
-        self._live: Any = None
+        self._task: Any = None
 
     def update(self, done: int, note: str = "") -> None:
         """Set the count, and at intervals say so."""
         self.done = done
-        if self._live:
-            self._live.update(self._task, completed=done, note=note)
+        if self._task is not None:
+            _Screen.progress.update(self._task, completed=done, note=note)
         elif time.monotonic() - self.logged >= LOG_SECONDS:
             self.logged = time.monotonic()
             log.info(self.line(note))
@@ -48,21 +48,40 @@ class Bar:
 
     def __enter__(self) -> Bar:
         if sys.stderr.isatty():
-            self._live = _rich_progress(self.unit)
-            self._live.start()
-            self._task = self._live.add_task(
-                self.name, total=self.total, completed=self.done, note=""
+            self._task = _Screen.enter().add_task(
+                self.name, total=self.total, completed=self.done, unit=self.unit, note=""
             )
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live:
-            self._live.stop()
+        if self._task is not None:
+            _Screen.leave()
         elif exception[0] is None:
             log.info(self.line())
 
 
-def _rich_progress(unit: str) -> Any:
+class _Screen:
+    """The one live display that rich allows, shared by all bars that are open."""
+
+    progress: Any = None
+    users = 0
+
+    @classmethod
+    def enter(cls) -> Any:
+        if cls.users == 0:
+            cls.progress = _rich_progress()
+            cls.progress.start()
+        cls.users += 1
+        return cls.progress
+
+    @classmethod
+    def leave(cls) -> None:
+        cls.users -= 1
+        if cls.users == 0:
+            cls.progress.stop()
+
+
+def _rich_progress() -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -76,7 +95,7 @@ def _rich_progress(unit: str) -> Any:
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
-            return Text(f"{task.finished_speed or task.speed or 0:.1f} {unit}/s")
+            return Text(f"{task.finished_speed or task.speed or 0:.1f} {task.fields['unit']}/s")
 
     return Progress(
         TextColumn("{task.description}"),

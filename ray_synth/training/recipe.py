@@ -110,9 +110,7 @@ class ImageTransform:
                 v2.CenterCrop(image_size),
             ]
         if augmentation.rand_augment:
-            steps.append(
-                v2.RandAugment(magnitude=augmentation.rand_augment, interpolation=mode)
-            )
+            steps.append(v2.RandAugment(magnitude=augmentation.rand_augment, interpolation=mode))
         self._prepare = v2.Compose(steps)
 
     def prepare(self, image: Tensor) -> Tensor:
@@ -184,7 +182,7 @@ def eval_transform(
 
 def resolve_augmentation(augment: str | Mapping[str, Any]) -> Augmentation:
     """A policy name, or a mapping of fields over a policy, as an `Augmentation`."""
-    settings = {"policy": augment} if isinstance(augment, str) else dict(augment)
+    settings: dict[str, Any] = {"policy": augment} if isinstance(augment, str) else dict(augment)
     policy = settings.pop("policy", "none")
     if policy not in POLICIES:
         raise ValueError(f"unknown augmentation policy {policy!r}{_nearest(policy, POLICIES)}")
@@ -297,8 +295,9 @@ def build_optimizer(
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
-    if name.lower() not in list_optimizers():
-        raise ValueError(f"unknown optimizer {name!r}{_nearest(name, list_optimizers())}")
+    known = [str(known_name) for known_name in list_optimizers()]
+    if name.lower() not in known:
+        raise ValueError(f"unknown optimizer {name!r}{_nearest(name, known)}")
     return create_optimizer_v2(model, opt=name, lr=lr, weight_decay=weight_decay, **options)
 
 

@@ -1,0 +1,1 @@
+"""Trained models and test sets in, exact counts and intervals out."""

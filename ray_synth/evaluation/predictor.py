@@ -1,0 +1,155 @@
+"""Runs trained models over test sets through Ray Data; every image is counted exactly once.
+
+All models see the same decoded batch, so adding a model costs no second reading.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import numpy as np
+
+from ray_synth.config import EvaluationConfig
+from ray_synth.data.dataset import Index, to_ray
+from ray_synth.evaluation.accuracy import Tally, hits
+from ray_synth.storage import Folder
+
+log = logging.getLogger("ray_synth")
+
+
+class Predictor:
+    """An actor that holds the models of some arms and says which images each got right.
+
+    Args:
+        folder: the run directory.
+        arms: names of `models/<arm>.json`.
+        allowed: test set -> class indices to choose among.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        arms: list[str],
+        max_pixels: int,
+        allowed: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        import torch
+        from safetensors.torch import load
+
+        from ray_synth.generation.generator import pick_device
+        from ray_synth.training import recipe
+        from ray_synth.training.feed import Decoder
+
+        self.allowed = allowed or {}
+        self.device = pick_device("auto")
+        if self.device == "cpu":
+            torch.set_num_threads(os.cpu_count() or 1)
+        self.models: dict[str, Any] = {}
+        for arm in arms:
+            card = folder.read_json(f"models/{arm}.json")
+            for bn in card["bns"]:
+                model = recipe.build_model(
+                    card["model"],
+                    num_classes=len(card["class_names"]),
+                    model_kwargs=card["model_kwargs"],
+                )
+                model.load_state_dict(load(folder.read_bytes(f"models/{arm}.{bn}.safetensors")))
+                name = arm if card["bns"] == ["main"] and arm == "real_only" else f"{arm}.{bn}"
+                self.models[name] = model.eval().to(self.device)
+            self.transform = recipe.eval_transform(card["image_size"])
+        self.decoder = Decoder(self.transform, max_pixels)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        import torch
+
+        count = len(batch["class_index"])
+        items = [
+            self.decoder.keep({key: values[i] for key, values in batch.items()})
+            for i in range(count)
+        ]
+        good = [i for i, item in enumerate(items) if item is not None]
+        output: dict[str, Any] = {
+            "test_set": batch["test_set"],
+            "class_index": batch["class_index"],
+            "image_id": batch["image_id"],
+            "corrupt": np.array([item is None for item in items]),
+        }
+        images = None
+        if good:
+            tensors, _ = self.decoder.batch([item for item in items if item is not None])
+            images = self.transform.batch(tensors.to(self.device))
+        for name, model in self.models.items():
+            right = np.zeros((count, 2), dtype=bool)
+            if images is not None:
+                with torch.inference_mode():
+                    logits = model(images).float().cpu().numpy()
+                right[good] = self._hits(logits, batch, np.array(good))
+            output[f"top1/{name}"], output[f"top5/{name}"] = right[:, 0], right[:, 1]
+        return output
+
+    def _hits(
+        self, logits: np.ndarray, batch: dict[str, np.ndarray], rows: np.ndarray
+    ) -> np.ndarray:
+        right = np.zeros((len(rows), 2), dtype=bool)
+        for test_set in np.unique(batch["test_set"][rows]):
+            mine = np.flatnonzero(batch["test_set"][rows] == test_set)
+            labels = batch["class_index"][rows[mine]]
+            right[mine] = hits(logits[mine], labels, self.allowed.get(str(test_set)))
+        return right
+
+
+def evaluate(
+    test_sets: dict[str, Index],
+    *,
+    folder: Folder,
+    arms: list[str],
+    config: EvaluationConfig,
+    class_names: tuple[str, ...],
+    max_pixels: int,
+    board: Any = None,
+) -> tuple[dict[tuple[str, str], dict[str, Any]], list[str]]:
+    """Test the arms' models on every test set.
+
+    Returns:
+        Results by (model, test set), and the ids of test images that could not be decoded.
+    """
+    import ray.data
+
+    allowed = None
+    if config.restrict_to_test_classes:
+        allowed = {name: np.unique(index.label) for name, index in test_sets.items()}
+    datasets = [to_ray(index, test_set=name) for name, index in test_sets.items()]
+    stream = (
+        datasets[0]
+        .union(*datasets[1:])
+        .map_batches(
+            Predictor,
+            fn_constructor_kwargs={
+                "folder": folder,
+                "arms": arms,
+                "max_pixels": max_pixels,
+                "allowed": allowed,
+            },
+            batch_size=config.batch_size,
+            compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+            num_cpus=config.num_cpus,
+            num_gpus=config.num_gpus,
+        )
+    )
+    tally, corrupt = Tally(len(class_names)), []
+    for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):
+        bad = batch["corrupt"].astype(bool)
+        corrupt += [str(name) for name in batch["image_id"][bad]]
+        for test_set in np.unique(batch["test_set"]):
+            rows = (batch["test_set"] == test_set) & ~bad
+            labels = batch["class_index"][rows]
+            for key in batch:
+                if key.startswith("top1/") and len(labels):
+                    model = key.removeprefix("top1/")
+                    right = np.stack([batch[key][rows], batch[f"top5/{model}"][rows]], axis=1)
+                    tally.add(model, str(test_set), labels, right)
+        if board is not None:
+            board.add.remote("tested", len(bad))
+    return tally.results(class_names), corrupt

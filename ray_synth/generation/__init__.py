@@ -1,0 +1,1 @@
+"""Plan rows in, images out: a diffusers pipeline in an actor, a Ray Data stream, a Parquet store."""

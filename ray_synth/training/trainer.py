@@ -1,0 +1,85 @@
+"""Sets a TrainJob going on the cluster: datasets, workers, storage, and the wait for its end.
+
+The synthetic dataset is given to Ray Train as a callable, so that after a failure it is made anew from
+the plan and the store: what was generated is read back, not generated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ray_synth.config import GenerationConfig
+from ray_synth.data.dataset import Index, to_ray
+from ray_synth.generation.stream import image_stream
+from ray_synth.training.loop import TrainJob, train_worker
+
+COLUMNS = ["sample_id", "image", "class_index", "accepted"]
+
+
+def run_training(
+    job: TrainJob,
+    generation: GenerationConfig | None,
+    *,
+    real: Index,
+    run_name: str,
+    board: Any = None,
+) -> None:
+    """Train one arm to its end; a run of the same name goes on from its newest checkpoint.
+
+    Raises:
+        ray.train.TrainingFailedError: when the workers failed more than `max_failures` times.
+    """
+    import ray.train
+    import ray.train.torch
+
+    config = job.config
+    datasets: dict[str, Callable[[], Any]] = {}
+    if job.real is None:
+        datasets["real"] = lambda: to_ray(real)
+    if job.arm == "mixed" and generation is not None:
+        datasets.update(_synthetic(job, generation, board))
+    options = ray.data.ExecutionOptions(preserve_order=config.feed == "lockstep")
+    trainer = ray.train.torch.TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=config.num_gpus > 0,
+            resources_per_worker=_resources(config.num_cpus, config.num_gpus),
+        ),
+        run_config=ray.train.RunConfig(
+            name=run_name,
+            storage_path=job.folder.child("checkpoints").uri,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+        datasets=datasets,
+        dataset_config=ray.train.DataConfig(execution_options=options),
+    )
+    trainer.fit()
+
+
+def _synthetic(job: TrainJob, generation: GenerationConfig, board: Any) -> dict[str, Any]:
+    """The `synthetic` dataset, unless the workers read a small finished store themselves."""
+    import ray.data
+
+    if job.reads_store:
+        return {}
+    store = job.store
+
+    def stored() -> Any:
+        paths = [store.folder.path(name) for name in store.parts()]
+        return ray.data.read_parquet(
+            paths, filesystem=store.folder.filesystem, columns=COLUMNS, shuffle="files"
+        ).filter(expr="accepted")
+
+    def stream() -> Any:
+        return image_stream(job.read_plan(), generation, store, board=board, columns=COLUMNS)
+
+    return {"synthetic": stored if job.config.feed == "stored" else stream}
+
+
+def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:
+    return {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
+
