@@ -143,6 +143,7 @@ def tasks(index: Index, rows_per_task: int = 1024) -> list[dict[str, Any]]:
             units.append(
                 {
                     "shard": index.shards[shard],
+                    "position": int(shard),
                     "rows": index.row[part].tolist(),
                     "labels": index.label[part].tolist(),
                 }
@@ -164,38 +165,34 @@ def read_index(index: Index) -> Iterator[dict[str, Any]]:
         yield from read_task(task)
 
 
-def inspect(index: Index, *, max_pixels: int) -> tuple[Index, list[dict[str, str]]]:
-    """Decode every image once; the index without the corrupt ones, and those with their errors."""
+def inspect(index: Index, *, max_pixels: int) -> list[dict[str, Any]]:
+    """Decode every image once, in Ray tasks; the corrupt ones, for `drop`.
+
+    Returns:
+        `{image_id, error, shard, row}` for each image that cannot be decoded.
+    """
     import ray
 
-    def check(task: dict[str, Any]) -> list[tuple[int, str, str]]:
+    def check(task: dict[str, Any]) -> list[dict[str, Any]]:
         broken = []
-        pairs = zip(sorted(task["rows"]), read_task(task), strict=True)
-        for row, item in pairs:
+        for row, item in zip(sorted(task["rows"]), read_task(task), strict=True):
             try:
                 decode_image(item["image"], max_pixels=max_pixels)
             except ValueError as error:
-                broken.append((row, item["image_id"], str(error)))
+                place = {"shard": task["position"], "row": row}
+                broken.append({"image_id": item["image_id"], "error": str(error), **place})
         return broken
 
     remote = ray.remote(num_cpus=0.5)(check)
-    units = tasks(index)
-    position = {id(shard): i for i, shard in enumerate(index.shards)}
-    found = ray.get([remote.remote(unit) for unit in units])
-    dropped: set[tuple[int, int]] = set()
-    report = []
-    for unit, broken in zip(units, found, strict=True):
-        for row, image_id, error in broken:
-            dropped.add((position[id(unit["shard"])], row))
-            report.append({"image_id": image_id, "error": error})
-    if not dropped:
-        return index, []
-    keep = [
-        i
-        for i, key in enumerate(zip(index.shard.tolist(), index.row.tolist(), strict=True))
-        if key not in dropped
-    ]
-    return index.take(np.array(keep, dtype=np.int64)), report
+    found = ray.get([remote.remote(task) for task in tasks(index)])
+    return [item for broken in found for item in broken]
+
+
+def drop(index: Index, corrupt: list[dict[str, Any]]) -> Index:
+    """The index without what `inspect` found."""
+    bad = {(item["shard"], item["row"]) for item in corrupt}
+    pairs = zip(index.shard.tolist(), index.row.tolist(), strict=True)
+    return index.take(np.array([i for i, pair in enumerate(pairs) if pair not in bad], np.int64))
 
 
 def to_ray(index: Index, *, test_set: str | None = None) -> ray.data.Dataset:

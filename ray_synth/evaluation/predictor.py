@@ -38,7 +38,7 @@ class Predictor:
         import torch
         from safetensors.torch import load
 
-        from ray_synth.generation.generator import pick_device
+        from ray_synth.device import pick_device
         from ray_synth.training import recipe
         from ray_synth.training.feed import Decoder
 

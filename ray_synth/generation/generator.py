@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ray_synth.config import GenerationConfig
 from ray_synth.data.images import encode_image
+from ray_synth.device import pick_device, pick_dtype
 
 
 def resolve_model(model: str) -> str:
@@ -37,6 +39,41 @@ def resolve_model(model: str) -> str:
             "generation.model takes 'embedded', a diffusers folder, or a hub id"
         )
     return model
+
+
+def check_model(config: GenerationConfig) -> None:
+    """Ask for the pipeline's index alone, so that an unknown model is known at once.
+
+    Raises:
+        ValueError: neither a diffusers folder nor a hub id that this machine can reach.
+    """
+    model = resolve_model(config.model)
+    if Path(model).is_dir():
+        return
+    from diffusers import DiffusionPipeline
+
+    try:
+        DiffusionPipeline.load_config(model, revision=config.revision)
+    except Exception as error:
+        raise ValueError(
+            f"unknown generator {config.model!r}: no folder of this name, and the hub gave "
+            f"{type(error).__name__}; generation.model takes 'embedded', a diffusers folder, or a "
+            "hub id that this machine can reach"
+        ) from None
+
+
+def prompt_tokens(config: GenerationConfig) -> tuple[Callable[[str], int], int]:
+    """How the pipeline's text encoder counts: a function prompt -> tokens, and its context length.
+
+    Start and end tokens are counted, as they take up places.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_model(config.model), subfolder="tokenizer", revision=config.revision
+    )
+    limit = min(int(tokenizer.model_max_length), 512)
+    return lambda text: len(tokenizer(text, truncation=False)["input_ids"]), limit
 
 
 def fingerprint(config: GenerationConfig) -> str:
@@ -69,41 +106,6 @@ def _folder_digest(folder: Path) -> str:
                 head = file.read(1 << 20)
             digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}".encode() + head)
     return digest.hexdigest()[:16]
-
-
-def pick_device(device: str) -> str:
-    """`auto` as cuda, mps or cpu."""
-    import torch
-
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_dtype(dtype: str, device: str) -> Any:
-    """`auto` as half precision where the device computes in it, else float32.
-
-    CPUs without bfloat16 instructions run bfloat16 about 4 times slower than float32 (measured).
-    """
-    import torch
-
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device == "mps":
-        return torch.float16
-    return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
-
-
-def cpu_computes_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16, AMX, or Arm's)."""
-    import torch
-
-    capabilities = torch.cpu.get_capabilities()
-    return any(on is True and "bf16" in name for name, on in capabilities.items())
 
 
 class Generator:

@@ -90,8 +90,6 @@ def image_stream(
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     return made.select_columns(columns) if columns else made
 

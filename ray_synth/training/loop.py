@@ -79,7 +79,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from ray_synth.generation.generator import pick_dtype
+    from ray_synth.device import pick_dtype
     from ray_synth.training import recipe
     from ray_synth.training.dual_bn import convert_dual_bn, domain_split
     from ray_synth.training.feed import Prefetcher

@@ -9,12 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ray_synth.config import GenerationConfig
+from ray_synth.config import GenerationConfig, TrainingConfig
 from ray_synth.data.dataset import Index, to_ray
 from ray_synth.generation.stream import image_stream
 from ray_synth.training.loop import TrainJob, train_worker
 
 COLUMNS = ["sample_id", "image", "class_index", "accepted"]
+
+
+def check_recipe(config: TrainingConfig) -> None:
+    """Build the classifier without its weights, and look up all that is named.
+
+    Raises:
+        ValueError: an unknown model, augmentation or optimizer, with the nearest ones.
+    """
+    import torch
+
+    from ray_synth.training import recipe
+
+    with torch.device("meta"):
+        model = recipe.build_model(config.model, num_classes=2, model_kwargs=config.model_kwargs)
+    recipe.build_optimizer(model, config.optimizer.name, lr=1.0, weight_decay=0.0)
+    recipe.resolve_augmentation(config.augment)
 
 
 def run_training(

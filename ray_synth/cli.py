@@ -1,0 +1,219 @@
+"""The command `ray-synth`: one verb a stage, and the few that look around."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ray_synth.config import Config, load_config
+
+app = typer.Typer(
+    name="ray-synth",
+    help="Better image classifiers from synthetic images, at cluster scale.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="a YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override a setting: a.b=value", metavar="A.B=V")
+]
+Force = Annotated[
+    str | None, typer.Option("--force-stage", help="do this stage and all later ones again")
+]
+QUICKSTART = Path("jobs/configs/quickstart.yaml")
+
+
+def _run(config: Config, until: str, force_stage: str | None) -> dict[str, Any]:
+    from ray_synth.pipeline import run_pipeline
+
+    return run_pipeline(config, until=until, force_stage=force_stage)
+
+
+@app.command()
+def run(
+    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+) -> None:
+    """Run all stages, then print what was gained."""
+    from rich.console import Console
+
+    from ray_synth.cluster import runs_folder
+    from ray_synth.report.table import comparison_table
+
+    settings = load_config(config, overrides)
+    metrics = _run(settings, "report", force_stage)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(comparison_table(metrics))
+    console.print(_stage_table(metrics))
+    runs = runs_folder(settings.runs_dir)
+    folder = runs.child(settings.name)
+    console.print(f"report:  {folder.path('report/index.html')}", soft_wrap=True)
+    console.print(f"metrics: {folder.path('metrics.json')}", soft_wrap=True)
+    if settings.tracking.enabled:
+        from ray_synth.tracking import tracking_uri
+
+        uri = tracking_uri(settings, runs)
+        console.print(f"MLflow:  mlflow ui --backend-store-uri {uri}", soft_wrap=True)
+
+
+def _stage_table(metrics: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Where the time went", title_justify="left")
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    parts = {k: v for k, v in metrics["seconds"].items() if k != "total"}
+    for stage, seconds in parts.items():
+        table.add_row(stage, f"{seconds:.1f}")
+    table.add_row("total", f"{metrics['seconds']['total']:.1f}", style="bold")
+    table.caption = (
+        f"{metrics['num_real']} real and {metrics['num_synthetic']} synthetic images; generation "
+        f"{metrics['images_per_second']['generation']:.1f} images/s; training waited for data "
+        f"{100 * metrics['stall_fraction']:.1f}% of its time"
+    )
+    return table
+
+
+@app.command()
+def disambiguate(
+    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+) -> None:
+    """Resolve what each class name means, and stop."""
+    settings = load_config(config, overrides)
+    _run(settings, "meaning", force_stage)
+    _done(settings, "meanings.json")
+
+
+@app.command()
+def plan(
+    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+) -> None:
+    """Write the prompts of all images, and stop."""
+    settings = load_config(config, overrides)
+    _run(settings, "plan", force_stage)
+    _done(settings, "plan.parquet")
+
+
+@app.command()
+def generate(
+    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+) -> None:
+    """Make all images of the plan, and stop."""
+    settings = load_config(config, overrides)
+    _run(settings, "generation", force_stage)
+    _done(settings, "images")
+
+
+@app.command()
+def train(
+    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+) -> None:
+    """Train the baseline and the mixed model, and stop."""
+    settings = load_config(config, overrides)
+    _run(settings, "training", force_stage)
+    _done(settings, "models")
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+) -> None:
+    """Test the trained models, and stop."""
+    settings = load_config(config, overrides)
+    _run(settings, "evaluation", force_stage)
+    _done(settings, "stages/evaluation.json")
+
+
+@app.command()
+def report(config: ConfigPath = QUICKSTART, overrides: Overrides = None) -> None:
+    """Write the report of a finished run again."""
+    settings = load_config(config, overrides)
+    _run(settings, "report", None)
+    _done(settings, "report/index.html")
+
+
+@app.command()
+def init(
+    images: Annotated[Path, typer.Option(help="a folder of class folders with images")],
+    out: Annotated[Path, typer.Option(help="the config to write")] = Path("ray_synth.yaml"),
+    test: Annotated[Path | None, typer.Option(help="a test folder; default: images/test")] = None,
+    name: Annotated[str | None, typer.Option(help="the run's name")] = None,
+) -> None:
+    """Look at a folder of images and write a config for it."""
+    from ray_synth.setup import describe, write_config
+
+    found = write_config(images, out, test=test, name=name)
+    typer.echo(describe(found, out))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option("--config", "-c")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print versions, devices and cluster resources, and what of a config would not fit."""
+    from ray_synth.doctor import diagnose
+
+    lines, fits = diagnose(load_config(config, overrides) if config else None)
+    typer.echo("\n".join(lines))
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _done(settings: Config, name: str) -> None:
+    from ray_synth.cluster import runs_folder
+
+    typer.echo(f"wrote {runs_folder(settings.runs_dir).child(settings.name).path(name)}")
+
+
+def explain(error: BaseException) -> str | None:
+    """One clear message for an error that a user can mend; None for all others.
+
+    Ray wraps what its workers raise: the user's ValueError is looked for inside.
+    """
+    seen: set[int] = set()
+    pending: list[Any] = [error]
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, OSError) and current.errno == errno.ENOSPC:
+            return (
+                f"no space left on the disk ({current.filename or 'while writing'}); free some and "
+                "run the same command again: what was finished is kept"
+            )
+        if type(current) is ValueError or type(current).__name__ == "RayTaskError(ValueError)":
+            cause = getattr(current, "cause", None)
+            return str(cause if isinstance(cause, ValueError) else current).strip()
+        failures = getattr(current, "worker_failures", None)
+        pending += list(failures.values()) if isinstance(failures, dict) else []
+        pending += [getattr(current, "cause", None), current.__cause__]
+    return None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command and of `jobs/*.py`."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("ray_synth").setLevel(logging.INFO)
+    try:
+        app(arguments, standalone_mode=True)
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command continues", err=True)
+        sys.exit(130)
+    except Exception as error:
+        message = explain(error)
+        if message is None or os.environ.get("RAY_SYNTH_DEBUG"):
+            raise
+        typer.secho(f"error: {message}", fg="red", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

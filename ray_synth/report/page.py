@@ -1,0 +1,309 @@
+"""The report page: what a run directory holds, as one self-contained HTML file.
+
+Every part of the run may be missing; the page shows what there is and never loads anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_synth.data.images import encode_image
+from ray_synth.report import plots
+from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
+from ray_synth.report.table import comparison_rows, signed, test_set_label, test_sets
+from ray_synth.storage import Folder
+
+PAGE = "report/index.html"
+ARMS = ("real_only", "mixed")
+CLASSES_SHOWN = 20  # in the contact sheet, in the meanings before the fold, and per end of a ranking
+THUMBNAIL = 128  # pixels; shown at half of that, for dense screens
+# What a reader wants to know of a config at a glance; the whole of it is on the page as well.
+FACTS = (
+    ("Generator", "generation.model"),
+    ("Sampling steps", "generation.num_inference_steps"),
+    ("Guidance scale", "generation.guidance_scale"),
+    ("Classifier", "training.model"),
+    ("Feed", "training.feed"),
+    ("Dual BN", "training.dual_bn"),
+    ("Weight of the synthetic loss (λ)", "training.lambda_synth"),
+    ("Batch (real + synthetic)", "training.batch_size"),
+    ("Share of real images in a batch", "training.real_fraction"),
+    ("LLM", "meaning.llm.model"),
+    ("CLIP", "meaning.clip.model"),
+    ("Seed", "seed"),
+)
+
+
+def write_report(folder: Folder) -> str:
+    """Write `report/index.html` of a run; its address.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    folder.write_bytes(PAGE, render_report(folder).encode())
+    return f"{folder.uri.rstrip('/')}/{PAGE}"
+
+
+def render_report(folder: Folder) -> str:
+    """The page of a run as HTML text.
+
+    Raises:
+        ValueError: the folder holds neither config.yaml nor metrics.json.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    if not (folder.exists("config.yaml") or folder.exists("metrics.json")):
+        raise ValueError(
+            f"{folder.uri} holds no run: neither config.yaml nor metrics.json is there; give the "
+            "directory that `ray-synth run` wrote, such as runs/quickstart"
+        )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # class names, prompts and LLM answers come from strangers
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "signed": signed,
+        "duration": duration,
+        "test_set_label": test_set_label,
+        "thousands": lambda value: f"{value:,}" if isinstance(value, int) else value,
+    }
+    return environment.get_template("page.html.j2").render(read_run(folder))
+
+
+def read_run(folder: Folder) -> dict[str, Any]:
+    """All that the template shows; parts that the run lacks are empty."""
+    metrics = _json(folder, "metrics.json") or {}
+    config = yaml.safe_load(folder.read_bytes("config.yaml")) if folder.exists("config.yaml") else {}
+    arms = {arm: found for arm in ARMS if (found := _json(folder, f"models/{arm}.json"))}
+    versions = config.pop("versions", None) or {}
+    examples = choose_examples(folder, max_classes=CLASSES_SHOWN)
+    rows = comparison_rows(metrics)
+    entries = _json(folder, "meanings.json") or []
+    return {
+        "name": metrics.get("run") or config.get("name") or "run",
+        "metrics": metrics,
+        "rows": rows,
+        "test_sets": test_sets(rows),
+        "headlines": headlines(rows),
+        "has_baseline": any(row["model"] == "Real only" for row in rows),
+        "kinds": kinds_of(examples),
+        "classes": example_classes(examples),
+        "num_classes": len(entries) or len({row["class_index"] for row in examples}),
+        "meanings": meanings(entries),
+        "meanings_shown": CLASSES_SHOWN,
+        "plots": curve_plots({arm: found.get("curve") or [] for arm, found in arms.items()}),
+        "arms": arms,
+        "by_class": class_gains(rows),
+        "stages": stage_times(metrics.get("seconds") or {}),
+        "total_seconds": (metrics.get("seconds") or {}).get("total"),
+        "aside": set_aside(metrics, arms),
+        "facts": [(label, value) for label, key in FACTS if (value := _dig(config, key)) is not None],
+        "config": redact(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)),
+        "versions": versions,
+    }
+
+
+def headlines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per test set: the mixed model (main BN) against the real-only one, and the other BN beside.
+
+    Without a baseline there is no gain; then `before` and `gain` are None.
+    """
+    main = next((row for row in rows if row["model"] != "Real only" and row["bn"] != "auxiliary BN"), None)
+    if main is None:
+        return []
+    before = next((row for row in rows if row["model"] == "Real only"), None)
+    aux = next((row for row in rows if row["bn"] == "auxiliary BN"), None)
+    return [
+        {
+            "test_set": name,
+            "after": result,
+            "before": before["results"].get(name) if before else None,
+            "gain": main["gains"].get(name),
+            "aux": aux["results"].get(name) if aux else None,
+            "aux_gain": aux["gains"].get(name) if aux else None,
+        }
+        for name, result in main["results"].items()
+    ]
+
+
+def example_classes(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The example images by class and kind, each with a data URI; unreadable ones are left out."""
+    classes: dict[int, dict[str, Any]] = {}
+    for row in examples:
+        picture = thumbnail(row["image"], THUMBNAIL)
+        if picture is None:
+            continue
+        tiny = max(picture.size) <= 48
+        kind = "png" if tiny else "webp"
+        data = encode_image(picture, image_format=kind, quality=80)
+        entry = classes.setdefault(
+            row["class_index"], {"name": row["class_name"], "meaning": row["meaning"], "kinds": {}}
+        )
+        shown = {key: row[key] for key in ("prompt", "style", "seed", "clip_score")}
+        uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        entry["kinds"].setdefault(row["kind"], []).append({**shown, "uri": uri, "tiny": tiny})
+    return list(classes.values())
+
+
+def meanings(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of meanings.json, candidates best first, the one that was chosen marked.
+
+    Where there are too many to show at once, the narrowest margins come first.
+    """
+    shown = []
+    for entry in entries:
+        candidates = sorted(
+            entry.get("candidates") or [],
+            key=lambda c: -c["score"] if c.get("score") is not None else float("inf"),
+        )
+        marked = next((c for c in candidates if c["meaning"] == entry.get("choice")), None)
+        shown.append(
+            {
+                "class_name": entry["class_name"],
+                "choice": entry.get("choice"),
+                "margin": entry.get("margin"),
+                "num_images": entry.get("num_images"),
+                "candidates": [
+                    {
+                        "meaning": c["meaning"],
+                        "score": c.get("score"),
+                        "source": c.get("source"),
+                        "chosen": c is marked,
+                    }
+                    for c in candidates
+                ],
+            }
+        )
+    if len(shown) > CLASSES_SHOWN:
+        shown.sort(key=lambda e: float("inf") if e["margin"] is None else e["margin"])
+    return shown
+
+
+def curve_plots(curves: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
+    """The plots of the page, each drawn for light and for dark, with its last values as alt text."""
+    drawings = (
+        ("Training loss", plots.loss_plot, plots.LOSS, 1, 3),
+        ("Training top-1", plots.accuracy_plot, plots.ACCURACY, 100, 1),
+    )
+    made = []
+    for title, draw, lines, scale, digits in drawings:
+        light = draw(curves)
+        if light is None:
+            continue
+        last = [
+            f"{line.label} {points[-1][line.key] * scale:.{digits}f} at step {points[-1]['step']}"
+            for line in lines
+            if (points := [p for p in curves.get(line.arm) or [] if p.get(line.key) is not None])
+        ]
+        made.append(
+            {
+                "light": light,
+                "dark": draw(curves, dark=True) or light,
+                "alt": f"{title} by step. At the end: {'; '.join(last)}.",
+            }
+        )
+    return made
+
+
+def class_gains(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """In-domain top-1 by class, real only and mixed, most gained first; the middle left out."""
+    by_model = {
+        row["model"]: row["results"]["in_domain"].get("by_class") or {}
+        for row in rows
+        if row["bn"] != "auxiliary BN" and "in_domain" in row["results"]
+    }
+    before, after = by_model.get("Real only", {}), by_model.get("Real + synthetic", {})
+    both = [
+        {"name": name, "before": before[name], "after": after[name], "gain": after[name] - before[name]}
+        for name in after
+        if name in before
+    ]
+    both.sort(key=lambda row: -row["gain"])
+    left_out = max(0, len(both) - 2 * CLASSES_SHOWN)
+    if left_out:
+        both = both[:CLASSES_SHOWN] + both[-CLASSES_SHOWN:]
+    return {"rows": both, "left_out": left_out}
+
+
+def stage_times(seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """Stages with their seconds and their share of the longest; parts of a stage follow it.
+
+    `training_real_only` and `training_mixed` are parts of `training`; `total` is no stage.
+    """
+    timed = {name: value for name, value in seconds.items() if name != "total"}
+    longest = max(timed.values(), default=0) or 1
+    rows = []
+    for name in timed:
+        parent = next((p for p in timed if p != name and name.startswith(f"{p}_")), None)
+        at = list(timed).index(parent) if parent else list(timed).index(name)
+        label = name.removeprefix(f"{parent}_") if parent else name
+        rows.append(
+            {
+                "order": (at, parent is not None),
+                "label": label.replace("_", " "),
+                "part": parent is not None,
+                "seconds": timed[name],
+                "share": 100 * timed[name] / longest,
+            }
+        )
+    return sorted(rows, key=lambda row: row["order"])
+
+
+def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
+    """What the run did not use: corrupt images, rejected images, contexts not from the LLM."""
+    corrupt = metrics.get("corrupt") or {}
+    train = [_corrupt(item) for item in corrupt.get("train") or []]
+    known = {item["id"] for item in train}
+    met = {item for found in arms.values() for item in found.get("corrupt") or []}
+    train += [{"id": item, "error": "met in training"} for item in sorted(map(str, met)) if item not in known]
+    test = corrupt.get("test") or []
+    if isinstance(test, dict):  # by test set
+        test = [item for items in test.values() for item in items]
+    return {
+        "train": train,
+        "test": [_corrupt(item) for item in test],
+        "rejected": metrics.get("rejected"),
+        "reasons": metrics.get("reject_reasons") or {},
+        "contexts": metrics.get("contexts") or {},
+    }
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def redact(text: str) -> str:
+    """Without the user and password of any address in it."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "…@", text)
+
+
+def _corrupt(item: Any) -> dict[str, str]:
+    if isinstance(item, dict):
+        return {"id": str(item.get("image_id")), "error": str(item.get("error", ""))}
+    return {"id": str(item), "error": ""}
+
+
+def _json(folder: Folder, name: str) -> Any:
+    return folder.read_json(name) if folder.exists(name) else None
+
+
+def _dig(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None  # type: ignore[assignment]
+    return values

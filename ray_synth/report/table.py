@@ -1,0 +1,129 @@
+"""What the models scored, side by side, and what the synthetic images gained. Pure; no Ray.
+
+metrics.json in; rows for the page, and the same table for a terminal, out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+IN_DOMAIN = "in_domain"
+MODELS = (
+    (("real_only",), "Real only", ""),
+    (("mixed", "main"), "Real + synthetic", "main BN"),
+    (("mixed", "aux"), "Real + synthetic", "auxiliary BN"),
+)
+
+
+def test_set_label(name: str) -> str:
+    """A test set's name as people read it."""
+    return "in domain" if name == IN_DOMAIN else f"{name} (OOD)"
+
+
+def comparison_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per model that was tested; models and test sets that are missing are left out.
+
+    Returns:
+        Rows of `model`, `bn` (empty where there is one set of statistics only), `label`, `results`
+        (test set -> its entry of metrics.json, in domain first) and `gains` (test set -> `gain` over
+        the real-only model; no entry where there is nothing to compare with).
+    """
+    baseline = _by_test_set(metrics.get("real_only"))
+    has_aux = bool((metrics.get("mixed") or {}).get("aux"))
+    rows = []
+    for path, model, bn in MODELS:
+        node: Any = metrics
+        for part in path:
+            node = (node or {}).get(part)
+        results = _by_test_set(node)
+        if not results:
+            continue
+        bn = bn if has_aux else ""
+        gains = {
+            name: gain(result, baseline[name])
+            for name, result in results.items()
+            if path[0] != "real_only" and name in baseline
+        }
+        label = f"{model}, {bn}" if bn else model
+        rows.append({"model": model, "bn": bn, "label": label, "results": results, "gains": gains})
+    return rows
+
+
+def test_sets(rows: list[dict[str, Any]]) -> list[str]:
+    """Every test set of some rows, in domain first."""
+    return list(dict.fromkeys(name for row in rows for name in row["results"]))
+
+
+def gain(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The difference in top-1, in points, with a 95% interval.
+
+    The interval is Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, method 10): it
+    follows from the two Wilson intervals alone. It takes the two models' answers as independent; on
+    the same test images they mostly agree, so the interval errs on the wide side. It knows nothing
+    of how much another training seed would move either model.
+
+    Returns:
+        `top1`, `interval` [low, high], and `verdict`: gain | loss | unclear (the interval holds 0).
+    """
+    difference = after["top1"] - before["top1"]
+    (after_low, after_high), (before_low, before_high) = (
+        after["top1_interval"],
+        before["top1_interval"],
+    )
+    low = difference - math.hypot(after["top1"] - after_low, before_high - before["top1"])
+    high = difference + math.hypot(after_high - after["top1"], before["top1"] - before_low)
+    verdict = "gain" if low > 0 else "loss" if high < 0 else "unclear"
+    return {"top1": difference, "interval": [low, high], "verdict": verdict}
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """+1.3, −0.4, 0.0: with a true minus, and no sign on what rounds to nothing."""
+    text = f"{abs(value):.{digits}f}"
+    if not text.strip("0."):
+        return text
+    return ("+" if value > 0 else "−") + text
+
+
+def comparison_table(metrics: dict[str, Any]) -> Table:
+    """The comparison as a rich table, for the end of a run in a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = comparison_rows(metrics)
+    names = test_sets(rows)
+    table = Table(title=Text(f"{metrics.get('run', 'run')}: top-1 % [95% interval]"))
+    table.add_column("model")
+    for name in names:
+        images = max(row["results"][name]["images"] for row in rows if name in row["results"])
+        # Text, not str: a test set's name is the user's, and may hold rich's markup.
+        table.add_column(Text(f"{test_set_label(name)}\n{images:,} images"), justify="right")
+    for row in rows:
+        cells = [_cell(row["results"].get(name), row["gains"].get(name)) for name in names]
+        table.add_row(Text(row["label"]), *cells, end_section=True)
+    return table
+
+
+def _cell(result: dict[str, Any] | None, found: dict[str, Any] | None) -> Any:
+    from rich.text import Text
+
+    if result is None:
+        return Text("–")
+    low, high = result["top1_interval"]
+    text = Text(f"{result['top1']:.1f} [{low:.1f}, {high:.1f}]\ntop-5 {result['top5']:.1f}")
+    if found:
+        colour = {"gain": "green", "loss": "red", "unclear": "default"}[found["verdict"]]
+        span = ", ".join(signed(end) for end in found["interval"])
+        text.append(f"\n{signed(found['top1'])} [{span}]", style=colour)
+    return text
+
+
+def _by_test_set(node: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """A model's results by test set, in domain first."""
+    if not node:
+        return {}
+    results = {IN_DOMAIN: node[IN_DOMAIN]} if node.get(IN_DOMAIN) else {}
+    return {**results, **{name: found for name, found in (node.get("ood") or {}).items() if found}}

@@ -1,0 +1,111 @@
+"""The pipeline's side of the disambiguation app: starts it for a while, and asks it about classes.
+
+An app of the same name that already serves on the cluster is used as it is, and left running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ray_synth.config import Config
+
+APP_NAME = "ray-synth-pipeline"
+IN_FLIGHT = 64  # classes asked about at once: enough to fill the batches
+
+
+class Service:
+    """A context in which classes can be asked about; the app starts at the first question."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._handle: Any = None
+        self._started_serve = False
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the app down: its replicas' CPUs and GPUs are needed by the next stages."""
+        if self._handle is None:
+            return
+        from ray import serve
+
+        if self._started_serve:
+            serve.shutdown()
+        else:
+            serve.delete(APP_NAME)
+        self._handle = None
+
+    def _app(self) -> Any:
+        if self._handle is None:
+            from ray import serve
+
+            from serve.app import ServeConfig, build
+
+            self._started_serve = not _serve_is_running()
+            if self._started_serve:
+                serve.start(proxy_location="Disabled")
+            config = ServeConfig(llm=self.config.meaning.llm, clip=self.config.meaning.clip)
+            self._handle = serve.run(build(config), name=APP_NAME, route_prefix=None)
+        return self._handle
+
+    def resolve_all(self, images: dict[str, list[bytes]], *, seed: int) -> Iterator[dict[str, Any]]:
+        """meanings.json entries of the classes, as they are resolved."""
+        meaning = self.config.meaning
+
+        def ask(item: tuple[str, list[bytes]]) -> Any:
+            return self._app().resolve.remote(
+                item[0],
+                item[1],
+                num_meanings=meaning.num_meanings,
+                retries=meaning.retries,
+                seed=seed,
+            )
+
+        for _, entry in _ask_all(list(images.items()), ask):
+            yield entry
+
+    def write_contexts_all(
+        self, meanings: dict[str, str], *, seed: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(class name, its contexts) as they are written."""
+
+        def ask(item: tuple[str, str]) -> Any:
+            return self._app().contexts.remote(
+                item[0],
+                item[1],
+                num_contexts=self.config.prompting.contexts_per_class,
+                retries=self.config.meaning.retries,
+                seed=seed,
+            )
+
+        for (class_name, _), entry in _ask_all(list(meanings.items()), ask):
+            yield class_name, entry
+
+
+def _ask_all(items: list[Any], ask: Any) -> Iterator[tuple[Any, Any]]:
+    """Keep some questions in flight; give answers in the order of the items."""
+    from collections import deque
+
+    waiting: deque[tuple[Any, Any]] = deque()
+    for item in items:
+        waiting.append((item, ask(item)))
+        if len(waiting) >= IN_FLIGHT:
+            first, response = waiting.popleft()
+            yield first, response.result()
+    while waiting:
+        first, response = waiting.popleft()
+        yield first, response.result()
+
+
+def _serve_is_running() -> bool:
+    """Whether someone else's Serve instance is up on this cluster."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True

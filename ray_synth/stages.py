@@ -1,0 +1,136 @@
+"""What a run directory remembers: which stages are done, from which inputs, in how many seconds.
+
+A stage that is done and whose inputs are unchanged is skipped; changed inputs are an error that says
+what changed, never a silent redo or a mixture of old and new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray_synth.config import Config
+from ray_synth.storage import Folder
+from ray_synth.tracking import flatten
+
+log = logging.getLogger("ray_synth")
+STAGES = ("data", "meaning", "plan", "generation", "training", "evaluation")
+# Settings that decide how fast a stage runs and where, not what comes out of it.
+HOW = {"num_cpus", "num_gpus", "num_threads", "replicas", "pool", "max_batch_size", "batch_size"}
+
+
+def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
+    """For each stage, the settings that its result depends on, those of earlier stages included.
+
+    Args:
+        generator: fingerprint of the image generator.
+    """
+    values = config.model_dump(mode="json")
+    data = values["data"]
+    own: dict[str, dict[str, Any]] = {
+        "data": {
+            "seed": values["seed"],
+            "data": {key: data[key] for key in ("train", "class_names", "max_pixels")},
+        },
+        "meaning": {"meaning": _without(values["meaning"], HOW)},
+        "plan": {"prompting": values["prompting"], "generator": generator},
+        "generation": {},
+        "training": {
+            "training": _without(values["training"], HOW - {"batch_size"} | {"max_failures"})
+        },
+        "evaluation": {
+            "evaluation": _without(values["evaluation"], HOW | {"num_actors"}),
+            "data": {key: data[key] for key in ("test", "ood")},
+        },
+    }
+    inputs: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
+    for stage in STAGES:
+        if stage == "training":  # a live feed trains while images are made: it follows the plan
+            flat = dict(inputs["plan"])
+        flat = {**flat, **flatten(own[stage])}
+        inputs[stage] = flat
+    return inputs
+
+
+def _without(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {
+        key: _without(value, keys) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in keys
+    }
+
+
+class StageLog:
+    """The records `stages/<stage>.json` of a run directory."""
+
+    def __init__(self, folder: Folder, inputs: dict[str, dict[str, Any]]) -> None:
+        self.folder, self.inputs = folder, inputs
+
+    def record(self, stage: str) -> dict[str, Any] | None:
+        name = f"stages/{stage}.json"
+        return self.folder.read_json(name) if self.folder.exists(name) else None
+
+    def check(self, force_stage: str | None = None) -> None:
+        """Compare all finished stages with the current inputs.
+
+        Args:
+            force_stage: do this stage and all that follow it again.
+
+        Raises:
+            ValueError: a finished stage had other inputs; names them.
+        """
+        if force_stage:
+            if force_stage not in STAGES:
+                raise ValueError(f"unknown stage {force_stage!r}: one of {', '.join(STAGES)}")
+            for stage in STAGES[STAGES.index(force_stage) :]:
+                self.folder.delete(f"stages/{stage}.json")
+        for stage in STAGES:
+            record = self.record(stage)
+            if record is None:
+                continue
+            changes = changed(record["inputs"], self.inputs[stage])
+            if changes:
+                raise ValueError(
+                    f"{self.folder.uri} holds a finished {stage} stage with other settings:\n  "
+                    + "\n  ".join(changes)
+                    + f"\nGive the run a new name, or redo it with --force-stage {stage}."
+                )
+
+    def run(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do a stage unless it is done; its result (small, JSON) either way."""
+        record = self.record(stage)
+        if record is not None:
+            log.info("%s: done before", stage)
+            return record["result"]
+        started = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - started
+        self.folder.write_json(
+            f"stages/{stage}.json",
+            {"inputs": self.inputs[stage], "seconds": seconds, "result": result},
+        )
+        log.info("%s: %.1f s", stage, seconds)
+        return result
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each finished stage took."""
+        records = {stage: self.record(stage) for stage in STAGES}
+        return {stage: record["seconds"] for stage, record in records.items() if record}
+
+    def digest(self, stage: str) -> str:
+        text = json.dumps(self.inputs[stage], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`generation.num_inference_steps: 4 -> 8`, for every input that differs."""
+    return [
+        f"{key}: {before.get(key)} -> {now.get(key)}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
