@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -192,6 +193,12 @@ def explain(error: BaseException) -> str | None:
         if type(current) is ValueError or type(current).__name__ == "RayTaskError(ValueError)":
             cause = getattr(current, "cause", None)
             return str(cause if isinstance(cause, ValueError) else current).strip()
+        # An error that crossed processes twice is left as text alone.
+        remote = re.findall(
+            r"^(?:ray_synth\.\S+\.)?ValueError: (.+)$", getattr(current, "traceback_str", ""), re.M
+        )
+        if remote:
+            return str(remote[-1]).strip()
         failures = getattr(current, "worker_failures", None)
         pending += list(failures.values()) if isinstance(failures, dict) else []
         pending += [getattr(current, "cause", None), current.__cause__]

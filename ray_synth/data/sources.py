@@ -196,7 +196,8 @@ def _tar_rows(shard: Shard) -> Iterator[tuple[str, bytes, str]]:
     filesystem, _ = _open(str(source.path))
     with filesystem.open_input_stream(shard.place) as stream:
         # Nothing is decoded by webdataset: its decoders would unpickle .pkl members.
-        entries = webdataset.tariterators.tar_file_iterator(io.BufferedReader(stream))
+        opened = [{"url": shard.place, "stream": io.BufferedReader(stream)}]
+        entries = webdataset.tariterators.tar_file_expander(opened)
         for sample in webdataset.tariterators.group_by_keys(entries):
             image = next(
                 (v for k, v in sample.items() if f".{k}".lower().endswith(EXTENSIONS)), None

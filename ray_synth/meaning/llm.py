@@ -41,8 +41,12 @@ class FewShot:
     def as_text(self) -> str:
         """The prompt for a model that continues text, ending right where the answer begins."""
         ask, answer = self.labels
-        shown = [f"{ask}: {q}\n{answer}: {a}\n\n" for q, a in self.examples]
-        opening = f"{ask}: {self.question}\n{answer}:" + (f" {self.cue}" if self.cue else "")
+
+        def after_label(text: str) -> str:
+            return text if text[:1] in ("", "\n") else f" {text}"
+
+        shown = [f"{ask}: {q}\n{answer}:{after_label(a)}\n\n" for q, a in self.examples]
+        opening = f"{ask}: {self.question}\n{answer}:{after_label(self.cue)}"
         return f"{self.task}\n\n" + "".join(shown) + opening
 
     def as_messages(self) -> list[dict[str, str]]:
@@ -54,7 +58,7 @@ class FewShot:
         turns: list[dict[str, str]] = []
         for question, answer in self.examples:
             turns.append({"role": "user", "content": f"{self.labels[0]}: {question}"})
-            turns.append({"role": "assistant", "content": answer})
+            turns.append({"role": "assistant", "content": answer.strip()})
         turns.append({"role": "user", "content": f"{self.labels[0]}: {self.question}"})
         turns[0]["content"] = f"{self.task}\n\n{turns[0]['content']}"
         return turns

@@ -12,8 +12,8 @@ def _packaged(name: str) -> Path:
     folder = Path(str(files("ray_synth.mini") / "weights" / name))
     if not folder.is_dir():
         raise ValueError(
-            f"The embedded {name!r} weights are not at {folder}: install ray-synth from a wheel or a "
-            "full checkout, or name another model in the config."
+            f"The embedded {name!r} weights are not at {folder}: install ray-synth from a wheel "
+            "or a full checkout, or name another model in the config."
         )
     return folder
 

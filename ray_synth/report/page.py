@@ -20,7 +20,9 @@ from ray_synth.storage import Folder
 
 PAGE = "report/index.html"
 ARMS = ("real_only", "mixed")
-CLASSES_SHOWN = 20  # in the contact sheet, in the meanings before the fold, and per end of a ranking
+CLASSES_SHOWN = (
+    20  # in the contact sheet, in the meanings before the fold, and per end of a ranking
+)
 THUMBNAIL = 128  # pixels; shown at half of that, for dense screens
 # What a reader wants to know of a config at a glance; the whole of it is on the page as well.
 FACTS = (
@@ -81,7 +83,9 @@ def render_report(folder: Folder) -> str:
 def read_run(folder: Folder) -> dict[str, Any]:
     """All that the template shows; parts that the run lacks are empty."""
     metrics = _json(folder, "metrics.json") or {}
-    config = yaml.safe_load(folder.read_bytes("config.yaml")) if folder.exists("config.yaml") else {}
+    config = (
+        yaml.safe_load(folder.read_bytes("config.yaml")) if folder.exists("config.yaml") else {}
+    )
     arms = {arm: found for arm in ARMS if (found := _json(folder, f"models/{arm}.json"))}
     versions = config.pop("versions", None) or {}
     examples = choose_examples(folder, max_classes=CLASSES_SHOWN)
@@ -101,11 +105,14 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "meanings_shown": CLASSES_SHOWN,
         "plots": curve_plots({arm: found.get("curve") or [] for arm, found in arms.items()}),
         "arms": arms,
+        "overlapped": _dig(config, "training.feed") in ("live", "lockstep"),
         "by_class": class_gains(rows),
         "stages": stage_times(metrics.get("seconds") or {}),
         "total_seconds": (metrics.get("seconds") or {}).get("total"),
         "aside": set_aside(metrics, arms),
-        "facts": [(label, value) for label, key in FACTS if (value := _dig(config, key)) is not None],
+        "facts": [
+            (label, value) for label, key in FACTS if (value := _dig(config, key)) is not None
+        ],
         "config": redact(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)),
         "versions": versions,
     }
@@ -116,7 +123,9 @@ def headlines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Without a baseline there is no gain; then `before` and `gain` are None.
     """
-    main = next((row for row in rows if row["model"] != "Real only" and row["bn"] != "auxiliary BN"), None)
+    main = next(
+        (row for row in rows if row["model"] != "Real only" and row["bn"] != "auxiliary BN"), None
+    )
     if main is None:
         return []
     before = next((row for row in rows if row["model"] == "Real only"), None)
@@ -141,15 +150,16 @@ def example_classes(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         picture = thumbnail(row["image"], THUMBNAIL)
         if picture is None:
             continue
-        tiny = max(picture.size) <= 48
-        kind = "png" if tiny else "webp"
+        kind = "png" if max(picture.size) <= 64 else "webp"
         data = encode_image(picture, image_format=kind, quality=80)
         entry = classes.setdefault(
             row["class_index"], {"name": row["class_name"], "meaning": row["meaning"], "kinds": {}}
         )
         shown = {key: row[key] for key in ("prompt", "style", "seed", "clip_score")}
         uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        entry["kinds"].setdefault(row["kind"], []).append({**shown, "uri": uri, "tiny": tiny})
+        entry["kinds"].setdefault(row["kind"], []).append(
+            {**shown, "uri": uri, "tiny": max(picture.size) <= 32}
+        )
     return list(classes.values())
 
 
@@ -188,7 +198,7 @@ def meanings(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def curve_plots(curves: dict[str, list[dict[str, Any]]]) -> list[dict[str, str]]:
-    """The plots of the page, each drawn for light and for dark, with its last values as alt text."""
+    """The plots, each drawn for light and for dark, with the last values as alt text."""
     drawings = (
         ("Training loss", plots.loss_plot, plots.LOSS, 1, 3),
         ("Training top-1", plots.accuracy_plot, plots.ACCURACY, 100, 1),
@@ -222,7 +232,12 @@ def class_gains(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
     before, after = by_model.get("Real only", {}), by_model.get("Real + synthetic", {})
     both = [
-        {"name": name, "before": before[name], "after": after[name], "gain": after[name] - before[name]}
+        {
+            "name": name,
+            "before": before[name],
+            "after": after[name],
+            "gain": after[name] - before[name],
+        }
         for name in after
         if name in before
     ]
@@ -241,7 +256,7 @@ def stage_times(seconds: dict[str, float]) -> list[dict[str, Any]]:
     timed = {name: value for name, value in seconds.items() if name != "total"}
     longest = max(timed.values(), default=0) or 1
     rows = []
-    for name in timed:
+    for name, value in timed.items():
         parent = next((p for p in timed if p != name and name.startswith(f"{p}_")), None)
         at = list(timed).index(parent) if parent else list(timed).index(name)
         label = name.removeprefix(f"{parent}_") if parent else name
@@ -250,8 +265,8 @@ def stage_times(seconds: dict[str, float]) -> list[dict[str, Any]]:
                 "order": (at, parent is not None),
                 "label": label.replace("_", " "),
                 "part": parent is not None,
-                "seconds": timed[name],
-                "share": 100 * timed[name] / longest,
+                "seconds": value,
+                "share": 100 * value / longest,
             }
         )
     return sorted(rows, key=lambda row: row["order"])
@@ -263,7 +278,11 @@ def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
     train = [_corrupt(item) for item in corrupt.get("train") or []]
     known = {item["id"] for item in train}
     met = {item for found in arms.values() for item in found.get("corrupt") or []}
-    train += [{"id": item, "error": "met in training"} for item in sorted(map(str, met)) if item not in known]
+    train += [
+        {"id": item, "error": "met in training"}
+        for item in sorted(map(str, met))
+        if item not in known
+    ]
     test = corrupt.get("test") or []
     if isinstance(test, dict):  # by test set
         test = [item for items in test.values() for item in items]

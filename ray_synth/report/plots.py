@@ -106,7 +106,7 @@ def _plot(
         colour = COLOURS[line.colour][dark]
         if len(steps) > 20:  # a batch is a small sample: show its scatter behind the trend
             axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
-        trend = smooth(values, max(1, len(values) // 15))
+        trend = smooth(values, max(1, len(values) // 12))
         marker = "o" if len(steps) == 1 else None
         axes.plot(
             steps, trend, color=colour, linewidth=1.9, linestyle=line.style, label=line.label,
@@ -121,8 +121,13 @@ def _plot(
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
-    place = "lower right" if scale == 100 else "upper right"
-    legend = axes.legend(loc=place, fontsize=9, labelcolor=ink, frameon=True, borderpad=0.3)
+    legend = axes.legend(
+        loc="lower right" if scale == 100 else "upper right",
+        fontsize=9,
+        labelcolor=ink,
+        frameon=True,
+        borderpad=0.3,
+    )
     legend.get_frame().set(facecolor="#161b24" if dark else "#ffffff", alpha=0.75, linewidth=0)
     buffer = io.BytesIO()
     # Text stays text (a third of the size), and the file is the same for the same curves.

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
+from ray_synth.config import Kind
 from ray_synth.data.images import decode_image, encode_image
 from ray_synth.generation.store import ImageStore
-from ray_synth.prompting.plan import KINDS
 from ray_synth.storage import Folder
 
+KINDS: tuple[str, ...] = get_args(Kind)
 LABELS = ["sample_id", "class_index", "class_name", "kind", "accepted"]
 SHOWN = ["sample_id", "meaning", "style", "prompt", "seed", "clip_score", "image"]
 GAP = 12  # between the blocks of two kinds
@@ -27,7 +28,7 @@ LABEL = 120
 
 
 def choose_examples(
-    folder: Folder, *, per_kind: int = 4, max_classes: int = 20, max_parts: int = 2000
+    folder: Folder, *, per_class: int = 12, max_classes: int = 20, max_parts: int = 2000
 ) -> list[dict[str, Any]]:
     """Accepted images of a run, by class, then kind, then id.
 
@@ -35,7 +36,7 @@ def choose_examples(
     were made in, and no better than the rest.
 
     Args:
-        per_kind: images of each kind of each class, at most.
+        per_class: images of each class, at most, shared evenly by the kinds that occur.
         max_classes: where there are more classes, this many are taken at even distances.
         max_parts: a larger store is judged by this many of its parts.
     """
@@ -54,6 +55,7 @@ def choose_examples(
                 cell = cells.setdefault((row["class_index"], row["kind"]), [])
                 cell.append((row["sample_id"], part))
     shown = _spread(sorted(names), max_classes)
+    per_kind = max(1, per_class // max(1, len({kind for _, kind in cells})))
     chosen = {
         sample_id: (part, index, kind)
         for index in shown
@@ -115,7 +117,7 @@ def contact_sheet(rows: Sequence[dict[str, Any]], *, columns: int, cell: int = 6
         if row["kind"] not in lefts or column >= columns:
             continue
         filled[line, row["kind"]] = column + 1
-        picture = thumbnail(row["image"], cell - 2, enlarge=True)
+        picture = thumbnail(row["image"], cell, enlarge=True)
         if picture is not None:
             left = lefts[row["kind"]] + column * cell + (cell - picture.width) // 2
             top = HEADER + line * cell + (cell - picture.height) // 2
@@ -131,8 +133,8 @@ def sheet_size(classes: int, kinds: int, *, columns: int, cell: int = 64) -> tup
 
 def write_contact_sheet(folder: Folder, name: str = "report/contact_sheet.png") -> str:
     """Write a run's contact sheet as PNG; its address."""
-    columns = 6
-    rows = choose_examples(folder, per_kind=columns, max_classes=50)
+    rows = choose_examples(folder, per_class=12, max_classes=50)
+    columns = 12 // max(1, len(kinds_of(rows)))
     folder.write_bytes(name, encode_image(contact_sheet(rows, columns=columns)))
     return f"{folder.uri.rstrip('/')}/{name}"
 
@@ -149,8 +151,9 @@ def thumbnail(data: bytes, side: int, *, enlarge: bool = False) -> Image.Image |
     scale = side / max(picture.size)
     if scale < 1 or enlarge:
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        # Tiny images keep their pixels; anything else is resampled well.
-        way = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+        # Tiny images keep their pixels where that can be even; the rest is resampled.
+        even = scale == int(scale)
+        way = Image.Resampling.NEAREST if even else Image.Resampling.LANCZOS
         picture = picture.resize(size, way)
     return picture
 

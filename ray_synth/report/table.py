@@ -29,20 +29,20 @@ def comparison_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Rows of `model`, `bn` (empty where there is one set of statistics only), `label`, `results`
-        (test set -> its entry of metrics.json, in domain first) and `gains` (test set -> `gain` over
-        the real-only model; no entry where there is nothing to compare with).
+        (test set -> its entry of metrics.json, in domain first) and `gains` (test set -> `gain`
+        over the real-only model; no entry where there is nothing to compare with).
     """
     baseline = _by_test_set(metrics.get("real_only"))
     has_aux = bool((metrics.get("mixed") or {}).get("aux"))
     rows = []
-    for path, model, bn in MODELS:
+    for path, model, statistics in MODELS:
         node: Any = metrics
         for part in path:
             node = (node or {}).get(part)
         results = _by_test_set(node)
         if not results:
             continue
-        bn = bn if has_aux else ""
+        bn = statistics if has_aux else ""
         gains = {
             name: gain(result, baseline[name])
             for name, result in results.items()
@@ -61,10 +61,10 @@ def test_sets(rows: list[dict[str, Any]]) -> list[str]:
 def gain(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     """The difference in top-1, in points, with a 95% interval.
 
-    The interval is Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, method 10): it
-    follows from the two Wilson intervals alone. It takes the two models' answers as independent; on
-    the same test images they mostly agree, so the interval errs on the wide side. It knows nothing
-    of how much another training seed would move either model.
+    The interval is Newcombe's hybrid score interval (Statistics in Medicine 17, 1998, method 10),
+    which follows from the two Wilson intervals alone. It takes the two models' answers as
+    independent; on the same test images they mostly agree, so it errs on the wide side. It knows
+    nothing of how much another training seed would move either model.
 
     Returns:
         `top1`, `interval` [low, high], and `verdict`: gain | loss | unclear (the interval holds 0).

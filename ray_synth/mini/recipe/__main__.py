@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from ray_synth.mini.recipe.settings import Settings, on_device
+from ray_synth.mini.recipe.settings import MissingInputError, Settings, prefer_speed
 
 # A stage's module and function; imported when it runs, as most need heavy libraries.
 STAGES = {
@@ -47,7 +47,7 @@ def run_stage(name: str, settings: Settings) -> Path:
         import_module(f"ray_synth.mini.recipe.{module}"), function
     )
     settings.work.mkdir(parents=True, exist_ok=True)
-    on_device(settings.device)
+    prefer_speed(settings.device)
     return stage(settings)
 
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         started = time.monotonic()
         try:
             path = run_stage(name, settings)
-        except ValueError as error:
+        except MissingInputError as error:
             parser.exit(2, f"{name}: {error}\n")
         print(f"[{name}] {path} in {time.monotonic() - started:.0f} s", flush=True)
 

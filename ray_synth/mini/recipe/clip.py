@@ -65,7 +65,7 @@ def contrastive_loss(images: torch.Tensor, texts: torch.Tensor, scale: Any) -> t
     return (by_image + by_text) / 2
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def caption_embeddings(model: Any, ids: torch.Tensor, device: str) -> torch.Tensor:
     """Normalised embeddings of both captions of every picture: `(n, 2, 384) float16`."""
     parts = []
@@ -73,7 +73,7 @@ def caption_embeddings(model: Any, ids: torch.Tensor, device: str) -> torch.Tens
         for part in ids.flatten(0, 1).split(TEXT_BATCH):
             embedding = model.encode_text(part.long()).float()
             parts.append(functional.normalize(embedding, dim=-1).half())
-    return torch.cat(parts).unflatten(0, (len(ids), 2)).clone()
+    return torch.cat(parts).unflatten(0, (len(ids), 2))
 
 
 def train_clip(settings: Settings) -> Path:
@@ -97,7 +97,7 @@ def train_clip(settings: Settings) -> Path:
     parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05, betas=(0.9, 0.95))
     image_tower = torch.compile(model.visual) if settings.compiles else model.visual
-    batch, clock = settings.batch(1024, 32), Clock("clip", settings)
+    batch, clock = settings.batch(1024, 16), Clock("clip", settings)
     for _ in clock.steps():
         clock.set_learning_rate(optimizer, peak=2e-3, warmup=0.06)
         rows = torch.randint(0, len(pictures), (batch,), device=device)

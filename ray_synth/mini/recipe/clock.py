@@ -67,7 +67,7 @@ class Clock:
         if now - self.last_line < SECONDS_BETWEEN_LINES and not self.smoke:
             return
         self.last_line = now
-        shown = " ".join(f"{name} {float(figure):.4f}" for name, figure in figures.items())
+        shown = " ".join(f"{name} {float(figure.detach()):.4f}" for name, figure in figures.items())
         print(f"[{self.stage}] {now - self.started:.0f}s step {self.step} {shown}", flush=True)
 
 

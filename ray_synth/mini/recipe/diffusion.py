@@ -41,7 +41,7 @@ def train_diffusion(settings: Settings) -> Path:
         weight_decay=0.01,
         fused=settings.compiles,
     )
-    shares, size = noise.signal_shares(device), settings.batch(1024, 16)
+    shares, size = noise.signal_shares(device), settings.batch(1024, 8)
     clock = Clock("diffusion", settings)
     for step in clock.steps():
         clock.set_learning_rate(optimizer, peak=PEAK_LEARNING_RATE)

@@ -82,7 +82,7 @@ def distil(settings: Settings) -> Path:
         fused=settings.compiles,
     )
     shares, grid = noise.signal_shares(device), noise.solver_grid(device)
-    size, clock = settings.batch(512, 16), Clock("distillation", settings)
+    size, clock = settings.batch(512, 8), Clock("distillation", settings)
     empty = prompts.empty(size)
     for step in clock.steps():
         clock.set_learning_rate(optimizer, peak=PEAK_LEARNING_RATE)

@@ -3,6 +3,7 @@
 In: `work/sd`, `work/clip`, `work/tokenizer`. Out: `work/weights/sd` and `work/weights/clip`.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def store_in_eight_bits(path: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def forget_origin(path: Path) -> None:
+    """Takes the folder that a model was loaded from out of its config: it means nothing here."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def pack(settings: Settings) -> Path:
     """Writes the two folders of the package; returns the folder that holds them."""
     from diffusers import StableDiffusionPipeline
@@ -66,4 +74,6 @@ def pack(settings: Settings) -> Path:
     shutil.copytree(tokenizer, folder / "clip", dirs_exist_ok=True)
     for name in IN_EIGHT_BITS:
         store_in_eight_bits(folder / name)
+    for config in [*folder.glob("sd/*/config.json"), folder / "sd" / "model_index.json"]:
+        forget_origin(config)
     return folder

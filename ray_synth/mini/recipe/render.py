@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import starmap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,12 @@ def draw(job: Job, settings: Settings) -> tuple[np.ndarray, list[tuple[str, str]
 
 @contextmanager
 def _mapper(workers: int) -> Iterator[Any]:
-    """`starmap` in this process or over several."""
+    """`map` in this process or, in the same order, over several."""
     if workers <= 1:
-        yield starmap
+        yield map
     else:
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            yield pool.starmap
+            yield pool.imap
 
 
 def render(settings: Settings) -> Path:
@@ -115,7 +115,7 @@ def render(settings: Settings) -> Path:
     labels = np.zeros(total, np.int16)
     tokenizer, start = load_tokenizer(settings), 0
     with _mapper(settings.workers) as mapper:
-        for drawn, captions, drawn_labels in mapper(draw, ((job, settings) for job in jobs)):
+        for drawn, captions, drawn_labels in mapper(partial(draw, settings=settings), jobs):
             rows = slice(start, start + len(drawn))
             pictures[rows], labels[rows] = drawn, drawn_labels
             flat = [caption for pair in captions for caption in pair]

@@ -72,7 +72,7 @@ def _pipeline(settings: Settings, unet: Any, scheduler: Any) -> Any:
     text_encoder = CLIPTextModel.from_pretrained(
         settings.output_of("text", "text_encoder"), dtype=torch.float32
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=load_tokenizer(settings),

@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 
 
+class MissingInputError(ValueError):
+    """A file that has to be downloaded, or that an earlier stage has to write, is not there."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Folders, time and size of one run of the recipe.
@@ -47,22 +51,22 @@ class Settings:
         """A path under `data`, which must exist.
 
         Raises:
-            ValueError: it does not; the message says what belongs there.
+            MissingInputError: it does not; the message says what belongs there.
         """
         path = self.data / name
         if not path.exists():
-            raise ValueError(f"{path} is missing: put {what} there.")
+            raise MissingInputError(f"{path} is missing: put {what} there.")
         return path
 
     def output_of(self, stage: str, name: str) -> Path:
         """A path under `work` that `stage` should have written.
 
         Raises:
-            ValueError: the stage has not run yet.
+            MissingInputError: the stage has not run yet.
         """
         path = self.work / name
         if not path.exists():
-            raise ValueError(f"{path} is missing: run the stage {stage!r} first.")
+            raise MissingInputError(f"{path} is missing: run the stage {stage!r} first.")
         return path
 
 
@@ -80,7 +84,7 @@ def autocast(device: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
 
-def on_device(device: str) -> None:
+def prefer_speed(device: str) -> None:
     """Turns on the fast float32 paths of a GPU; harmless without one."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

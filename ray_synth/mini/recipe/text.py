@@ -69,7 +69,7 @@ def sentence_maker(lexicon: Lexicon, rng: random.Random) -> Callable[[], str]:
     return sentence
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def teacher_embeddings(folder: Path, texts: Sequence[str], device: str) -> torch.Tensor:
     """Mean-pooled, normalised embeddings of a sentence model: `(len(texts), 384) float16`.
 
@@ -113,7 +113,7 @@ def train_text(settings: Settings) -> Path:
     lexicon = read_lexicon(settings.output_of("wordnet", "wordnet.json"))
     teacher = settings.input("minilm", "the folder of sentence-transformers/all-MiniLM-L6-v2")
     sentence = sentence_maker(lexicon, random.Random(0))
-    texts = [sentence() for _ in range(settings.batch(SENTENCES, 200))]
+    texts = [sentence() for _ in range(settings.batch(SENTENCES, 100))]
     ids = torch.from_numpy(token_ids(load_tokenizer(settings), texts)).long().to(device)
     targets = teacher_embeddings(teacher, texts, device).to(device)
 
@@ -121,7 +121,7 @@ def train_text(settings: Settings) -> Path:
     model = clip_model().to(device)
     parameters = [tensor for name, tensor in model.named_parameters() if not is_visual(name)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    batch, clock = settings.batch(2048, 64), Clock("text", settings)
+    batch, clock = settings.batch(2048, 16), Clock("text", settings)
     for _ in clock.steps():
         clock.set_learning_rate(optimizer, peak=1.2e-3)
         rows = torch.randint(0, len(texts), (batch,), device=device)
@@ -153,7 +153,7 @@ def train_text(settings: Settings) -> Path:
     return folder
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _assert_same_function(model: Any, encoder: Any, ids: torch.Tensor) -> None:
     """The two forms of the text tower give the same embeddings (read at the last token)."""
     model.eval()

@@ -81,13 +81,13 @@ def train_vae(settings: Settings) -> Path:
     latents = encode_all(vae.eval(), pictures, device)
     # Diffusion expects latents of about unit variance.
     vae.register_to_config(scaling_factor=1 / latents.float().std().item())
-    save_file({"latents": latents.cpu()}, settings.work / "latents.safetensors")
+    save_file({"latents": latents.cpu().contiguous()}, settings.work / "latents.safetensors")
     folder = settings.work / "vae"
     vae.half().save_pretrained(folder)
     return folder
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_all(vae: Any, pictures: torch.Tensor, device: str) -> torch.Tensor:
     """The means of all pictures' latents: `(n, 4, 16, 16) float16`."""
     parts = []

@@ -1,0 +1,53 @@
+"""Fixtures that start the real thing once a module: a local Ray, small image folders."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    """A Ray of this module's own, stopped after it."""
+    import ray
+
+    from ray_synth.cluster import connect
+    from ray_synth.config import ClusterConfig
+
+    with connect(ClusterConfig(num_cpus=4)):
+        yield ray
+
+
+def draw(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
+    """A small picture that differs by seed."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def encoded(seed: int, image_format: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    draw(seed).save(buffer, format=image_format)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Two classes of five images each, in three formats."""
+    random.seed(0)
+    for c, name in enumerate(("cat", "dog")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(5):
+            suffix, kind = [(".png", "PNG"), (".jpg", "JPEG"), (".webp", "WEBP")][i % 3]
+            (tmp_path / "images" / name / f"{i}{suffix}").write_bytes(encoded(10 * c + i, kind))
+    return tmp_path / "images"

@@ -1,0 +1,94 @@
+"""The config: strict keys, near names, overrides, readable messages."""
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from ray_synth.config import Config, load_config, parse_config
+
+MINIMAL = {
+    "name": "x",
+    "data": {"train": {"format": "digits", "split": "train"}, "test": {"format": "digits"}},
+    "training": {"steps": 10},
+}
+
+
+def write(tmp_path, values) -> str:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_every_shipped_config_is_valid():
+    paths = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+    assert len(paths) >= 3
+    for path in paths:
+        assert isinstance(load_config(path), Config)
+
+
+def test_overrides_replace_values_of_the_file(tmp_path):
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, ["training.steps=20", "generation.pool.max_size=3", "seed=7"])
+    assert config.training.steps == 20
+    assert config.generation.pool.max_size == 3
+    assert config.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("training.stpes=3", "steps"),
+        ("generation.num_inference_step=3", "num_inference_steps"),
+        ("generation.pool.maxsize=3", "max_size"),
+        ("meaning.llm.modle=x", "model"),
+        ("promting.multiplier=2", "prompting"),
+        ("data.train.formt=digits", "format"),
+        ("data.ood.other={format: digits, splitt: test}", "split"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_name(tmp_path, override, near):
+    with pytest.raises(ValueError, match="unknown key") as error:
+        load_config(write(tmp_path, MINIMAL), [override])
+    assert f"did you mean {near!r}" in str(error.value)
+    assert override.split("=")[0].split(".")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.real_fraction=1.5", "less than 1"),
+        ("training.epochs=3", "either steps or epochs"),
+        ("generation.width=63", "multiple of 8"),
+        ("generation.pool.max_size=0", "greater than or equal to 1"),
+        ("prompting.mix={plain: 0}", "weight above 0"),
+        ("prompting.mix={plane: 1}", "contextual"),
+        ("data.train={format: imagefolder}", "needs a path"),
+        ("name=a b", "pattern"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place(tmp_path, override, says):
+    with pytest.raises(ValueError, match=says) as error:
+        load_config(write(tmp_path, MINIMAL), [override])
+    assert override.split("=")[0].split(".")[0] in str(error.value)
+
+
+def test_several_problems_are_told_at_once():
+    with pytest.raises(ValueError, match="seed") as error:
+        parse_config({**MINIMAL, "seed": -1, "trainng": {}})
+    assert "training" in str(error.value)
+
+
+def test_a_missing_file_says_what_writes_one(tmp_path):
+    with pytest.raises(ValueError, match="ray-synth init"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_batch_is_cut_by_real_fraction():
+    training = parse_config({**MINIMAL, "training": {"steps": 1, "batch_size": 10}}).training
+    assert (training.num_real, training.num_synth) == (5, 5)
+    uneven = {"steps": 1, "batch_size": 10, "real_fraction": 0.33}
+    training = parse_config({**MINIMAL, "training": uneven}).training
+    assert (training.num_real, training.num_synth) == (3, 7)
