@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +113,7 @@ class TransformersLLM:
                 source, padding_side="left", **options
             )
             network = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype, **options)
-        self._model: Any = network.to(self.device).eval()
+        self._model: Any = network.eval().to(device=self.device)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self.style = _choose_style(style, model, bool(self._tokenizer.chat_template))
@@ -181,12 +180,22 @@ class TransformersLLM:
     ) -> list[str]:
         import torch
 
-        batch = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
-        prompt_length = batch["input_ids"].shape[1]
+        # Worked examples are shared by a whole batch: their keys and values are computed once.
+        shared = _common_prefix(ids)
+        batch = self._tokenizer.pad({"input_ids": [row[shared:] for row in ids]}, return_tensors="pt")
+        prefix = torch.tensor([ids[0][:shared]] * len(ids), dtype=torch.long)
+        input_ids = torch.cat([prefix, batch["input_ids"]], dim=1).to(self.device)
+        mask = torch.cat([torch.ones_like(prefix), batch["attention_mask"]], dim=1).to(self.device)
+        prompt_length = input_ids.shape[1]
         with torch.inference_mode():
+            cache = None
+            if shared:
+                cache = self._model(input_ids[:1, :shared], use_cache=True).past_key_values
+                cache.batch_repeat_interleave(len(ids))
             out = self._model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                input_ids=input_ids,
+                attention_mask=mask,
+                past_key_values=cache,
                 max_new_tokens=max_new_tokens,
                 # drawn by the processor below: the argmax of Gumbel-perturbed logits is a sample
                 do_sample=False,
@@ -198,6 +207,12 @@ class TransformersLLM:
                 pad_token_id=self._tokenizer.pad_token_id,
             )
         return self._tokenizer.batch_decode(out[:, prompt_length:], skip_special_tokens=True)
+
+
+def _common_prefix(rows: list[list[int]]) -> int:
+    """How many leading tokens all rows share, leaving each at least one of its own."""
+    most = min(len(row) for row in rows) - 1
+    return next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
 
 
 def truncate_at(text: str, stop: Sequence[str]) -> str:

@@ -62,7 +62,8 @@ class Augmentation:
 
 POLICIES: dict[str, Augmentation] = {
     "none": Augmentation(),
-    "digits": Augmentation(rotate=12, shear=8, translate=0.1, scale=(0.85, 1.15)),
+    # Always grayscale: real digits have no colour, so it would only tell the domains apart.
+    "digits": Augmentation(rotate=15, shear=15, translate=0.1, scale=(0.75, 1.25), grayscale=1.0),
     "imagenet": Augmentation(crop_scale=(0.08, 1.0), flip=0.5),
     "imagenet_strong": Augmentation(crop_scale=(0.08, 1.0), flip=0.5, rand_augment=9, erase=0.25),
 }

@@ -159,6 +159,7 @@ def test_augmentation_settings_are_resolved_over_a_policy():
         resolve_augmentation({"rotat": 3})
 
 
+@settings(deadline=None)
 @given(
     num_real=st.integers(0, 6),
     num_synth=st.integers(0, 6),

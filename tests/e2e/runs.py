@@ -1,0 +1,64 @@
+"""Small real runs of the command, as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+# The quickstart with two classes and few steps; everything in it is as real as in the whole.
+SMALL = [
+    "data.class_names=[six, seven]",
+    "data.train.class_map={six: six, seven: seven}",
+    "data.test.class_map={six: six, seven: seven}",
+    "data.ood.uci_digits.class_map={six: six, seven: seven}",
+    "data.train.images_per_class=4",
+    "data.test.images_per_class=20",
+    "data.ood.uci_digits.images_per_class=20",
+    "meaning.num_meanings=2",
+    "meaning.num_images=4",
+    "meaning.retries=0",
+    "prompting.contexts_per_class=3",
+    "prompting.multiplier=8",
+    "generation.batch_size=8",
+    "generation.num_inference_steps=2",
+    "training.steps=30",
+    "training.batch_size=16",
+    "training.checkpoint_every=5",
+]
+# The same without the language model, for tests of what comes after it.
+NO_LLM = ["meaning.enabled=false", "prompting.mix={plain: 1}"]
+
+
+def command(verb: str, runs: Path, *settings: str, config: Path = QUICKSTART) -> list[str]:
+    line = [sys.executable, f"jobs/{verb}.py", "--config", str(config), "--set", f"runs_dir={runs}"]
+    for setting in settings:
+        line += ["--set", setting]
+    return line
+
+
+def run(line: list[str], *, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        line,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def stored_ids(run_folder: Path) -> list[str]:
+    """The ids in the store, one for each time that an image was made."""
+    parts = sorted((run_folder / "images").glob("part-*.parquet"))
+    return [i for part in parts for i in pq.read_table(part, columns=["sample_id"])["sample_id"].to_pylist()]
+
+
+def planned_ids(run_folder: Path) -> list[str]:
+    return pq.read_table(run_folder / "plan.parquet")["sample_id"].to_pylist()

@@ -1,0 +1,170 @@
+"""The whole command: what it leaves, running it again, and killing it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from runs import NO_LLM, ROOT, SMALL, command, planned_ids, run, stored_ids
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    result = run(command("run", runs, *SMALL))
+    assert result.returncode == 0, result.stderr[-4000:]
+    return runs / "quickstart", result
+
+
+def test_a_run_prints_its_table_and_where_to_look(finished):
+    folder, result = finished
+    assert "Real + synthetic" in result.stdout
+    assert str(folder / "report" / "index.html") in result.stdout
+    assert "mlflow ui --backend-store-uri" in result.stdout
+    for stage in ("data", "meaning", "plan", "generation", "training", "evaluation", "total"):
+        assert stage in result.stdout
+
+
+def test_metrics_hold_what_is_promised(finished):
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    for model in (metrics["real_only"], metrics["mixed"]["main"], metrics["mixed"]["aux"]):
+        for result in (model["in_domain"], model["ood"]["uci_digits"]):
+            assert result["top1_interval"][0] <= result["top1"] <= result["top1_interval"][1]
+            assert result["images"] == 40
+    assert (metrics["num_real"], metrics["num_synthetic"]) == (8, 64)
+    assert metrics["images_per_second"]["generation"] > 0
+    assert 0 <= metrics["stall_fraction"] <= 1
+    for stage in ("data", "meaning", "plan", "generation", "training", "evaluation", "total"):
+        assert metrics["seconds"][stage] >= 0
+
+
+def test_meanings_and_prompts_come_from_the_language_model(finished):
+    folder = finished[0]
+    meanings = json.loads((folder / "meanings.json").read_text())
+    assert [entry["class_name"] for entry in meanings] == ["six", "seven"]
+    for entry in meanings:
+        assert entry["raw_answers"]
+        assert any(candidate["source"] == "llm" for candidate in entry["candidates"])
+        assert entry["num_images"] == 4
+    import pyarrow.parquet as pq
+
+    plan = pq.read_table(folder / "plan.parquet").to_pylist()
+    assert {row["kind"] for row in plan} >= {"contextual", "stylized"}
+    assert {row["context_source"] for row in plan} <= {"llm", "pool", "none"}
+
+
+def test_every_image_is_made_once_and_says_what_made_it(finished):
+    folder = finished[0]
+    assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
+    import pyarrow.parquet as pq
+
+    row = pq.read_table(next((folder / "images").glob("part-*"))).to_pylist()[0]
+    assert row["prompt"]
+    assert row["gpu_seconds"] > 0
+    assert json.loads(row["generator"])["num_inference_steps"] == 2
+
+
+def test_both_arms_saw_as_many_real_images(finished):
+    cards = [json.loads((finished[0] / "models" / f"{arm}.json").read_text()) for arm in ("real_only", "mixed")]
+    assert cards[0]["real_images_seen"] == cards[1]["real_images_seen"] == 30 * 8
+    assert cards[0]["steps"] == cards[1]["steps"]
+
+
+def test_mlflow_holds_parameters_curves_results_and_artifacts(finished):
+    from mlflow.tracking import MlflowClient
+
+    folder = finished[0]
+    handle = json.loads((folder / "mlflow.json").read_text())
+    client = MlflowClient(tracking_uri=handle["uri"])
+    found = client.get_run(handle["run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["training.steps"] == "30"
+    assert "mixed.main.in_domain.top1" in found.data.metrics
+    steps = [m.step for m in client.get_metric_history(handle["run_id"], "mixed.loss")]
+    assert steps == [10, 20, 30]
+    names = {item.path for item in client.list_artifacts(handle["run_id"])}
+    assert {"config.yaml", "metrics.json", "index.html"} <= names
+
+
+def test_the_model_loads_in_plain_timm(finished):
+    import timm
+    from safetensors.torch import load_file
+
+    card = json.loads((finished[0] / "models" / "mixed.json").read_text())
+    model = timm.create_model(card["model"], num_classes=2, **card["model_kwargs"])
+    for bn in card["bns"]:
+        model.load_state_dict(load_file(finished[0] / "models" / f"mixed.{bn}.safetensors"))
+
+
+def test_run_again_is_quick_and_makes_nothing(finished):
+    folder = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in (folder / "images").iterdir()}
+    started = time.monotonic()
+    result = run(command("run", folder.parent, *SMALL))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert time.monotonic() - started < 30
+    assert {path: path.stat().st_mtime_ns for path in (folder / "images").iterdir()} == before
+    assert "Real + synthetic" in result.stdout
+
+
+def test_changed_settings_are_refused_with_a_name(finished):
+    result = run(command("run", finished[0].parent, *SMALL, "training.steps=40"))
+    assert result.returncode == 2
+    assert "training.steps: 30 -> 40" in result.stderr
+    assert "--force-stage training" in result.stderr
+
+
+def kill_when(line: list[str], ready) -> None:
+    """Start the command, and kill -9 its process when `ready()` holds."""
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not ready():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline, "it never came to where it should be killed"
+            time.sleep(0.05)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def parts(folder: Path) -> int:
+    return len(list((folder / "images").glob("part-*.parquet")))
+
+
+def test_killed_in_generation_it_continues_and_makes_each_row_once(tmp_path):
+    folder = tmp_path / "quickstart"
+    settings = [*SMALL, *NO_LLM, "training.feed=stored", "training.baseline=false"]
+    settings += ["generation.num_inference_steps=6", "prompting.multiplier=16"]
+    kill_when(command("run", tmp_path, *settings), lambda: parts(folder) >= 2)
+    made = parts(folder)
+    assert made < 16
+    result = run(command("run", tmp_path, *settings))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
+    assert len(planned_ids(folder)) == 128
+
+
+def test_killed_in_training_it_continues_from_its_checkpoint(tmp_path):
+    folder = tmp_path / "quickstart"
+    settings = [*SMALL, *NO_LLM, "training.baseline=false", "training.steps=120"]
+
+    def checkpoints() -> int:
+        return len(list((folder / "checkpoints").glob("mixed-*/checkpoint_*/state.pt")))
+
+    kill_when(command("run", tmp_path, *settings), lambda: checkpoints() >= 2)
+    assert not (folder / "models" / "mixed.json").exists()
+    import torch
+
+    newest = max((folder / "checkpoints").glob("mixed-*/checkpoint_*/state.pt"), key=lambda p: p.stat().st_mtime)
+    before = torch.load(newest, weights_only=True)["history"]["curve"]
+    result = run(command("run", tmp_path, *settings))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
+    curve = json.loads((folder / "models" / "mixed.json").read_text())["curve"]
+    assert [point["step"] for point in curve] == list(range(10, 121, 10))
+    shared = min(len(before), 1)
+    assert curve[:shared] == before[:shared], "steps before the checkpoint were not trained again"
