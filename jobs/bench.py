@@ -114,7 +114,7 @@ def _stock_pipeline(made: GenerationConfig, dtype: Any, device: str) -> Any:
 
     diffusers.utils.logging.disable_progress_bar()
     pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
-        resolve_model(made.model), torch_dtype=dtype, revision=made.revision, variant=made.variant
+        resolve_model(made.model), dtype=dtype, revision=made.revision, variant=made.variant
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -156,7 +156,7 @@ def _ray_round(plan: list[dict[str, Any]], made: GenerationConfig) -> float:
         arrivals, counts = [], []
         for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             arrivals.append(time.perf_counter())
-            counts.append(block.num_rows)
+            counts.append(len(block))
     return sum(counts[1:]) / (arrivals[-1] - arrivals[0])
 
 

@@ -1,4 +1,4 @@
-"""`ray-synth disambiguate` for `ray job submit --working-dir . -- python jobs/disambiguate.py --config ...`."""
+"""`ray-synth disambiguate` as a job: `ray job submit ... -- python jobs/disambiguate.py ...`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ray-synth evaluate` for `ray job submit --working-dir . -- python jobs/evaluate.py --config ...`."""
+"""`ray-synth evaluate` as a job: `ray job submit --working-dir . -- python jobs/evaluate.py ...`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ray-synth generate` for `ray job submit --working-dir . -- python jobs/generate.py --config ...`."""
+"""`ray-synth generate` as a job: `ray job submit --working-dir . -- python jobs/generate.py ...`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ray-synth plan` for `ray job submit --working-dir . -- python jobs/plan.py --config ...`."""
+"""`ray-synth plan` as a job: `ray job submit --working-dir . -- python jobs/plan.py ...`."""
 
 import sys
 from pathlib import Path

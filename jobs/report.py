@@ -1,4 +1,4 @@
-"""`ray-synth report` for `ray job submit --working-dir . -- python jobs/report.py --config ...`."""
+"""`ray-synth report` as a job: `ray job submit --working-dir . -- python jobs/report.py ...`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`ray-synth run` for `ray job submit --working-dir . -- python jobs/run.py --config ...`."""
+"""`ray-synth run` as a job: `ray job submit --working-dir . -- python jobs/run.py ...`."""
 
 import sys
 from pathlib import Path

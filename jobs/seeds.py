@@ -1,4 +1,4 @@
-"""The same run over several seeds, and what was gained on average: `python jobs/seeds.py --seeds 0,1,2`.
+"""The same run over several seeds, and what was gained on average: `python jobs/seeds.py`.
 
 A seed decides which real images are taken, the LLM's samples, the plan, every image, and training. Each
 seed is a run of its own, so that a killed study goes on where it was. Ends with a Markdown table.
@@ -54,7 +54,9 @@ def markdown(found: dict[int, dict[str, Any]]) -> str:
     """One row a model and test set, one column a seed, and their mean and standard deviation."""
     tables = {seed: accuracies(metrics) for seed, metrics in found.items()}
     lines = [
-        "| model | test set | " + " | ".join(f"seed {seed}" for seed in tables) + " | mean ± s.d. |",
+        "| model | test set | "
+        + " | ".join(f"seed {seed}" for seed in tables)
+        + " | mean ± s.d. |",
         "|---|---|" + "---|" * (len(tables) + 1),
     ]
     for key in next(iter(tables.values())):

@@ -1,4 +1,4 @@
-"""`ray-synth train` for `ray job submit --working-dir . -- python jobs/train.py --config ...`."""
+"""`ray-synth train` as a job: `ray job submit --working-dir . -- python jobs/train.py ...`."""
 
 import sys
 from pathlib import Path

@@ -43,7 +43,10 @@ def demands(config: Config) -> dict[str, list[Demand]]:
     generation, training, evaluation = config.generation, config.training, config.evaluation
     read = Demand("a read task", 1, READ_CPUS)
     pool = Demand(
-        "generation.pool.min_size", generation.pool.min_size, generation.num_cpus, generation.num_gpus
+        "generation.pool.min_size",
+        generation.pool.min_size,
+        generation.num_cpus,
+        generation.num_gpus,
     )
     workers = Demand(
         "training.num_workers", training.num_workers, training.num_cpus, training.num_gpus

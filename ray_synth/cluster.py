@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ray_synth.config import ClusterConfig
 from ray_synth.storage import Folder
@@ -44,7 +45,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
-    options = {"log_to_driver": False, "logging_level": logging.WARNING}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     try:
         if address:
             ray.init(address=address, **options)
@@ -79,6 +80,8 @@ def runs_folder(runs_dir: str) -> Folder:
         return Folder(runs_dir)
     if "runtime_resources/working_dir_files" in str(Path.cwd()):
         folder = Folder(Path.home() / "ray-synth" / runs_dir)
-        log.warning("runs_dir %r is relative, and this is an uploaded job: using %s", runs_dir, folder.uri)
+        log.warning(
+            "runs_dir %r is relative, and this is an uploaded job: using %s", runs_dir, folder.uri
+        )
         return folder
     return Folder(runs_dir)

@@ -98,19 +98,23 @@ class MeaningConfig(Section):
     retries: Annotated[int, Field(ge=0)] = 3
 
 
+def _even_mix() -> dict[Kind, float]:
+    return {"contextual": 0.5, "stylized": 0.5}
+
+
 class PromptingConfig(Section):
     """Prompt diversification and the size of the plan (paper, section 3.2)."""
 
     multiplier: Annotated[float, Field(gt=0)] = Field(
         6.0, description="synthetic images = multiplier x real training images"
     )
-    mix: dict[Kind, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda: {"contextual": 0.5, "stylized": 0.5}
-    )
+    mix: dict[Kind, Annotated[float, Field(ge=0)]] = Field(default_factory=_even_mix)
     contexts_per_class: Positive = 16
     negative_prompt: str = ""
     styles: str | None = Field(None, description="a YAML file of styles; default: the 60 built in")
-    max_tokens: Positive | None = Field(None, description="default: the CLIP model's context length")
+    max_tokens: Positive | None = Field(
+        None, description="default: the CLIP model's context length"
+    )
 
     @field_validator("mix")
     @classmethod
@@ -301,7 +305,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(values, origin=str(path))
 
 
-def parse_config(values: dict[str, Any], *, origin: str = "config", model: type = Config) -> Any:
+def parse_config(
+    values: dict[str, Any], *, origin: str = "config", model: type[BaseModel] = Config
+) -> Any:
     """Validate a mapping as `model`. Raises ValueError with one line a problem."""
     try:
         return model.model_validate(values)
@@ -327,7 +333,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:
-    location = [part for part in problem["loc"]]
+    location = list(problem["loc"])
     dotted = ".".join(map(str, location))
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")

@@ -25,12 +25,12 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
-from ray_synth.training.trainer import check_recipe
 from ray_synth.generation.generator import check_model, fingerprint, prompt_tokens
 from ray_synth.generation.store import ImageStore
 from ray_synth.progress import Bar, make_board, watch
 from ray_synth.stages import StageLog, stage_inputs
 from ray_synth.storage import Folder
+from ray_synth.training.trainer import check_recipe
 
 log = logging.getLogger("ray_synth")
 VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "mlflow")
@@ -208,7 +208,7 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     plan = make_plan(
         classes,
         num_images=max(1, round(config.prompting.multiplier * len(run.train))),
-        mix=dict(config.prompting.mix),
+        mix={str(kind): share for kind, share in config.prompting.mix.items()},
         styles=load_styles(config.prompting.styles),
         negative_prompt=config.prompting.negative_prompt,
         fingerprint=fingerprint(config.generation),

@@ -43,7 +43,9 @@ class Bar:
         seconds = time.monotonic() - self.started
         rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
-        text = f"{self.name} {self.done:,}/{self.total:,} {self.unit}, {rate:.1f} {self.unit}/s{left}"
+        text = (
+            f"{self.name} {self.done:,}/{self.total:,} {self.unit}, {rate:.1f} {self.unit}/s{left}"
+        )
         return f"{text}, {note}" if note else text
 
     def __enter__(self) -> Bar:

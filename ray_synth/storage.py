@@ -55,7 +55,7 @@ class Folder:
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.File
 
-    def list(self, suffix: str = "") -> list[str]:
+    def names(self, suffix: str = "") -> list[str]:
         """Names of the finished files inside, sorted; none where the folder does not exist."""
         selector = pafs.FileSelector(self.path(), allow_not_found=True)
         names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.is_file)

@@ -80,7 +80,9 @@ class Tracker:
         self.client.set_terminated(self.run_id, status)
 
 
-def metric_logger(handle: dict[str, str], *, prefix: str) -> Callable[[dict[str, float], int], None]:
+def metric_logger(
+    handle: dict[str, str], *, prefix: str
+) -> Callable[[dict[str, float], int], None]:
     """A function (values, step) that logs under `prefix.`; for rank 0 of a trainer."""
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient

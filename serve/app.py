@@ -233,13 +233,13 @@ class Disambiguation:
             body.class_name, meaning, num_contexts=max(body.contextual, 1), seed=body.seed
         )
         contexts = [Context(**item["context"]) for item in found["contexts"]]
-        limit = {"count_tokens": _count_words, "max_tokens": 77}
+        tokens: dict[str, Any] = {"count_tokens": _count_words, "max_tokens": 77}
         return {
             "class_name": body.class_name,
             "meaning": meaning,
             "contextual": [
                 {
-                    "prompt": contextual_prompt(body.class_name, meaning, context, **limit),
+                    "prompt": contextual_prompt(body.class_name, meaning, context, **tokens),
                     "source": item["source"],
                 }
                 for context, item in zip(contexts, found["contexts"], strict=True)
@@ -247,7 +247,7 @@ class Disambiguation:
             "stylized": [
                 {
                     "prompt": stylized_prompt(
-                        style, body.class_name, meaning, contexts[i % len(contexts)], **limit
+                        style, body.class_name, meaning, contexts[i % len(contexts)], **tokens
                     ),
                     "style": style.name,
                 }
@@ -280,13 +280,15 @@ def build(config: ServeConfig) -> Application:
     api.user_middleware.clear()
     api.add_middleware(BodyLimit, limit=config.limits.max_body_bytes)
     llm, clip = config.llm, config.clip
-    return Disambiguation.options(ray_actor_options={"num_cpus": 0.1}).bind(
+    return Disambiguation.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": 0.1}
+    ).bind(
         config,
-        LlmDeployment.options(
+        LlmDeployment.options(  # type: ignore[attr-defined]
             num_replicas=llm.replicas,
             ray_actor_options={"num_cpus": llm.num_cpus, "num_gpus": llm.num_gpus},
         ).bind(llm),
-        ClipDeployment.options(
+        ClipDeployment.options(  # type: ignore[attr-defined]
             num_replicas=clip.replicas,
             ray_actor_options={"num_cpus": clip.num_cpus, "num_gpus": clip.num_gpus},
         ).bind(clip),

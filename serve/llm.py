@@ -31,7 +31,7 @@ class LlmDeployment:
             num_threads=os.cpu_count(),
             style=config.style,
         )
-        self.complete.set_max_batch_size(config.max_batch_size)
+        self.complete.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
         self.batches: list[int] = []
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.05)

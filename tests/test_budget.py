@@ -1,8 +1,8 @@
 """The preflight: sums, refusals, and the cluster file that ships."""
 
 import pytest
-
 from conftest import ROOT
+
 from ray_synth.budget import Capacity, capacity_of_cluster_yaml, check_budget, demands, shortfalls
 from ray_synth.config import load_config
 
@@ -20,7 +20,10 @@ def test_the_quickstart_fits_two_cpus_and_not_one():
         check_budget(config, capacity(1))
     text = str(error.value)
     assert "training needs 2 CPUs" in text
-    assert "training.num_workers 1 x 0.5 + generation.pool.min_size 1 x 0.5 + a read task 1 x 1" in text
+    assert (
+        "training.num_workers 1 x 0.5 + generation.pool.min_size 1 x 0.5 + a read task 1 x 1"
+        in text
+    )
 
 
 def test_no_gpu_left_for_the_pool_is_refused():
@@ -43,7 +46,10 @@ def test_one_unit_must_fit_one_node():
 
 def test_stored_training_does_not_count_the_pool():
     config = load_config(QUICKSTART, ["training.feed=stored"])
-    assert [part.what for part in demands(config)["training"]] == ["training.num_workers", "a read task"]
+    assert [part.what for part in demands(config)["training"]] == [
+        "training.num_workers",
+        "a read task",
+    ]
 
 
 @pytest.mark.parametrize("name", ["imagenet_resnet50", "imagenet_convnext"])

@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-
 from conftest import ROOT
+
 from ray_synth.config import Config, load_config, parse_config
 
 MINIMAL = {

@@ -1,8 +1,8 @@
 """What a run directory remembers, and what it refuses."""
 
 import pytest
-
 from conftest import ROOT
+
 from ray_synth.config import load_config
 from ray_synth.stages import STAGES, StageLog, changed, stage_inputs
 from ray_synth.storage import Folder
@@ -51,7 +51,12 @@ def test_a_changed_setting_names_the_first_stage_it_invalidates(tmp_path, overri
 
 @pytest.mark.parametrize(
     "override",
-    ["generation.batch_size=3", "generation.num_cpus=3", "training.num_threads=1", "tracking.enabled=false"],
+    [
+        "generation.batch_size=3",
+        "generation.num_cpus=3",
+        "training.num_threads=1",
+        "tracking.enabled=false",
+    ],
 )
 def test_how_a_stage_runs_may_change_at_any_time(tmp_path, override):
     finish_all(log(tmp_path))

@@ -52,7 +52,9 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         case "huggingface":
             count = len(_huggingface(source))
             starts = range(0, count, ROWS_PER_SHARD)
-            return [Shard(source, str(source.path), s, min(s + ROWS_PER_SHARD, count)) for s in starts]
+            return [
+                Shard(source, str(source.path), s, min(s + ROWS_PER_SHARD, count)) for s in starts
+            ]
     raise AssertionError(source.format)
 
 
@@ -92,7 +94,10 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
         case "parquet":
             column = _row_group(shard, [source.image_column]).column(0)
             for row in wanted:
-                yield f"{shard.place}#{shard.start}:{row}", _image_bytes(column[row].as_py(), source)
+                yield (
+                    f"{shard.place}#{shard.start}:{row}",
+                    _image_bytes(column[row].as_py(), source),
+                )
         case "webdataset":
             keep = set(wanted)
             for row, (key, data, _) in enumerate(_tar_rows(shard)):
@@ -225,7 +230,9 @@ def _huggingface(source: SourceConfig) -> Any:
     datasets.disable_progress_bars()
     path = str(source.path)
     try:
-        if (Path(path) / "dataset_info.json").exists() or (Path(path) / "dataset_dict.json").exists():
+        if (Path(path) / "dataset_info.json").exists() or (
+            Path(path) / "dataset_dict.json"
+        ).exists():
             loaded: Any = datasets.load_from_disk(path)
         else:
             loaded = datasets.load_dataset(path, revision=source.revision)

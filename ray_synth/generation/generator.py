@@ -226,7 +226,7 @@ def _load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     model = resolve_model(config.model)
     arguments = {
-        "torch_dtype": dtype,
+        "dtype": dtype,
         "use_safetensors": True,
         "revision": config.revision,
         "variant": config.variant,

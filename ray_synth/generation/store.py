@@ -50,7 +50,7 @@ class ImageStore:
         self.folder = folder
 
     def parts(self) -> list[str]:
-        return [name for name in self.folder.list(".parquet") if name.startswith("part-")]
+        return [name for name in self.folder.names(".parquet") if name.startswith("part-")]
 
     def write(self, rows: list[dict[str, Any]]) -> str:
         """Write one batch as a part; its name."""

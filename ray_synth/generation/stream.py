@@ -45,7 +45,9 @@ class ImageMaker:
             done.update({row["sample_id"]: row for row in new})
         if self.board is not None:
             self.board.add.remote("images", len(rows))
-            self.board.add.remote("rejected", sum(not done[r["sample_id"]]["accepted"] for r in rows))
+            self.board.add.remote(
+                "rejected", sum(not done[r["sample_id"]]["accepted"] for r in rows)
+            )
         return pa.Table.from_pylist([done[row["sample_id"]] for row in rows], schema=IMAGE_SCHEMA)
 
     def _stored(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ Any text is accepted and nothing raises: what cannot be read as a phrase is left
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
@@ -19,13 +20,14 @@ MAX_ANSWER_CHARS = 20_000  # what is read of one answer
 
 ARTICLES = ("a", "an", "the")
 # a phrase that ends in one of these was cut off by the token limit
-DANGLING = frozenset(
-    "a an the of to in on at by for from with without and or nor but that which who whose whom as "
-    "is are was were be been being has have had can could may might will would should must not "
-    "than then into onto over under between its his her their your my our this these those it "
-    "they he she we you i very more most usually often also used called made when where while "
-    "because if so such about like one's typically commonly especially including".split()
-)
+DANGLING_WORDS = """
+    a an the of to in on at by for from with without and or nor but that which who whose whom as
+    is are was were be been being has have had can could may might will would should must not
+    than then into onto over under between its his her their your my our this these those it
+    they he she we you i very more most usually often also used called made when where while
+    because if so such about like one's typically commonly especially including
+"""
+DANGLING = frozenset(DANGLING_WORDS.split())
 # how a model talks about its answer instead of giving it
 CHATTER = re.compile(
     r"^(here (are|is)|sure\b|certainly\b|of course\b|okay\b|as an ai|i am\b|i'm\b|i can|i cannot|"
@@ -36,6 +38,7 @@ CHATTER = re.compile(
 )
 BULLET = re.compile(r"^\s*(?:[-*+•·–—>#]+\s+|\(?\d{1,2}[.):]\s*(?!\d)|\(?[a-z][.)]\s+)")
 PARENTHESES = re.compile(r"\([^()]*\)?|\[[^\[\]]*\]?|\{[^{}]*\}?")
+QUOTES = re.compile(r"[\"“”„«»]|(?<!\w)['‘’]|['‘’](?!\w)")
 SENTENCE_END = re.compile(r"(?<=[^\W\d_]{2})[.!?](?:\s|$).*|[.!?]+\s*$", re.DOTALL)
 FORBIDDEN = re.compile(r"[\[\]{}()<>|\\`~^=@_*#\"“”]|://|:\s*$")
 
@@ -114,7 +117,7 @@ def clean_phrase(text: str) -> str:
     One line, no markup, at most `MAX_WORDS` words and `MAX_CHARS` characters; a phrase that is too
     long or repeats itself loses clauses from its end before it is given up.
     """
-    text = PARENTHESES.sub(" ", _plain(text))
+    text = QUOTES.sub("", PARENTHESES.sub(" ", _plain(text)))
     text = SENTENCE_END.sub("", " ".join(text.split()))
     clauses = [clause.strip(" '\"‘’“”.,:;!?-–—*_`") for clause in text.split(",")]
     clauses = [clause for clause in clauses if clause]
@@ -269,13 +272,13 @@ def _loops(words: list[str]) -> bool:
     """Whether a word of content comes twice, or a pair of words does."""
     plain = [word.casefold().strip(".,'") for word in words]
     content = Counter(word for word in plain if word not in DANGLING)
-    pairs = Counter(zip(plain, plain[1:], strict=False))
+    pairs = Counter(itertools.pairwise(plain))
     return any(n > 1 for n in content.values()) or any(n > 1 for n in pairs.values())
 
 
 def _starts_a_sentence(phrase: str) -> bool:
-    """Whether the capital at its start is only a sentence's ("The number", not "Roman" or "II")."""
-    first = phrase.split()[0].casefold()
+    """Whether its capital is only a sentence's ("The number", but not "Roman" or "II")."""
+    first = phrase.split(maxsplit=1)[0].casefold()
     return first in ARTICLES or first in DANGLING
 
 

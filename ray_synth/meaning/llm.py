@@ -182,7 +182,9 @@ class TransformersLLM:
 
         # Worked examples are shared by a whole batch: their keys and values are computed once.
         shared = _common_prefix(ids)
-        batch = self._tokenizer.pad({"input_ids": [row[shared:] for row in ids]}, return_tensors="pt")
+        batch = self._tokenizer.pad(
+            {"input_ids": [row[shared:] for row in ids]}, return_tensors="pt"
+        )
         prefix = torch.tensor([ids[0][:shared]] * len(ids), dtype=torch.long)
         input_ids = torch.cat([prefix, batch["input_ids"]], dim=1).to(self.device)
         mask = torch.cat([torch.ones_like(prefix), batch["attention_mask"]], dim=1).to(self.device)

@@ -165,7 +165,7 @@ class StreamedFeed:
                 yield item
             if not seen:
                 raise ValueError("no image to train on could be decoded")
-            rng.shuffle(held)  # type: ignore[arg-type]
+            rng.shuffle(held)
             yield from held
             held, number = [], number + 1
 

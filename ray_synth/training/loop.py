@@ -260,9 +260,7 @@ def _feeds(job: TrainJob, transform: Any, start: int) -> tuple[list[Any], Any]:
         return [real, streamed("synthetic", config.num_synth, job.seed + 1)], decoder
     stream = _rows_of(ray.train.get_dataset_shard("synthetic"))
     if config.feed == "lockstep":
-        feed: Any = LockstepFeed(
-            stream, decoder, batch_size=config.num_synth, start_step=start
-        )
+        feed: Any = LockstepFeed(stream, decoder, batch_size=config.num_synth, start_step=start)
         return [real, feed], decoder
     share = max(1, job.num_synthetic // world_size)
     live = LiveFeed(

@@ -6,7 +6,6 @@ the plan and the store: what was generated is read back, not generated again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ray_synth.config import GenerationConfig, TrainingConfig
@@ -50,7 +49,7 @@ def run_training(
     import ray.train.torch
 
     config = job.config
-    datasets: dict[str, Callable[[], Any]] = {}
+    datasets: dict[str, Any] = {}
     if job.real is None:
         datasets["real"] = lambda: to_ray(real)
     if job.arm == "mixed" and generation is not None:
@@ -98,4 +97,3 @@ def _synthetic(job: TrainJob, generation: GenerationConfig, board: Any) -> dict[
 
 def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:
     return {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
-

@@ -33,7 +33,10 @@ def as_parquet(folder, out):
 def as_webdataset(folder, out):
     with tarfile.open(out / "a.tar", "w") as tar:
         for i, path in enumerate(sorted(folder.rglob("*.*"))):
-            for suffix, data in ((path.suffix, path.read_bytes()), (".cls", path.parent.name.encode())):
+            for suffix, data in (
+                (path.suffix, path.read_bytes()),
+                (".cls", path.parent.name.encode()),
+            ):
                 info = tarfile.TarInfo(f"{i:04d}{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -64,7 +67,9 @@ def test_each_format_gives_the_same_images_and_classes(convert, image_folder, tm
 
 
 def test_digits_are_real_and_split():
-    names = read_class_names(["zero", "one", "two", "three", "four"] + "five six seven eight nine".split())
+    names = read_class_names(
+        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    )
     train = load_index(SourceConfig(format="digits", split="train"), names)
     test = load_index(SourceConfig(format="digits", split="test"), names)
     assert len(train) == len(test) == 2500
@@ -90,7 +95,10 @@ def test_a_corrupt_image_is_set_aside_counted_and_named(image_folder, local_ray)
     (image_folder / "dog" / "empty.jpg").write_bytes(b"")
     index = load_index(SourceConfig(format="imagefolder", path=str(image_folder)))
     corrupt = inspect(index, max_pixels=10**6)
-    assert sorted(item["image_id"].rsplit("/", 1)[-1] for item in corrupt) == ["broken.png", "empty.jpg"]
+    assert sorted(item["image_id"].rsplit("/", 1)[-1] for item in corrupt) == [
+        "broken.png",
+        "empty.jpg",
+    ]
     assert all(item["error"] for item in corrupt)
     assert drop(index, corrupt).counts() == {"cat": 5, "dog": 5}
     rows = to_ray(drop(index, corrupt), test_set="t").take_all()
@@ -105,7 +113,9 @@ def test_labels_become_classes_by_map_name_or_number(image_folder, tmp_path):
     assert index.counts() == {"bird": 0, "feline": 5}
     table = pa.table({"image": [b"x", b"y"], "label": [1, 0]})
     pq.write_table(table, tmp_path / "n.parquet")
-    numbers = load_index(SourceConfig(format="parquet", path=str(tmp_path / "n.parquet")), ("a", "b"))
+    numbers = load_index(
+        SourceConfig(format="parquet", path=str(tmp_path / "n.parquet")), ("a", "b")
+    )
     assert numbers.label.tolist() == [1, 0]
     with pytest.raises(ValueError, match="class_map"):
         load_index(SourceConfig(format="imagefolder", path=folder), ("apple", "pear"))

@@ -57,7 +57,11 @@ def run(line: list[str], *, timeout: float = 400) -> subprocess.CompletedProcess
 def stored_ids(run_folder: Path) -> list[str]:
     """The ids in the store, one for each time that an image was made."""
     parts = sorted((run_folder / "images").glob("part-*.parquet"))
-    return [i for part in parts for i in pq.read_table(part, columns=["sample_id"])["sample_id"].to_pylist()]
+    return [
+        i
+        for part in parts
+        for i in pq.read_table(part, columns=["sample_id"])["sample_id"].to_pylist()
+    ]
 
 
 def planned_ids(run_folder: Path) -> list[str]:

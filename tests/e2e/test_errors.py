@@ -9,7 +9,10 @@ from runs import SMALL, command, run
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["data.train={format: imagefolder, path: /no/such/folder}"], "no such folder: /no/such/folder"),
+        (
+            ["data.train={format: imagefolder, path: /no/such/folder}"],
+            "no such folder: /no/such/folder",
+        ),
         (["training.stpes=3"], "did you mean 'steps'"),
         (["generation.model=/no/such/model"], "unknown generator '/no/such/model'"),
         (["training.model=resnet5O"], "unknown timm model 'resnet5O'"),

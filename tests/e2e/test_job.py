@@ -48,7 +48,9 @@ def cluster(tmp_path_factory):
 
 def submit(env, *arguments):
     line = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/run.py", *arguments]
-    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(
+        line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False
+    )
 
 
 def test_a_submitted_job_ends_with_its_exit_code(cluster, tmp_path):

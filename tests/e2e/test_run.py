@@ -68,7 +68,10 @@ def test_every_image_is_made_once_and_says_what_made_it(finished):
 
 
 def test_both_arms_saw_as_many_real_images(finished):
-    cards = [json.loads((finished[0] / "models" / f"{arm}.json").read_text()) for arm in ("real_only", "mixed")]
+    cards = [
+        json.loads((finished[0] / "models" / f"{arm}.json").read_text())
+        for arm in ("real_only", "mixed")
+    ]
     assert cards[0]["real_images_seen"] == cards[1]["real_images_seen"] == 30 * 8
     assert cards[0]["steps"] == cards[1]["steps"]
 
@@ -159,7 +162,10 @@ def test_killed_in_training_it_continues_from_its_checkpoint(tmp_path):
     assert not (folder / "models" / "mixed.json").exists()
     import torch
 
-    newest = max((folder / "checkpoints").glob("mixed-*/checkpoint_*/state.pt"), key=lambda p: p.stat().st_mtime)
+    newest = max(
+        (folder / "checkpoints").glob("mixed-*/checkpoint_*/state.pt"),
+        key=lambda p: p.stat().st_mtime,
+    )
     before = torch.load(newest, weights_only=True)["history"]["curve"]
     result = run(command("run", tmp_path, *settings))
     assert result.returncode == 0, result.stderr[-4000:]

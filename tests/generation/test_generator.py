@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
 from ray_synth.data.images import decode_image
@@ -15,7 +16,6 @@ from ray_synth.generation.generator import (
     prompt_tokens,
     resolve_model,
 )
-from test_store import plan_rows
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
 CONFIG = GenerationConfig(model="embedded", image_format="png", dtype="float32", **SMALL)

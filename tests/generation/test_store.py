@@ -2,10 +2,10 @@
 
 import pyarrow as pa
 import pytest
+from conftest import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import encoded
 from ray_synth.generation.store import IMAGE_SCHEMA, PLAN_SCHEMA, ImageStore, part_name
 from ray_synth.storage import Folder
 

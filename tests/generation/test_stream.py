@@ -5,12 +5,12 @@ import signal
 
 import pyarrow as pa
 import pytest
+from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.generation.stream import image_stream, make_images
 from ray_synth.storage import Folder
-from test_store import plan_rows
 
 CONFIG = GenerationConfig(
     model="embedded",

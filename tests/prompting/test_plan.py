@@ -54,7 +54,9 @@ def test_one_times_is_the_beginning_of_six_times(count, per_class, times):
 
 
 @given(
-    st.dictionaries(st.sampled_from(["plain", "contextual", "stylized"]), st.floats(0.1, 5), min_size=1),
+    st.dictionaries(
+        st.sampled_from(["plain", "contextual", "stylized"]), st.floats(0.1, 5), min_size=1
+    ),
     st.integers(1, 200),
 )
 def test_kinds_keep_their_shares_in_every_prefix(mix, rounds):
@@ -65,7 +67,9 @@ def test_kinds_keep_their_shares_in_every_prefix(mix, rounds):
         for kind, share in mix.items():
             assert abs(counts[kind] - end * share / total) < len(mix)
     for kind in mix:
-        assert [turn for k, turn in found if k == kind] == list(range(Counter(k for k, _ in found)[kind]))
+        assert [turn for k, turn in found if k == kind] == list(
+            range(Counter(k for k, _ in found)[kind])
+        )
 
 
 def test_ids_and_seeds_are_unique_and_say_what_makes_the_image():

@@ -215,8 +215,8 @@ def test_page_has_every_section_and_says_what_was_gained(run):
         assert text in page.text
     for text in ("auxiliary BN", "bad.jpg: truncated", "t9.png", "12.5%", "2 min 20 s", "2.14.1"):
         assert text in page.text
-    assert run.list() == ["config.yaml", "meanings.json", "metrics.json"]
-    assert run.child("report").list() == ["index.html"]
+    assert run.names() == ["config.yaml", "meanings.json", "metrics.json"]
+    assert run.child("report").names() == ["index.html"]
 
 
 def test_page_loads_nothing_from_outside(run):

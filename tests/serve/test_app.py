@@ -85,7 +85,9 @@ def test_the_callers_meanings_are_ranked_too(url, sevens):
 
 def test_prompts_come_with_their_source(url):
     status, found = ask(
-        url, "/prompts", {"class_name": "crane", "meaning": "a large wading bird", "contextual": 3, "stylized": 2}
+        url,
+        "/prompts",
+        {"class_name": "crane", "meaning": "a large wading bird", "contextual": 3, "stylized": 2},
     )
     assert status == 200
     assert len(found["contextual"]) == 3
@@ -130,7 +132,11 @@ def test_questions_asked_together_share_batches(url, sevens):
     threads = [
         threading.Thread(
             target=lambda: results.append(
-                ask(url, "/disambiguate", {"class_name": "seven", "images": sevens[:2], "num_meanings": 2})
+                ask(
+                    url,
+                    "/disambiguate",
+                    {"class_name": "seven", "images": sevens[:2], "num_meanings": 2},
+                )
             )
         )
         for _ in range(8)
@@ -140,9 +146,13 @@ def test_questions_asked_together_share_batches(url, sevens):
     for thread in threads:
         thread.join()
     assert [status for status, _ in results] == [200] * 8
-    assert len({json.dumps(entry) for _, entry in results}) == 1, "the same question, the same answer"
+    assert len({json.dumps(entry) for _, entry in results}) == 1, (
+        "the same question, the same answer"
+    )
     after = ask(url, "/models")[1]["llm"]
-    calls = after["batches"] * after["mean_batch_size"] - before["batches"] * before["mean_batch_size"]
+    calls = (
+        after["batches"] * after["mean_batch_size"] - before["batches"] * before["mean_batch_size"]
+    )
     assert calls / (after["batches"] - before["batches"]) >= 3
 
 
@@ -154,7 +164,9 @@ def test_a_token_is_required_where_one_is_set(monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     client = TestClient(api)
     assert client.post("/disambiguate", json={}).status_code == 401
-    assert client.post("/prompts", json={}, headers={"authorization": "Bearer no"}).status_code == 401
+    assert (
+        client.post("/prompts", json={}, headers={"authorization": "Bearer no"}).status_code == 401
+    )
 
 
 def test_a_misspelt_setting_of_the_app_is_refused():

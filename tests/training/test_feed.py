@@ -24,7 +24,11 @@ from ray_synth.training.recipe import train_transform
 
 def row(i: int, **more) -> dict:
     """A 4x4 picture of constant value i, of class i."""
-    return {"image": encode_array(torch.full((4, 4, 3), i, dtype=torch.uint8).numpy()), "class_index": i, **more}
+    return {
+        "image": encode_array(torch.full((4, 4, 3), i, dtype=torch.uint8).numpy()),
+        "class_index": i,
+        **more,
+    }
 
 
 def decoder(augment="none") -> Decoder:
@@ -47,11 +51,15 @@ def test_epochs_laid_end_to_end_use_each_item_equally(length, count, start):
 
 def test_cached_ranks_share_an_epoch_and_resume_by_step_alone():
     feeds = [
-        CachedFeed((row(i) for i in range(12)), decoder(), batch_size=3, seed=1, rank=r, world_size=2)
+        CachedFeed(
+            (row(i) for i in range(12)), decoder(), batch_size=3, seed=1, rank=r, world_size=2
+        )
         for r in range(2)
     ]
     assert sorted(labels(feeds[0], 2) + labels(feeds[1], 2)) == list(range(12))
-    again = CachedFeed((row(i) for i in range(12)), decoder(), batch_size=3, seed=1, rank=0, world_size=2)
+    again = CachedFeed(
+        (row(i) for i in range(12)), decoder(), batch_size=3, seed=1, rank=0, world_size=2
+    )
     assert again.batch(17)[1].tolist() == feeds[0].batch(17)[1].tolist()
 
 
@@ -66,7 +74,9 @@ def test_images_arrive_as_uint8_of_the_model_size(augment):
 
 def test_a_corrupt_image_is_counted_and_named_not_fatal():
     d = decoder()
-    feed = CachedFeed([row(1), {"image": b"no", "class_index": 2, "image_id": "x.png"}], d, batch_size=4, seed=0)
+    feed = CachedFeed(
+        [row(1), {"image": b"no", "class_index": 2, "image_id": "x.png"}], d, batch_size=4, seed=0
+    )
     assert set(labels(feed, 3)) == {1}
     assert d.corrupt == ["x.png"]
     with pytest.raises(ValueError, match="no image to train on"):
@@ -146,7 +156,9 @@ def test_live_waits_for_its_warm_up_only():
 
 
 def test_live_every_image_is_used_and_the_reservoir_is_bounded():
-    feed = LiveFeed((row(i) for i in range(200)), decoder(), batch_size=8, warmup=200, capacity=16, seed=0)
+    feed = LiveFeed(
+        (row(i) for i in range(200)), decoder(), batch_size=8, warmup=200, capacity=16, seed=0
+    )
     assert set(labels(feed, 25)) == set(range(200))
     assert len(feed.used) == 16
 
@@ -209,7 +221,9 @@ def test_an_error_in_a_feed_reaches_the_training_thread():
 
 
 def test_reservoir_replays_are_spread_over_classes():
-    feed = LiveFeed((row(i % 4) for i in range(40)), decoder(), batch_size=40, warmup=40, capacity=99, seed=0)
+    feed = LiveFeed(
+        (row(i % 4) for i in range(40)), decoder(), batch_size=40, warmup=40, capacity=99, seed=0
+    )
     feed.batch(0)
     counts = Counter(labels(feed, 20))
     assert min(counts.values()) > 100

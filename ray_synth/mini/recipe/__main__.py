@@ -2,7 +2,7 @@
 
     python -m ray_synth.mini.recipe all --work build/mini --data data/mini --minutes 3
 
-One GPU with 24 GiB takes about 20 minutes at `--minutes 3`. The folder `--data` holds what is
+All stages took one H100 about 20 minutes. The folder `--data` holds what is
 downloaded by hand:
 
     tiny-imagenet-200/   the unpacked archive (for research use only)

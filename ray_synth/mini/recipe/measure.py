@@ -29,9 +29,7 @@ def images_per_second(*, rounds: int = 3) -> float:
     """Speed of the packaged pipeline in float32: the best of some batches of 50, 4 steps."""
     from diffusers import AutoPipelineForText2Image
 
-    pipeline: Any = AutoPipelineForText2Image.from_pretrained(
-        sd_folder(), torch_dtype=torch.float32
-    )
+    pipeline: Any = AutoPipelineForText2Image.from_pretrained(sd_folder(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [f"a {DIGITS[index % 10]}, on white paper" for index in range(BATCH)]
 

@@ -62,7 +62,7 @@ def pack(settings: Settings) -> Path:
 
     pipeline = StableDiffusionPipeline.from_pretrained(
         settings.output_of("distillation", "sd"),
-        torch_dtype=torch.float16,
+        dtype=torch.float16,
         safety_checker=None,
         requires_safety_checker=False,
     )

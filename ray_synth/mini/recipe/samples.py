@@ -68,7 +68,7 @@ def _pipeline(settings: Settings, unet: Any, scheduler: Any) -> Any:
     from diffusers import AutoencoderKL, StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    vae = AutoencoderKL.from_pretrained(settings.output_of("vae", "vae"), torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(settings.output_of("vae", "vae"), dtype=torch.float32)
     text_encoder = CLIPTextModel.from_pretrained(
         settings.output_of("text", "text_encoder"), dtype=torch.float32
     )
@@ -145,7 +145,7 @@ def main(path: Path) -> None:
 
     from ray_synth.mini import sd_folder
 
-    pipeline = AutoPipelineForText2Image.from_pretrained(sd_folder(), torch_dtype=torch.float32)
+    pipeline = AutoPipelineForText2Image.from_pretrained(sd_folder(), dtype=torch.float32)
     write_sheet(pipeline, path, steps=4, guidance=1.0)
 
 
