@@ -17,6 +17,8 @@ from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contenders, before torch is loaded
+
 import typer
 
 from ray_synth.config import ClusterConfig, GenerationConfig, load_config

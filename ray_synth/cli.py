@@ -52,6 +52,12 @@ def run(
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(comparison_table(metrics))
     console.print(_stage_table(metrics))
+    console.print(
+        f"{metrics['num_real']} real and {metrics['num_synthetic']} synthetic images; generation "
+        f"{metrics['images_per_second']['generation']:.1f} images/s; training waited for data "
+        f"{100 * metrics['stall_fraction']:.1f}% of its time",
+        highlight=False,
+    )
     runs = runs_folder(settings.runs_dir)
     folder = runs.child(settings.name)
     console.print(f"report:  {folder.path('report/index.html')}", soft_wrap=True)
@@ -69,15 +75,11 @@ def _stage_table(metrics: dict[str, Any]) -> Any:
     table = Table(title="Where the time went", title_justify="left")
     table.add_column("stage")
     table.add_column("seconds", justify="right")
-    parts = {k: v for k, v in metrics["seconds"].items() if k != "total"}
-    for stage, seconds in parts.items():
-        table.add_row(stage, f"{seconds:.1f}")
+    for stage, seconds in metrics["seconds"].items():
+        part = stage.startswith("training_")
+        if stage != "total":
+            table.add_row(f"  {stage}" if part else stage, f"{seconds:.1f}")
     table.add_row("total", f"{metrics['seconds']['total']:.1f}", style="bold")
-    table.caption = (
-        f"{metrics['num_real']} real and {metrics['num_synthetic']} synthetic images; generation "
-        f"{metrics['images_per_second']['generation']:.1f} images/s; training waited for data "
-        f"{100 * metrics['stall_fraction']:.1f}% of its time"
-    )
     return table
 
 
@@ -207,6 +209,7 @@ def explain(error: BaseException) -> str | None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command and of `jobs/*.py`."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in cluster.py; before torch is loaded
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("ray_synth").setLevel(logging.INFO)
     try:

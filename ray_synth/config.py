@@ -110,6 +110,9 @@ class PromptingConfig(Section):
     )
     mix: dict[Kind, Annotated[float, Field(ge=0)]] = Field(default_factory=_even_mix)
     contexts_per_class: Positive = 16
+    retries: Annotated[int, Field(ge=0)] = Field(
+        1, description="rounds of asking again before the built-in pool fills up"
+    )
     negative_prompt: str = ""
     styles: str | None = Field(None, description="a YAML file of styles; default: the 60 built in")
     max_tokens: Positive | None = Field(

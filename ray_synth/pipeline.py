@@ -348,6 +348,7 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
         },
         "corrupt": {"train": results["data"]["corrupt"], "test": evaluation["corrupt"]},
         "rejected": generation["rejected"],
+        "reject_reasons": generation["reject_reasons"],
         "contexts": results["plan"]["context_sources"],
     }
     metrics["seconds"]["total"] = before.get("seconds", {}).get("total", seconds)

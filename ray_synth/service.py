@@ -76,7 +76,7 @@ class Service:
                 item[0],
                 item[1],
                 num_contexts=self.config.prompting.contexts_per_class,
-                retries=self.config.meaning.retries,
+                retries=self.config.prompting.retries,
                 seed=seed,
             )
 

@@ -6,19 +6,17 @@ holds is read from it, so that running a stream again makes nothing twice.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ray_synth.config import ClusterConfig, GenerationConfig
+from ray_synth.config import GenerationConfig
 from ray_synth.generation.generator import Generator
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
 
 if TYPE_CHECKING:
     import ray.data
 
-log = logging.getLogger("ray_synth")
 MAX_BLOCKS = 20_000
 
 
@@ -110,17 +108,3 @@ def make_images(
         for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             pass
     return missing.num_rows
-
-
-def set_context(cluster: ClusterConfig) -> None:
-    """Ray Data settings of this project, for the current process.
-
-    No bars of its own (the run draws its own), and no silent stall: a pipeline in which nothing
-    moves for `no_progress_timeout_s` raises.
-    """
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = cluster.no_progress_timeout_s

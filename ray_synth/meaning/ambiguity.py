@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,11 @@ from ray_synth.meaning.llm import FewShot
 # The paper embeds the phrases; it names no template. Ours average several, as CLIP's zero-shot
 # classification does, and hold the phrase alone: with the class name beside it, right and wrong
 # phrases came 3 times closer together (the number of the digit against the next one, embedded CLIP).
-TEMPLATES = ("a picture of {}", "a photo of {}", "an image of {}")
-ANSWERS_A_MEANING = 2  # answers asked for per meaning wanted: some repeat, some are refused
+TEMPLATES = ("an image of {}", "a good photo of {}")
+ANSWERS_A_MEANING = 3  # answers asked for per meaning wanted: some repeat, some are refused
+
+AGREEMENT = 0.006  # ours: what an answer that says a phrase again is worth, in cosine similarity
+MOST_AGREEMENT = 3
 
 # Ours: a small model lists senses badly, but answers well when told what kind of sense to give. Each
 # kind comes with the article that its answers begin with.
@@ -49,10 +52,12 @@ class Candidate:
     Attributes:
         meaning: the phrase.
         source: "llm", "user", or "name" for the bare class name.
+        answers: how many of the LLM's answers gave it.
     """
 
     meaning: str
     source: str
+    answers: int = 0
 
 
 def meaning_question(class_name: str, *, turn: int) -> FewShot:
@@ -74,27 +79,37 @@ def rank_meanings(
     image_features: np.ndarray,
     text_features: np.ndarray,
     *,
+    agreement: float = AGREEMENT,
     reference_features: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Rank candidates by their mean cosine similarity to the images (the paper's rule).
 
+    Two additions are ours. Each of the LLM's answers that gave a phrase, up to three, adds
+    `agreement` to its score: it settles what the images leave nearly tied in favour of what the
+    model says again and again, and of a meaning over the bare name. 0 is the paper's rule alone.
+
     Args:
-        candidates: the bare name among them, at most once.
+        candidates: in any order; the first of equals wins.
         image_features: (num_images, dim), unit rows.
         text_features: (num_candidates, num_templates, dim), unit rows; templates are averaged, and
             the average is scaled to length 1.
-        reference_features: (n, dim) unit rows, features of other classes' images (ours, optional):
-            a phrase's mean similarity to them is taken off its score, so that a phrase that is
-            close to every image wins nothing by it.
+        agreement: worth of one answer, see above; a user's phrase has the full bonus.
+        reference_features: (n, dim) unit rows, features of other classes' images (the second
+            addition, optional): a phrase's mean similarity to them is taken off its score, so that
+            a phrase that is close to every image wins nothing by it.
 
     Returns:
-        `candidates` ({meaning, score, source}, best first), `choice`, and `margin` between the
-        first and the second (None when there is no second).
+        `candidates` ({meaning, score, similarity, answers, source}, best score first), `choice`,
+        and `margin`, the score of the first over the second (None when there is no second).
     """
     assert text_features.shape[0] == len(candidates) > 0
     texts = text_features.mean(axis=1)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True).clip(1e-12)
-    scores = (texts @ image_features.T).mean(axis=1)
+    similarities = (texts @ image_features.T).mean(axis=1)
+    bonus = [
+        MOST_AGREEMENT if c.source == "user" else min(c.answers, MOST_AGREEMENT) for c in candidates
+    ]
+    scores = similarities + agreement * np.array(bonus)
     if reference_features is not None:
         scores = scores - (texts @ reference_features.T).mean(axis=1)
     order = sorted(range(len(candidates)), key=lambda i: (-scores[i], i))
@@ -102,6 +117,8 @@ def rank_meanings(
         {
             "meaning": candidates[i].meaning,
             "score": round(float(scores[i]), 6),
+            "similarity": round(float(similarities[i]), 6),
+            "answers": candidates[i].answers,
             "source": candidates[i].source,
         }
         for i in order
@@ -178,7 +195,8 @@ async def resolve_meaning(
             phrases, bad = parse_meanings(with_cue(question.cue, answer), class_name)
             refused += bad
             for phrase in phrases:
-                found.setdefault(phrase_key(phrase), Candidate(phrase, "llm"))
+                known = found.setdefault(phrase_key(phrase), Candidate(phrase, "llm"))
+                found[phrase_key(phrase)] = replace(known, answers=known.answers + 1)
         ranking = await _rank(
             list(found.values()), features, image_features, embed_texts, reference_features
         )
@@ -217,9 +235,11 @@ async def _rank(
 
 def with_cue(cue: str, answer: str) -> str:
     """The answer with the cue in front, unless the model wrote an opening of its own."""
-    first = answer.split(maxsplit=1)[:1]
-    own = not first or first[0].casefold() in ARTICLES or not first[0][0].isalnum()
-    return answer if own or first[0][0].isdigit() and "." in first[0] else f"{cue} {answer.strip()}"
+    first = next(iter(answer.split()), "")
+    listed = re.match(r"\W|\d+[.)]", first)
+    if not first or listed or first.casefold() in ARTICLES:
+        return answer
+    return f"{cue} {answer.strip()}"
 
 
 def few_shot_seed(seed: int, class_name: str, purpose: str, number: int) -> int:

@@ -10,12 +10,12 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
 from typing import Any
 
 MAX_WORDS = 12
 MAX_CHARS = 80
+MAX_SCENE_WORDS = 8
 MAX_ANSWER_CHARS = 20_000  # what is read of one answer
 
 ARTICLES = ("a", "an", "the")
@@ -36,43 +36,36 @@ CHATTER = re.compile(
     r"http)",
     re.IGNORECASE,
 )
+# about the word and not about the thing: no picture shows it
+METALINGUAL = re.compile(
+    r"^((an?|the)\s+)?((plural|singular|latin|greek|english|french|german|common|another)\s+)?"
+    r"(words?|terms?|phrase|name|noun|verb|adjective|reference|synonym|abbreviation|prefix|suffix|"
+    r"syllables?)\b",
+    re.IGNORECASE,
+)
 BULLET = re.compile(r"^\s*(?:[-*+•·–—>#]+\s+|\(?\d{1,2}[.):]\s*(?!\d)|\(?[a-z][.)]\s+)")
 PARENTHESES = re.compile(r"\([^()]*\)?|\[[^\[\]]*\]?|\{[^{}]*\}?")
 QUOTES = re.compile(r"[\"“”„«»]|(?<!\w)['‘’]|['‘’](?!\w)")
 SENTENCE_END = re.compile(r"(?<=[^\W\d_]{2})[.!?](?:\s|$).*|[.!?]+\s*$", re.DOTALL)
-FORBIDDEN = re.compile(r"[\[\]{}()<>|\\`~^=@_*#\"“”]|://|:\s*$")
+FORBIDDEN = re.compile(r"[\[\]{}()<>|\\`~^=@_*#\"“”]|://|:(?:\s|$)")
 
 
-@dataclass(frozen=True)
-class Context:
-    """A scene to put a class in; any field may be empty.
-
-    Attributes:
-        foreground: an object near the subject, or what the subject is made of or doing.
-        background: the place or surface behind it.
-        lighting: the light.
-        camera_angle: where the camera stands.
-    """
-
-    foreground: str = ""
-    background: str = ""
-    lighting: str = ""
-    camera_angle: str = ""
-
-    def phrases(self) -> list[str]:
-        """The fields that are not empty, in order."""
-        return [phrase for phrase in asdict(self).values() if phrase]
-
-
-FIELDS = tuple(field.name for field in fields(Context))
-# what a model may call a field; matched against the start of its label
-FIELD_LABELS = {
-    "foreground": ("foreground", "object", "subject", "setting", "scene", "action"),
-    "background": ("background", "place", "location", "surface"),
-    "lighting": ("light", "illumination"),
-    "camera_angle": ("camera", "angle", "view", "shot", "perspective"),
-}
-LABEL = re.compile(r"^\W*([A-Za-z][A-Za-z _-]{2,24}?)\W*:\s*(.*)$", re.DOTALL)
+FIELDS = ("foreground", "background", "lighting", "camera_angle")
+# What a phrase must speak of to pass for a light or a camera angle: small models wander off.
+LIGHT_WORDS = re.compile(
+    r"light|lit\b|dark|dim|bright|sun|moon|star|shad|night|dusk|dawn|noon|morning|evening|twilight|"
+    r"glow|golden|candle|lamp|lantern|neon|overcast|cloud|fog|mist|flash|fire|blue hour|storm|gloom",
+    re.IGNORECASE,
+)
+CAMERA_WORDS = re.compile(
+    r"close|shot|angle|view|above|below|overhead|front|side|profile|tilt|level|fram|macro|"
+    r"perspective|zoom|behind|low|high|portrait",
+    re.IGNORECASE,
+)
+# The class must stay the largest thing in the picture. Measured with the embedded models: 93% of
+# digits are recognised in a "close-up", 48% in a "wide shot", 38% "seen from afar".
+FAR_WORDS = re.compile(r"\bfar\b|afar|wide|distan|away|full|panoram|aerial|horizon", re.IGNORECASE)
+MUST_MATCH = {"lighting": LIGHT_WORDS, "camera_angle": CAMERA_WORDS}
 
 
 def parse_meanings(text: str, class_name: str) -> tuple[list[str], int]:
@@ -93,21 +86,26 @@ def parse_meanings(text: str, class_name: str) -> tuple[list[str], int]:
     return list(kept.values()), refused
 
 
-def parse_contexts(text: str) -> tuple[list[Context], int]:
-    """Scenes in an answer, and how many pieces were refused.
+def parse_scene_phrases(text: str, field: str, subject: str) -> tuple[list[str], int]:
+    """Phrases for one field of a scene in an answer, and how many pieces were refused.
 
-    Each line (or JSON object) is a scene: fields by label ("lighting: dusk"), or by position when
-    three or four pieces are separated by semicolons or bars.
+    Reads what `parse_meanings` reads. Left out besides: what names the subject again, and a light
+    or a camera angle that speaks of neither.
     """
-    kept: dict[tuple[str, ...], Context] = {}
+    kept: dict[str, str] = {}
     refused = 0
-    for fields_ in _scenes(text):
-        context = Context(**{name: clean_phrase(value) for name, value in fields_.items()})
-        # a lone field is more likely prose than a scene
-        if len(context.phrases()) < 2:
+    subject_words = set(phrase_key(subject).split()) - DANGLING
+    label = re.compile(rf"^\W*{field.partition('_')[0]}[\w ]*:", re.IGNORECASE)
+    wanted = MUST_MATCH.get(field, re.compile(""))
+    for item in _items(text):
+        phrase = clean_phrase(label.sub("", item))
+        words = phrase_key(phrase).split()
+        fits = phrase and len(words) <= MAX_SCENE_WORDS and wanted.search(phrase)
+        too_far = field == "camera_angle" and FAR_WORDS.search(phrase)
+        if not fits or too_far or subject_words & set(words):
             refused += 1
         else:
-            kept.setdefault(context_key(context), context)
+            kept.setdefault(" ".join(words), phrase)
     return list(kept.values()), refused
 
 
@@ -120,7 +118,7 @@ def clean_phrase(text: str) -> str:
     text = QUOTES.sub("", PARENTHESES.sub(" ", _plain(text)))
     text = SENTENCE_END.sub("", " ".join(text.split()))
     clauses = [clause.strip(" '\"‘’“”.,:;!?-–—*_`") for clause in text.split(",")]
-    clauses = [clause for clause in clauses if clause]
+    clauses = [clause for clause in clauses if any(c.isalpha() for c in clause)]
     while clauses:
         phrase = ", ".join(clauses)
         if _is_fit(phrase):
@@ -133,11 +131,6 @@ def phrase_key(text: str) -> str:
     """What makes two phrases the same: case, punctuation and articles do not count."""
     words = re.sub(r"[\W_]+", " ", _plain(text).casefold()).split()
     return " ".join(word for word in words if word not in ARTICLES) or _plain(text).strip()
-
-
-def context_key(context: Context) -> tuple[str, ...]:
-    """What makes two contexts the same."""
-    return tuple(phrase_key(getattr(context, name)) for name in FIELDS)
 
 
 def _plain(text: str) -> str:
@@ -191,61 +184,6 @@ def _strings(value: Any, depth: int = 0) -> Iterator[str]:
             yield from _strings(inner, depth + 1)
 
 
-def _scenes(text: str) -> Iterator[dict[str, str]]:
-    """Field name to raw text, for each scene of an answer."""
-    text = _body(text)
-    found = _json(text)
-    if found is not None:
-        yield from _json_scenes(found)
-        return
-    labelled: dict[str, str] = {}
-    for line in _lines(text):
-        pieces = [piece.strip() for piece in re.split(r"[;|]", line) if piece.strip()]
-        named = dict(pair for piece in pieces if (pair := _labelled(piece)))
-        if len(pieces) == 1 and named:  # one field a line: a scene ends where a field comes again
-            if named.keys() & labelled.keys():
-                yield labelled
-                labelled = {}
-            labelled |= named
-        elif named:
-            yield named
-        elif len(pieces) in (3, 4):
-            yield dict(zip(FIELDS, pieces, strict=False))
-        elif pieces:
-            yield {}
-    if labelled:
-        yield labelled
-
-
-def _json_scenes(value: Any, depth: int = 0) -> Iterator[dict[str, str]]:
-    if isinstance(value, dict):
-        pairs = {
-            name: inner
-            for label, inner in value.items()
-            if isinstance(inner, str) and (name := _field_name(str(label)))
-        }
-        if pairs:
-            yield pairs
-            return
-    if isinstance(value, dict | list) and depth < 4:
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _json_scenes(inner, depth + 1)
-
-
-def _labelled(piece: str) -> tuple[str, str] | None:
-    match = LABEL.match(piece)
-    name = _field_name(match[1]) if match else None
-    return (name, match[2]) if match and name else None
-
-
-def _field_name(label: str) -> str | None:
-    label = label.strip().casefold()
-    for name, starts in FIELD_LABELS.items():
-        if label.startswith(starts):
-            return name
-    return None
-
-
 def _without_echo(item: str, class_name: str) -> str:
     """The item without the name said first, as in "crane: a bird" or "a crane is a bird"."""
     name = re.escape(class_name.replace("_", " ").strip())
@@ -259,9 +197,9 @@ def _is_fit(phrase: str) -> bool:
     words = phrase.split()
     if not 1 <= len(words) <= MAX_WORDS or len(phrase) > MAX_CHARS or "\n" in phrase:
         return False
-    if FORBIDDEN.search(phrase) or CHATTER.match(phrase):
+    if FORBIDDEN.search(phrase) or CHATTER.match(phrase) or METALINGUAL.match(phrase):
         return False
-    if not any(c.isalpha() for c in phrase) or not phrase.isprintable():
+    if not phrase.isprintable():
         return False
     if words[-1].casefold() in DANGLING or (len(words) == 1 and words[0].casefold() in ARTICLES):
         return False
@@ -280,11 +218,3 @@ def _starts_a_sentence(phrase: str) -> bool:
     """Whether its capital is only a sentence's ("The number", but not "Roman" or "II")."""
     first = phrase.split(maxsplit=1)[0].casefold()
     return first in ARTICLES or first in DANGLING
-
-
-def unique(phrases: Iterable[str]) -> list[str]:
-    """The phrases without repeats (see `phrase_key`), first come first kept."""
-    kept: dict[str, str] = {}
-    for phrase in phrases:
-        kept.setdefault(phrase_key(phrase), phrase)
-    return list(kept.values())

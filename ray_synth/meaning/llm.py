@@ -73,7 +73,7 @@ class TransformersLLM:
         dtype: "auto" (float32 on a CPU, else bfloat16 where the device has it, float16 otherwise),
             "float32", "float16" or "bfloat16".
         device: "auto" (cuda, then mps, then cpu) or a torch device.
-        max_batch_size: prompts in one forward; more prompts are split, longest first.
+        max_batch_size: prompts in one forward; more prompts are split.
         num_threads: CPU threads of torch in this process; None leaves them.
         style: "completion" continues plain text, "chat" uses the tokenizer's chat template, "auto"
             is chat where there is a template, except for the embedded model: at 135 M parameters
@@ -143,7 +143,7 @@ class TransformersLLM:
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
         ids = [self._encode(prompt) for prompt in prompts]
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        order = sorted(range(len(ids)), key=lambda i: ids[i])  # neighbours share their examples
         answers = [""] * len(ids)
         for start in range(0, len(order), self.max_batch_size):
             rows = order[start : start + self.max_batch_size]
@@ -155,7 +155,9 @@ class TransformersLLM:
                 stop=tuple(stop),
             )
             for i, text in zip(rows, texts, strict=True):
-                answers[i] = truncate_at(text, stop)
+                # a model that continues text may go on to ask itself the next question
+                own = [f"\n{label}:" for label in prompts[i].labels]
+                answers[i] = truncate_at(text, [*stop, *own])
         return answers
 
     def _encode(self, prompt: FewShot) -> list[int]:

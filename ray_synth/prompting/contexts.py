@@ -7,8 +7,9 @@ what the LLM leaves short.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -18,50 +19,63 @@ import numpy as np
 import yaml
 
 from ray_synth.meaning.ambiguity import few_shot_seed, with_article
-from ray_synth.meaning.answers import Context, context_key, parse_contexts, phrase_key
+from ray_synth.meaning.answers import ARTICLES, FIELDS, parse_scene_phrases, phrase_key
 from ray_synth.meaning.llm import FewShot
 
 PHOTO = "a photo of {subject}"
-SCENES_AN_ANSWER = 3  # lines that each worked example shows
+PHRASES_AN_ANSWER = 3  # in each worked example
+USES_OF_A_PHRASE = 2  # contexts that may share a foreground or a background of the LLM's
+RARE_USES = 4  # the same for a light or a camera angle, of which there are fewer
 
-TASK = (
-    "Describe scenes for photographs of a subject. Each line is one scene: "
-    "what is in the foreground; the background; the light; the camera angle."
-)
-EXAMPLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (
-        "a teapot, a pot for making tea",
-        (
-            "beside a stack of cups; on a kitchen table; in soft morning light; close-up",
-            "next to a bowl of lemons; on a stone terrace; in bright daylight; from above",
-            "under a paper lamp; in a small shop; in warm evening light; at eye level",
-        ),
-    ),
-    (
-        "a heart, a red shape that stands for love",
-        (
-            "painted in red; on a brick wall; in dim light; tilted",
-            "drawn with a finger; on a sandy beach; at sunset; from above",
-            "cut out of paper; on a wooden desk; in soft light; close-up",
-        ),
-    ),
-    (
-        "an arrow, a sign that points the way",
-        (
-            "painted in white; on a black road; under a cloudy sky; low angle",
-            "written in chalk; on a blackboard; in even light; at eye level",
-            "glowing in neon; on a dark street; at night; wide shot",
-        ),
-    ),
-    (
-        "an owl, a bird that hunts at night",
-        (
-            "on a mossy branch; in a dark forest; under moonlight; from below",
-            "behind a wooden fence; on a quiet farm; at dusk; wide shot",
-            "above tall grass; in an open field; in golden light; side view",
-        ),
-    ),
-)
+TASK = "Ideas for photographs of a subject."
+LABELS = {
+    "foreground": "Foreground",
+    "background": "Background",
+    "lighting": "Lighting",
+    "camera_angle": "Camera angle",
+}
+# subject -> phrases for each field: a thing, a sign, a creature
+EXAMPLES: dict[str, dict[str, str]] = {
+    "a teapot, a pot for making tea": {
+        "foreground": "beside a stack of cups; next to a bowl of lemons; under a paper lamp",
+        "background": "on a kitchen table; in a small shop; on a stone terrace",
+        "lighting": "in soft morning light; in bright daylight; by candlelight",
+        "camera_angle": "close-up; from above; at eye level",
+    },
+    "an arrow, a sign that points the way": {
+        "foreground": "painted in white; written in chalk; glowing in red",
+        "background": "on a blackboard; on a brick wall; on a road sign",
+        "lighting": "under a cloudy sky; at night; in dim light",
+        "camera_angle": "filling the frame; tilted; from close up",
+    },
+    "an owl, a bird that hunts at night": {
+        "foreground": "on a mossy branch; behind a wooden fence; above tall grass",
+        "background": "in a dark forest; on a quiet farm; in front of a barn",
+        "lighting": "under moonlight; at dusk; in golden light",
+        "camera_angle": "front view; macro shot; from above",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """A scene to put a class in; any field may be empty.
+
+    Attributes:
+        foreground: an object near the subject, or what the subject is made of.
+        background: the place or surface behind it.
+        lighting: the light.
+        camera_angle: where the camera stands.
+    """
+
+    foreground: str = ""
+    background: str = ""
+    lighting: str = ""
+    camera_angle: str = ""
+
+    def phrases(self) -> list[str]:
+        """The fields that are not empty, in order."""
+        return [phrase for phrase in asdict(self).values() if phrase]
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,8 @@ class ContextResult:
     """
 
     contexts: list[tuple[Context, str]]
-    raw: list[str] = field(default_factory=list)
-    refused: int = 0
+    raw: list[str]
+    refused: int
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON: `{contexts: [{context, source}], raw, refused}`."""
@@ -160,19 +174,13 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def context_question(class_name: str, meaning: str, *, seed: int) -> FewShot:
-    """The few-shot prompt for scenes of a class; the seed turns the order of the examples."""
-    order = np.random.default_rng(seed).permutation(len(EXAMPLES))
-    rng = np.random.default_rng((seed, 1))
-    examples = [(EXAMPLES[i][0], list(EXAMPLES[i][1])) for i in order]
-    for _, lines in examples:
-        rng.shuffle(lines)
+def context_question(class_name: str, meaning: str, field: str) -> FewShot:
+    """The few-shot prompt for phrases of one field of a scene."""
     return FewShot(
         TASK,
-        tuple((name, "\n" + "\n".join(lines)) for name, lines in examples),
+        tuple((example, phrases[field]) for example, phrases in EXAMPLES.items()),
         subject(class_name, meaning),
-        ("Subject", "Scenes"),
-        "\n",
+        ("Subject", LABELS[field]),
     )
 
 
@@ -188,41 +196,47 @@ async def write_contexts(
 ) -> ContextResult:
     """Contexts for a class: the LLM's, and where those are too few, the pool's.
 
+    The LLM is asked for foregrounds, backgrounds, lights and camera angles, each on its own: a
+    small model keeps to one subject matter at a time. Its phrases are then combined.
+
     Args:
         complete: answers a `FewShot` and a seed, with generation options by keyword.
         num_contexts: how many to return; fewer only if the pool runs dry.
-        retries: further rounds of asking, with new seeds, while there are too few.
+        retries: further rounds of asking, with new seeds, for fields that lack phrases.
         pool: None is the built-in one.
     """
-    found: dict[tuple[str, ...], Context] = {}
+    found: dict[str, dict[str, str]] = {field: {} for field in FIELDS}
     raw: list[str] = []
-    refused = asked = 0
-    for _ in range(retries + 1):
-        lacking = num_contexts - len(found)
-        if lacking <= 0:
-            break
-        questions = -(-lacking // SCENES_AN_ANSWER)
-        seeds = [few_shot_seed(seed, class_name, "context", asked + i) for i in range(questions)]
-        asked += questions
+    refused = 0
+    for turn in range(retries + 1):
+        asked = [
+            field
+            for field in FIELDS
+            for _ in range(-(-_lacking(found, field, num_contexts) // PHRASES_AN_ANSWER))
+        ]
         answers = await asyncio.gather(
             *(
                 complete(
-                    context_question(class_name, meaning, seed=s),
-                    s,
-                    max_new_tokens=24 * SCENES_AN_ANSWER,
+                    context_question(class_name, meaning, field),
+                    few_shot_seed(seed, class_name, f"context {turn}", number),
+                    max_new_tokens=24,
                     temperature=0.8,
                     stop=("\n\n",),
                 )
-                for s in seeds
+                for number, field in enumerate(asked)
             )
         )
-        for answer in answers:
+        for field, answer in zip(asked, answers, strict=True):
             raw.append(answer)
-            contexts, bad = parse_contexts(answer)
+            phrases, bad = parse_scene_phrases(answer, field, subject(class_name, meaning))
             refused += bad
-            for context in contexts:
-                found.setdefault(context_key(context), context)
-    written = list(found.values())[:num_contexts]
+            for phrase in phrases:
+                found[field].setdefault(phrase_key(phrase), as_setting(field, phrase))
+    written = combine(
+        {field: list(phrases.values()) for field, phrases in found.items()},
+        num_contexts,
+        seed=few_shot_seed(seed, class_name, "combine", 0),
+    )
     drawn = (pool or load_pool()).draw(
         num_contexts - len(written),
         seed=few_shot_seed(seed, class_name, "pool", 0),
@@ -230,6 +244,57 @@ async def write_contexts(
     )
     sources = [(context, "llm") for context in written] + [(context, "pool") for context in drawn]
     return ContextResult(sources, raw, refused)
+
+
+def combine(phrases: dict[str, list[str]], number: int, *, seed: int) -> list[Context]:
+    """At most `number` distinct contexts of the phrases of each field, all used about equally.
+
+    No foreground and background come together more than once, and neither is used more than
+    `USES_OF_A_PHRASE` times; without either there are no contexts.
+    """
+    rng = np.random.default_rng(seed)
+    front, back = phrases.get("foreground", []), phrases.get("background", [])
+    pairs = [(a, b) for a in front or [""] for b in back or [""] if phrase_key(a) != phrase_key(b)]
+    lights = _cycle(phrases.get("lighting", []), number, rng)
+    angles = _cycle(phrases.get("camera_angle", []), number, rng)
+    uses: Counter[str] = Counter()
+    contexts: list[Context] = []
+    for at in rng.permutation(len(pairs)):
+        if len(contexts) == number:
+            break
+        pair = [phrase for phrase in pairs[at] if phrase]
+        if all(uses[phrase] < USES_OF_A_PHRASE for phrase in pair):
+            uses.update(pair)
+            turn = len(contexts)
+            foreground, background = pairs[at]
+            contexts.append(Context(foreground, background, lights[turn], angles[turn]))
+    return contexts
+
+
+def _cycle(values: Sequence[str], number: int, rng: np.random.Generator) -> list[str]:
+    """`number` entries in shuffled passes over the values; empty texts where there are none."""
+    if not values:
+        return [""] * number
+    passes = [rng.permutation(len(values)) for _ in range(-(-number // len(values)))]
+    return [values[i] for i in np.concatenate(passes)[:number]] if passes else []
+
+
+def as_setting(field: str, phrase: str) -> str:
+    """A bare thing as a part of the scene, so that it does not read as a second subject."""
+    thing = phrase.split(maxsplit=1)[0].casefold() in ARTICLES
+    if thing and field in ("foreground", "lighting"):
+        return f"with {phrase}"
+    return f"in front of {phrase}" if thing and field == "background" else phrase
+
+
+def context_key(context: Context) -> tuple[str, ...]:
+    """What makes two contexts the same: case, punctuation and articles do not count."""
+    return tuple(phrase_key(phrase) for phrase in asdict(context).values())
+
+
+def _lacking(found: dict[str, dict[str, str]], field: str, num_contexts: int) -> int:
+    uses = USES_OF_A_PHRASE if field in ("foreground", "background") else RARE_USES
+    return max(0, -(-num_contexts // uses) - len(found[field]))
 
 
 def subject(class_name: str, meaning: str) -> str:

@@ -6,7 +6,7 @@ The list of styles comes in from YAML (60 of them built in); prompts come out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,16 @@ def stylized_prompt(
     count_tokens: Callable[[str], int],
     max_tokens: int,
 ) -> str:
-    """The subject in a style, then as much of its context as the text encoder can read."""
+    """The subject in a style, then as much of its context as the text encoder can read.
+
+    The camera angle is left out: a painting has none.
+    """
+    scene = replace(context, camera_angle="") if context else Context()
     return fit_prompt(
         style.template,
         class_name,
         meaning,
-        context.phrases() if context else [],
+        scene.phrases(),
         count_tokens=count_tokens,
         max_tokens=max_tokens,
     )

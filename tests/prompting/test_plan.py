@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_synth.meaning.answers import Context
+from ray_synth.prompting.contexts import Context
 from ray_synth.prompting.plan import ClassPrompts, kinds, make_plan, sample_id
 from ray_synth.prompting.styles import load_styles
 

@@ -1,0 +1,169 @@
+"""Meanings are ranked by the images, asked for again when they fail, and never raise."""
+
+import asyncio
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ray_synth.meaning.ambiguity import (
+    KINDS,
+    TEMPLATES,
+    Candidate,
+    meaning_question,
+    rank_meanings,
+    resolve_meaning,
+    with_article,
+    with_cue,
+)
+from ray_synth.meaning.llm import FewShot
+
+DIM = 8
+
+
+def direction(text: str) -> np.ndarray:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    vector = np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+async def embed(texts: list[str]) -> np.ndarray:
+    """Texts with the word "bird" point to the images."""
+    return np.stack([np.eye(DIM)[0] if "bird" in text else direction(text) for text in texts])
+
+
+IMAGES = np.tile(np.eye(DIM, dtype=np.float32)[0], (4, 1))
+
+
+def answering(*answers: str):
+    """An LLM that gives these answers in turn, for ever, and notes what it was asked."""
+    asked: list[tuple[FewShot, int]] = []
+
+    async def complete(prompt: FewShot, seed: int, **options: object) -> str:
+        asked.append((prompt, seed))
+        return answers[(len(asked) - 1) % len(answers)]
+
+    return complete, asked
+
+
+def resolve(complete, **options) -> dict:
+    options = {"num_meanings": 2, "retries": 2, "image_features": IMAGES, **options}
+    return asyncio.run(resolve_meaning("crane", complete=complete, embed_texts=embed, **options))
+
+
+def test_the_meaning_that_the_images_show_is_chosen() -> None:
+    complete, asked = answering("large wading bird", "machine for lifting", "port in the north")
+    entry = resolve(complete)
+    assert entry["choice"] == "a large wading bird"
+    assert entry["candidates"][0]["source"] == "llm"
+    assert {c["meaning"] for c in entry["candidates"]} >= {"crane", "a machine for lifting"}
+    assert entry["num_images"] == 4
+    assert len(entry["raw_answers"]) == len(asked) == 6
+    assert len({seed for _, seed in asked}) == len(asked)
+
+
+def test_too_few_meanings_are_asked_for_again_with_new_seeds() -> None:
+    complete, asked = answering("crane", "", "a thing that")
+    entry = resolve(complete)
+    assert entry["choice"] == "crane"
+    assert entry["margin"] is None
+    assert entry["num_refused"] > 0
+    assert len(asked) == 3 * 6
+    assert len({seed for _, seed in asked}) == len(asked)
+
+
+@given(st.lists(st.text(), min_size=1, max_size=6))
+def test_no_answer_raises(answers: list[str]) -> None:
+    complete, _ = answering(*answers)
+    entry = resolve(complete, retries=0)
+    assert entry["choice"] == entry["candidates"][0]["meaning"]
+    assert [c["source"] for c in entry["candidates"]].count("name") == 1
+
+
+def test_a_users_meaning_is_ranked_beside_the_llms() -> None:
+    complete, _ = answering("machine for lifting")
+    entry = resolve(complete, meanings=["The tall bird"])
+    assert entry["choice"] == "the tall bird"
+    assert entry["candidates"][0]["source"] == "user"
+
+
+@pytest.mark.parametrize(
+    "options", [{"meanings": ["<lora:x>"]}, {"image_features": IMAGES[:0]}, {"num_meanings": 0}]
+)
+def test_what_the_caller_got_wrong_is_said(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"meaning|images"):
+        resolve(answering("a bird")[0], **options)
+
+
+def test_the_same_seed_asks_the_same() -> None:
+    first, second, other = answering("a bird"), answering("a bird"), answering("a bird")
+    resolve(first[0], seed=3)
+    resolve(second[0], seed=3)
+    resolve(other[0], seed=4)
+    assert first[1] == second[1]
+    assert first[1] != other[1]
+
+
+def rank(scores: list[float], **options) -> dict:
+    texts = np.zeros((len(scores), len(TEMPLATES), 2))
+    for i, score in enumerate(scores):
+        texts[i] = [score, np.sqrt(1 - score**2)]
+    candidates = options.pop("candidates", [Candidate(f"m{i}", "llm") for i in range(len(scores))])
+    return rank_meanings(candidates, np.array([[1.0, 0.0]]), texts, **options)
+
+
+@given(st.lists(st.floats(-0.9, 0.9), min_size=1, max_size=8))
+def test_ranking_is_by_mean_similarity(scores: list[float]) -> None:
+    ranking = rank(scores)
+    found = [candidate["score"] for candidate in ranking["candidates"]]
+    assert found == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+    if len(scores) > 1:
+        assert ranking["margin"] == pytest.approx(found[0] - found[1], abs=1e-5)
+
+
+def test_near_ties_go_to_what_the_llm_says_again_and_far_ones_do_not() -> None:
+    often, once = Candidate("often", "llm", 3), Candidate("once", "llm", 1)
+    assert rank([0.300, 0.305], candidates=[often, once])["choice"] == "often"
+    assert rank([0.300, 0.400], candidates=[often, once])["choice"] == "once"
+    assert rank([0.300, 0.305], candidates=[often, once], agreement=0.0)["choice"] == "once"
+
+
+def test_a_phrase_close_to_every_image_loses_to_its_reference() -> None:
+    reference = np.array([[0.0, 1.0]])  # near the second direction, where m0 points
+    assert rank([0.3, 0.29])["choice"] == "m0"
+    texts = np.array([[[0.3, 0.9]], [[0.29, 0.0]]])
+    candidates = [Candidate("m0", "llm"), Candidate("m1", "llm")]
+    images = np.array([[1.0, 0.0]])
+    ranking = rank_meanings(candidates, images, texts, reference_features=reference)
+    assert ranking["choice"] == "m1"
+
+
+def test_questions_go_round_the_kinds_of_sense_and_hold_no_answer() -> None:
+    kinds = [meaning_question("guitar_pick", turn=turn) for turn in range(len(KINDS))]
+    assert len({question.question for question in kinds}) == len(KINDS)
+    assert all("guitar pick" in question.as_text() for question in kinds)
+    assert kinds[0].as_text().endswith("Meaning: a")
+
+
+@pytest.mark.parametrize(
+    ("answer", "whole"),
+    [
+        ("bird", "the bird"),
+        ("a bird", "a bird"),
+        ("1. a bird", "1. a bird"),
+        ("", ""),
+        ("- x", "- x"),
+    ],
+)
+def test_the_cue_is_put_back_where_the_model_went_on_from_it(answer: str, whole: str) -> None:
+    assert with_cue("the", answer) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [("crane", "a crane"), ("owl", "an owl"), ("the sea", "the sea"), ("Airedale", "Airedale")],
+)
+def test_articles(name: str, phrase: str) -> None:
+    assert with_article(name) == phrase

