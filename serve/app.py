@@ -6,8 +6,7 @@
 The pipeline asks the same app through its handle (`resolve`, `write_prompts`).
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: Serve wraps the methods, and FastAPI could not resolve them then.
 import asyncio
 import base64
 import binascii
@@ -87,10 +86,15 @@ async def check_token(request: Request) -> None:
 
 
 class BodyLimit:
-    """ASGI middleware: 413 for a body over the limit, whether or not it announces its length."""
+    """ASGI middleware: 413 for a body over the limit, whether or not it announces its length.
 
-    def __init__(self, app: Any, limit: int) -> None:
-        self.app, self.limit = app, limit
+    The limit belongs to the class: Serve copies the FastAPI app before the config is known.
+    """
+
+    limit = Limits().max_body_bytes
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -117,8 +121,22 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
     async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+        # Read on and forget, within reason: a client that is still sending would see a broken
+        # connection instead of the answer.
+        for _ in range(100_000):
+            message = await receive()
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                break
         text = f"the body is over the limit of {self.limit:,} bytes: send fewer or smaller images"
         await JSONResponse({"detail": text}, 413)(scope, receive, send)
+
+
+api.add_middleware(BodyLimit)
+
+
+def _count_words(text: str) -> int:
+    """A bound on CLIP's tokens where no image generator is at hand: its marks and 1.4 a word."""
+    return 2 + int(1.4 * len(text.replace(",", " , ").split()) + 0.5)
 
 
 @serve.deployment(name="Disambiguation", max_ongoing_requests=512)
@@ -129,6 +147,7 @@ class Disambiguation:
     def __init__(self, config: ServeConfig, llm: DeploymentHandle, clip: DeploymentHandle) -> None:
         self.config, self.llm, self.clip = config, llm, clip
         self.styles = load_styles()
+        BodyLimit.limit = config.limits.max_body_bytes
 
     async def complete(self, prompt: FewShot, seed: int, **options: Any) -> str:
         """One answer of the LLM deployment."""
@@ -270,15 +289,8 @@ class Disambiguation:
         return {"llm": llm, "clip": clip}
 
 
-def _count_words(text: str) -> int:
-    """A bound on CLIP's tokens where no image generator is at hand: its marks and 1.4 a word."""
-    return 2 + int(1.4 * len(text.replace(",", " , ").split()) + 0.5)
-
-
 def build(config: ServeConfig) -> Application:
     """The app of a Serve config or of the pipeline."""
-    api.user_middleware.clear()
-    api.add_middleware(BodyLimit, limit=config.limits.max_body_bytes)
     llm, clip = config.llm, config.clip
     return Disambiguation.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": 0.1}

@@ -59,7 +59,7 @@ def test_sevens_are_resolved_with_scores(url, sevens):
     status, entry = ask(
         url, "/disambiguate", {"class_name": "seven", "images": sevens, "num_meanings": 3}
     )
-    assert status == 200
+    assert status == 200, entry
     assert entry["class_name"] == "seven"
     assert entry["num_images"] == 8
     assert entry["choice"] == entry["candidates"][0]["meaning"]
