@@ -196,9 +196,8 @@ def explain(error: BaseException) -> str | None:
             cause = getattr(current, "cause", None)
             return str(cause if isinstance(cause, ValueError) else current).strip()
         # An error that crossed processes twice is left as text alone.
-        remote = re.findall(
-            r"^(?:ray_synth\.\S+\.)?ValueError: (.+)$", getattr(current, "traceback_str", ""), re.M
-        )
+        crossed = str(current) if type(current).__name__.startswith("RayTaskError") else ""
+        remote = re.findall(r"^ValueError: (.+)$", crossed, re.MULTILINE)
         if remote:
             return str(remote[-1]).strip()
         failures = getattr(current, "worker_failures", None)

@@ -101,7 +101,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.limit:
-            return await self._refuse(scope, receive, send)
+            return await self._refuse(scope, receive, send, more=True)
         chunks: list[Any] = []
         size, more = 0, True
         while more:
@@ -111,7 +111,7 @@ class BodyLimit:
                 break
             size += len(message.get("body", b""))
             if size > self.limit:
-                return await self._refuse(scope, receive, send)
+                return await self._refuse(scope, receive, send, message.get("more_body", False))
             chunks.append(message)
             more = message.get("more_body", False)
 
@@ -120,10 +120,10 @@ class BodyLimit:
 
         await self.app(scope, replay, send)
 
-    async def _refuse(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _refuse(self, scope: Any, receive: Any, send: Any, more: bool) -> None:
         # Read on and forget, within reason: a client that is still sending would see a broken
         # connection instead of the answer.
-        for _ in range(100_000):
+        for _ in range(100_000 if more else 0):
             message = await receive()
             if message["type"] != "http.request" or not message.get("more_body", False):
                 break

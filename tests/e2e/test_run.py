@@ -72,7 +72,7 @@ def test_both_arms_saw_as_many_real_images(finished):
         json.loads((finished[0] / "models" / f"{arm}.json").read_text())
         for arm in ("real_only", "mixed")
     ]
-    assert cards[0]["real_images_seen"] == cards[1]["real_images_seen"] == 30 * 8
+    assert cards[0]["real_images_seen"] == cards[1]["real_images_seen"] == 30 * 5
     assert cards[0]["steps"] == cards[1]["steps"]
 
 
