@@ -5,6 +5,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -15,14 +16,15 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 @pytest.fixture
-def cluster(tmp_path_factory):
+def cluster():
     """A head node of its own, with token authentication; its environment. Stopped by pid."""
     from test_app import free_port
 
-    temporary = tmp_path_factory.mktemp("r")
+    temporary = tempfile.mkdtemp(prefix="r")  # short: Ray puts socket paths under it
     port, dashboard = free_port(), free_port()
     env = {
         **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # an activated environment
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,13 +33,19 @@ def cluster(tmp_path_factory):
     head = subprocess.Popen(
         [
             RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
-            f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--ray-client-server-port=0",
+            f"--dashboard-port={dashboard}", f"--temp-dir={temporary}",
+            f"--ray-client-server-port={free_port()}",
         ],
         env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    assert head.stdout
+    seen = []
     for line in head.stdout:
+        seen.append(line)
         if "Ray runtime started" in line:
             break
+    else:
+        raise AssertionError("ray start failed:\n" + "".join(seen))
     yield {**env, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     ours = [p for p in psutil.Process(head.pid).children(recursive=True) if p.pid not in before]
     head.send_signal(signal.SIGTERM)

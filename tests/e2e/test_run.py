@@ -140,37 +140,33 @@ def parts(folder: Path) -> int:
 
 def test_killed_in_generation_it_continues_and_makes_each_row_once(tmp_path):
     folder = tmp_path / "quickstart"
-    settings = [*SMALL, *NO_LLM, "training.feed=stored", "training.baseline=false"]
-    settings += ["generation.num_inference_steps=6", "prompting.multiplier=16"]
-    kill_when(command("run", tmp_path, *settings), lambda: parts(folder) >= 2)
-    made = parts(folder)
-    assert made < 16
-    result = run(command("run", tmp_path, *settings))
+    settings = [*SMALL, *NO_LLM, "generation.num_inference_steps=12"]
+    line = command("generate", tmp_path, *settings)
+    kill_when(line, lambda: parts(folder) >= 2)
+    assert parts(folder) < 8
+    result = run(line)
     assert result.returncode == 0, result.stderr[-4000:]
     assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
-    assert len(planned_ids(folder)) == 128
+    assert len(planned_ids(folder)) == 64
 
 
 def test_killed_in_training_it_continues_from_its_checkpoint(tmp_path):
     folder = tmp_path / "quickstart"
-    settings = [*SMALL, *NO_LLM, "training.baseline=false", "training.steps=120"]
+    settings = [*SMALL, *NO_LLM, "training.baseline=false", "training.steps=100"]
+    line = command("train", tmp_path, *settings, "training.checkpoint_every=10")
 
-    def checkpoints() -> int:
-        return len(list((folder / "checkpoints").glob("mixed-*/checkpoint_*/state.pt")))
+    def checkpoints() -> list[Path]:
+        found = (folder / "checkpoints").glob("mixed-*/checkpoint_*/state.pt")
+        return sorted(found, key=lambda path: path.stat().st_mtime)
 
-    kill_when(command("run", tmp_path, *settings), lambda: checkpoints() >= 2)
+    kill_when(line, lambda: len(checkpoints()) >= 2)
     assert not (folder / "models" / "mixed.json").exists()
     import torch
 
-    newest = max(
-        (folder / "checkpoints").glob("mixed-*/checkpoint_*/state.pt"),
-        key=lambda p: p.stat().st_mtime,
-    )
-    before = torch.load(newest, weights_only=True)["history"]["curve"]
-    result = run(command("run", tmp_path, *settings))
+    before = torch.load(checkpoints()[0], weights_only=True)["history"]["curve"]
+    result = run(line)
     assert result.returncode == 0, result.stderr[-4000:]
     assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
     curve = json.loads((folder / "models" / "mixed.json").read_text())["curve"]
-    assert [point["step"] for point in curve] == list(range(10, 121, 10))
-    shared = min(len(before), 1)
-    assert curve[:shared] == before[:shared], "steps before the checkpoint were not trained again"
+    assert [point["step"] for point in curve] == list(range(10, 101, 10))
+    assert curve[: len(before)] == before, "steps before the checkpoint were not trained again"
