@@ -5,6 +5,8 @@ An app of the same name that already serves on the cluster is used as it is, and
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +48,7 @@ class Service:
             self._started_serve = not _serve_is_running()
             if self._started_serve:
                 serve.start(proxy_location="Disabled")
+            logging.getLogger("ray.serve").setLevel(logging.ERROR)  # after start, which sets it
             config = ServeConfig(llm=self.config.meaning.llm, clip=self.config.meaning.clip)
             self._handle = serve.run(build(config), name=APP_NAME, route_prefix=None)
         return self._handle
@@ -86,8 +89,6 @@ class Service:
 
 def _ask_all(items: list[Any], ask: Any) -> Iterator[tuple[Any, Any]]:
     """Keep some questions in flight; give answers in the order of the items."""
-    from collections import deque
-
     waiting: deque[tuple[Any, Any]] = deque()
     for item in items:
         waiting.append((item, ask(item)))

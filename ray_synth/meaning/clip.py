@@ -6,12 +6,12 @@ PIL images or texts go in, unit-norm float32 embeddings come out; any open_clip 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_synth.meaning.llm import pick_device, pick_dtype
+from ray_synth.device import pick_device, pick_dtype
+from ray_synth.mini import clip_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,7 +56,7 @@ class ClipModel:
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self.max_batch_size = max_batch_size
-        source = f"local-dir:{embedded_clip_folder()}" if model == "embedded" else model
+        source = f"local-dir:{clip_folder()}" if model == "embedded" else model
         # built in float32 first: the packed weights are float8, which open_clip casts while loading
         network, preprocess = open_clip.create_model_from_pretrained(source, pretrained=pretrained)
         self._model: Any = network.to(device=self.device, dtype=self.dtype).eval()
@@ -114,9 +114,4 @@ class ClipModel:
         return int(self.encode_texts([""]).shape[1])
 
 
-def embedded_clip_folder() -> str:
-    """The folder of the packaged CLIP, in open_clip's `local-dir:` layout."""
-    return str(resources.files("ray_synth") / "mini" / "weights" / "clip")
-
-
-__all__ = ["ClipModel", "embedded_clip_folder"]
+__all__ = ["ClipModel"]

