@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
+from ray_synth.cli import prepare_process
 from ray_synth.config import load_config
 from ray_synth.pipeline import run_pipeline
 from ray_synth.report.table import comparison_rows
@@ -83,4 +84,5 @@ def summary(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    prepare_process()
     typer.run(main)

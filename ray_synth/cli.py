@@ -206,11 +206,16 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command and of `jobs/*.py`."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in cluster.py; before torch is loaded
+def prepare_process() -> None:
+    """Logging, and what must be in the environment before torch is loaded (see cluster.py)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("ray_synth").setLevel(logging.INFO)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the command and of `jobs/*.py`."""
+    prepare_process()
     try:
         app(arguments, standalone_mode=True)
     except KeyboardInterrupt:
