@@ -14,7 +14,15 @@ from ray_synth.config import ClusterConfig
 from ray_synth.storage import Folder
 
 log = logging.getLogger("ray_synth")
-NOISY = ("ray.data", "ray.serve", "ray.train", "mlflow", "mlflow.store.db.utils", "alembic", "ray._private.authentication")
+NOISY = (
+    "ray.data",
+    "ray.serve",
+    "ray.train",
+    "ray._private.authentication",
+    "mlflow",
+    "mlflow.store.db.utils",
+    "alembic",
+)
 ENVIRONMENT = {
     # Threads that wait must sleep: several torch processes share a laptop's cores, and with spinning
     # threads generation under Ray was 7 times slower there (3.6 against 25.8 images/s).
