@@ -62,7 +62,7 @@ def submit(env, *arguments):
 
 
 def test_a_submitted_job_ends_with_its_exit_code(cluster, tmp_path):
-    settings = [f"runs_dir={tmp_path}", *SMALL, *NO_LLM]
+    settings = [f"runs_dir={tmp_path}", *SMALL, *NO_LLM, "training.baseline=false"]
     arguments = [item for setting in settings for item in ("--set", setting)]
     config = "jobs/configs/quickstart.yaml"
     result = submit(cluster, "--config", config, *arguments)
