@@ -293,6 +293,7 @@ def test_lexicon_is_read_back_as_it_was_built(tmp_path: Path, data: Path) -> Non
     assert lexicon.classes[1].hypernyms == ("entity",)
 
 
+@pytest.mark.slow
 def test_smoke_run_of_all_stages_packs_models_like_the_packaged_ones(
     tmp_path: Path, data: Path
 ) -> None:

@@ -45,6 +45,7 @@ def train(folder: Folder, name: str, **settings) -> dict:
     return folder.read_json("models/mixed.json")
 
 
+@pytest.mark.slow
 def test_stored_feed_trains_on_two_workers_in_step(local_ray, tmp_path):
     card = train(Folder(tmp_path), "two", feed="stored", num_workers=2)
     assert [point["step"] for point in card["curve"]] == list(range(1, 9))
