@@ -103,6 +103,7 @@ def _plan(count: int) -> list[dict[str, Any]]:
             "negative_prompt": "",
             "context_source": "none",
             "seed": i,
+            "reference": "",
         }
         for i in range(count)
     ]

@@ -140,9 +140,43 @@ class PoolConfig(Section):
         return self
 
 
-class GenerationConfig(Section):
-    """The off-the-shelf diffusers pipeline and the pool that runs it."""
+class ReferenceConfig(Section):
+    """Image-to-image generation, guided by real training images of the class."""
 
+    strength: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.75, description="share of the noise schedule that is run: 1 forgets the real image"
+    )
+    images_per_class: Positive = Field(16, description="real images that take turns as guides")
+
+
+class QualityConfig(Section):
+    """What is looked for in each generated image, and what happens to those that fail."""
+
+    policy: Literal["off", "flag", "reject", "retry"] = Field(
+        "flag", description="flag: only say so; reject: not trained on; retry: with new seeds"
+    )
+    retries: Positive = Field(2, description="new seeds tried, with policy retry")
+    pixels: bool = Field(True, description="blank and saturated images")
+    clip: bool = Field(True, description="CLIP score against the resolved meaning; duplicates")
+    clip_quantile: Fraction = Field(
+        0.01, description="an image fails below this quantile of real images' own CLIP scores"
+    )
+    duplicate_quantile: Fraction = Field(
+        0.01, description="a near-duplicate is nearer than this quantile of the distances between "
+        "real images and their nearest others"
+    )
+    real_images_per_class: Positive = Field(32, description="real images that set the thresholds")
+
+
+class GenerationConfig(Section):
+    """The off-the-shelf image generator and the pool that runs it."""
+
+    generator: str = Field(
+        "diffusers", description="'diffusers', an installed plug-in's name, or module:Class"
+    )
+    generator_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="settings of a plug-in generator"
+    )
     model: str = Field("embedded", description="'embedded', hub id, or a diffusers folder")
     revision: str | None = None
     variant: str | None = None
@@ -153,13 +187,26 @@ class GenerationConfig(Section):
     height: Annotated[int, Field(ge=8, multiple_of=8)] = 512
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=0)] = 7.5
-    batch_size: Positive = 16
+    reference: ReferenceConfig | None = Field(None, description="guide by real images")
+    batch_size: Positive | Literal["auto"] = Field(
+        16, description="images at a time; 'auto' probes the device's memory"
+    )
     image_format: Literal["png", "webp", "jpeg"] = "webp"
-    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="of webp and jpeg files")
     channels_last: bool = True
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile; auto: on GPUs, where the plan is long enough to pay"
+    )
+    cache_prompts: bool = Field(True, description="encode each distinct prompt once an actor")
+    overlap: bool = Field(True, description="encode and write a batch while the next one is made")
+    offload: bool = Field(False, description="keep parts that are not at work in CPU memory")
+    trust_remote_code: bool = Field(False, description="run Python code that a checkpoint brings")
+    checks: QualityConfig = QualityConfig()
     pool: PoolConfig = PoolConfig()
     num_cpus: Annotated[float, Field(gt=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_gpus: Annotated[float, Field(ge=0)] = Field(
+        0, description="GPUs an actor: a fraction shares one, 2 or more spread the model"
+    )
     num_threads: Positive | None = Field(None, description="torch threads an actor; default: cores")
 
 
@@ -269,6 +316,10 @@ class ClusterConfig(Section):
     num_gpus: Annotated[int, Field(ge=0)] | None = None
     max_reach: ReachConfig | None = Field(None, description="what autoscaling can reach")
     no_progress_timeout_s: Positive = Field(900, description="a stalled pipeline is an error")
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] = Field(
+        0, description="for the cost of generation, in your currency"
+    )
+    price_per_cpu_hour: Annotated[float, Field(ge=0)] = 0
 
 
 class Config(Section):

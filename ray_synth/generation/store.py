@@ -26,6 +26,7 @@ PLAN_FIELDS = [
     pa.field("negative_prompt", pa.string()),
     pa.field("context_source", pa.string()),
     pa.field("seed", pa.int64()),
+    pa.field("reference", pa.string()),
 ]
 PLAN_SCHEMA = pa.schema(PLAN_FIELDS)
 IMAGE_SCHEMA = pa.schema(
@@ -35,8 +36,10 @@ IMAGE_SCHEMA = pa.schema(
         pa.field("width", pa.int64()),
         pa.field("height", pa.int64()),
         pa.field("clip_score", pa.float64()),
+        pa.field("embedding", pa.list_(pa.float16())),
         pa.field("accepted", pa.bool_()),
         pa.field("reject_reason", pa.string()),
+        pa.field("attempt", pa.int64()),
         pa.field("generator", pa.string()),
         pa.field("gpu_seconds", pa.float64()),
     ]

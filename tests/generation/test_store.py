@@ -23,6 +23,7 @@ def plan_rows(count: int) -> list[dict]:
             "negative_prompt": "",
             "context_source": "none",
             "seed": i,
+            "reference": "",
         }
         for i in range(count)
     ]
@@ -34,8 +35,10 @@ def made(rows: list[dict]) -> list[dict]:
         "width": 24,
         "height": 20,
         "clip_score": None,
+        "embedding": None,
         "accepted": True,
         "reject_reason": "",
+        "attempt": 0,
         "generator": "{}",
         "gpu_seconds": 0.1,
     }
