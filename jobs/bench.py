@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,11 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contenders, before torch is loaded
 
 import typer
+from bench_scale import plan_rows, plans, scaling
 
-from ray_synth.config import ClusterConfig, GenerationConfig, load_config
+from ray_synth.config import ClusterConfig, GenerationConfig, QualityConfig, load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+ConfigPath = Annotated[Path, typer.Option("--config", "-c")]
+Overrides = Annotated[list[str] | None, typer.Option("--set")]
 
 
 @app.callback()
@@ -34,86 +38,152 @@ def _verbs() -> None:
 
 @app.command()
 def generation(
-    config: Annotated[Path, typer.Option("--config", "-c")] = QUICKSTART,
-    overrides: Annotated[list[str] | None, typer.Option("--set")] = None,
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
     batches: Annotated[int, typer.Option(help="batches a round")] = 6,
     rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 3,
+    parts: Annotated[bool, typer.Option(help="also each part of the speed path alone")] = False,
 ) -> None:
     """Stock diffusers loop; our generator alone; our generator under Ray Data."""
     import torch
 
     from ray_synth.cluster import connect
     from ray_synth.device import pick_device, pick_dtype
-    from ray_synth.generation.generator import Generator
+    from ray_synth.generation.diffusion import DiffusionGenerator
 
     settings = load_config(config, overrides)
-    made = settings.generation
+    made = settings.generation.model_copy(update={"checks": QualityConfig(policy="off")})
     device = pick_device(made.device)
     dtype = pick_dtype(made.dtype, device)
     torch.set_num_threads(made.num_threads or os.cpu_count() or 1)
-    plan = _plan(batches * made.batch_size)
-    stock = _stock_pipeline(made, dtype, device)
-    ours = Generator(made)
-    rates: dict[str, list[float]] = {"stock": [], "ours": [], "ray": []}
+    size = made.batch_size
+    assert isinstance(size, int), "give a number: --set generation.batch_size=16"
+    plan = plan_rows(batches * size)
+    stock_dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    stock = _stock_pipeline(made, stock_dtype, device)
+    contenders = {"stock": partial(_stock_round, stock, plan, made)}
+    for name, settings_of_part in _parts(made).items() if parts else ():
+        alone = DiffusionGenerator(settings_of_part)
+        contenders[name] = partial(_ours_round, alone, plan, made)
+    contenders["ours"] = partial(_ours_round, DiffusionGenerator(made), plan, made)
+    contenders["ray"] = partial(_ray_round, plan, made)
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
     with connect(ClusterConfig(num_cpus=settings.cluster.num_cpus)):
-        _stock_round(stock, plan[: made.batch_size], made)
-        ours.generate(plan[: made.batch_size])
+        for name, contender in contenders.items():
+            if name != "ray":
+                contender()  # warm up
         for _ in range(rounds):
-            rates["stock"].append(_stock_round(stock, plan, made))
-            rates["ours"].append(_ours_round(ours, plan, made))
-            rates["ray"].append(_ray_round(plan, made))
-    figures: dict[str, Any] = {name: statistics.median(values) for name, values in rates.items()}
-    table = [
-        ("stock diffusers loop", rates["stock"]),
-        ("our generator, encoding included", rates["ours"]),
-        ("our generator under Ray Data, encoding and storing included", rates["ray"]),
-    ]
+            for name, contender in contenders.items():
+                rates[name].append(contender())
+    titles = {
+        "stock": f"stock diffusers loop, {str(stock_dtype).removeprefix('torch.')}",
+        "ours": "our generator alone, encoding included",
+        "ray": "our generator under Ray Data, encoding and storing included",
+    }
     print(
-        f"{made.model}, {made.width}x{made.height}, {made.num_inference_steps} steps, batch "
-        f"{made.batch_size}, {str(dtype).removeprefix('torch.')} on {device}, "
-        f"{torch.get_num_threads()} threads; images/s, median of {rounds} rounds (each round)"
+        f"{made.model}, {made.width}x{made.height}, {made.num_inference_steps} steps, guidance "
+        f"{made.guidance_scale}, batch {size}, ours in {str(dtype).removeprefix('torch.')} on "
+        f"{device}, {torch.get_num_threads()} threads; images/s, median of {rounds} rounds (each)"
     )
-    for name, values in table:
+    figures = {name: statistics.median(values) for name, values in rates.items()}
+    for name, values in rates.items():
         shown = ", ".join(f"{value:.2f}" for value in values)
-        print(f"{name:<62} {statistics.median(values):8.2f}   ({shown})")
+        ratio = figures[name] / figures["stock"]
+        print(f"{titles.get(name, name):<62} {figures[name]:8.2f} {ratio:6.2f}x   ({shown})")
+    flops = _flops(stock, plan[:size], made) / size
+    limit = _matmul_limit(dtype, device)
+    share = {name: rate * flops / limit for name, rate in figures.items()}
     print(
-        json.dumps(
-            {
-                "verb": "generation",
-                "images_per_second": {k: round(v, 3) for k, v in figures.items()},
-                "ray_over_ours": round(figures["ray"] / figures["ours"], 4),
-                "ours_over_stock": round(figures["ours"] / figures["stock"], 4),
-                "ray_over_stock": round(figures["ray"] / figures["stock"], 4),
-            }
-        )
+        f"{flops / 1e9:.1f} GFLOP an image; this device multiplies matrices at "
+        f"{limit / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}: stock takes "
+        f"{100 * share['stock']:.0f}% of that, ours {100 * share['ours']:.0f}%"
+    )
+    _json(
+        "generation",
+        images_per_second={k: round(v, 3) for k, v in figures.items()},
+        ray_over_ours=round(figures["ray"] / figures["ours"], 4),
+        ours_over_stock=round(figures["ours"] / figures["stock"], 4),
+        ray_over_stock=round(figures["ray"] / figures["stock"], 4),
+        share_of_matmul_limit={k: round(v, 4) for k, v in share.items()},
+        dtype=str(dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
     )
 
 
-def _plan(count: int) -> list[dict[str, Any]]:
-    subjects = ("a tree", "a house", "the number seven", "a boat", "a dog")
-    return [
-        {
-            "sample_id": f"{i:08d}",
-            "class_index": i % len(subjects),
-            "class_name": subjects[i % len(subjects)],
-            "meaning": "",
-            "kind": "plain",
-            "style": "",
-            "prompt": f"a photo of {subjects[i % len(subjects)]}, in bright light, view {i}",
-            "negative_prompt": "",
-            "context_source": "none",
-            "seed": i,
-            "reference": "",
-        }
-        for i in range(count)
-    ]
+@app.command("scaling")
+def scaling_verb(
+    actors: Annotated[str, typer.Option(help="pool sizes")] = "1,2,4,8,16,32,64",
+    seconds: Annotated[float, typer.Option(help="that each batch takes")] = 4.0,
+    batches: Annotated[int, typer.Option(help="batches an actor, in the steady state")] = 5,
+) -> None:
+    """Throughput of 1 to 64 actors that sleep a fixed time, against the ideal."""
+    _json("scaling", **scaling([int(part) for part in actors.split(",")], seconds, batches))
+
+
+@app.command("plans")
+def plans_verb(
+    rows: Annotated[str, typer.Option(help="plan sizes")] = "10000,1000000,10000000",
+    batch_size: Annotated[int, typer.Option(help="rows a chunk")] = 32,
+) -> None:
+    """Start-up time, driver memory and listing time for long plans, half of which are made."""
+    _json("plans", **plans([int(part) for part in rows.split(",")], batch_size))
+
+
+def _parts(made: GenerationConfig) -> dict[str, GenerationConfig]:
+    """The speed path off, and each part of it on alone."""
+    off: dict[str, Any] = {
+        "channels_last": False, "compile": False, "cache_prompts": False, "dtype": "float32",
+    }  # fmt: skip
+    parts: dict[str, dict[str, Any]] = {
+        "all parts off": {},
+        "  + channels_last": {"channels_last": True},
+        "  + prompts encoded once": {"cache_prompts": True},
+        "  + half precision": {"dtype": "bfloat16"},
+        "  + torch.compile": {"compile": True},
+        "  + channels_last, torch.compile": {"channels_last": True, "compile": True},
+    }
+    return {name: made.model_copy(update={**off, **on}) for name, on in parts.items()}
+
+
+def _flops(pipeline: Any, plan: list[dict[str, Any]], made: GenerationConfig) -> float:
+    """Floating-point operations of one batch, as torch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        _stock_round(pipeline, plan, made)
+    return counter.get_total_flops()
+
+
+def _matmul_limit(dtype: Any, device: str) -> float:
+    """The FLOP/s of a large matrix product: no dense network is faster."""
+    import torch
+
+    size = 8192 if device.startswith("cuda") else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+
+    def once() -> None:
+        a @ a
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    once()
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        once()
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
+
+
+def _json(verb: str, **figures: Any) -> None:
+    print(json.dumps({"verb": verb, **figures}))
 
 
 def _stock_pipeline(made: GenerationConfig, dtype: Any, device: str) -> Any:
     """The pipeline as diffusers' documentation loads it."""
     import diffusers
 
-    from ray_synth.generation.generator import resolve_model
+    from ray_synth.generation.diffusion import resolve_model
 
     diffusers.utils.logging.disable_progress_bar()
     pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
@@ -124,10 +194,12 @@ def _stock_pipeline(made: GenerationConfig, dtype: Any, device: str) -> Any:
 
 
 def _stock_round(pipeline: Any, plan: list[dict[str, Any]], made: GenerationConfig) -> float:
+    size = made.batch_size
+    assert isinstance(size, int)
     started = time.perf_counter()
-    for at in range(0, len(plan), made.batch_size):
+    for at in range(0, len(plan), size):
         pipeline(
-            [row["prompt"] for row in plan[at : at + made.batch_size]],
+            [row["prompt"] for row in plan[at : at + size]],
             num_inference_steps=made.num_inference_steps,
             guidance_scale=made.guidance_scale,
             width=made.width,
@@ -137,30 +209,36 @@ def _stock_round(pipeline: Any, plan: list[dict[str, Any]], made: GenerationConf
 
 
 def _ours_round(generator: Any, plan: list[dict[str, Any]], made: GenerationConfig) -> float:
+    from ray_synth.data.images import encode_image
+
     started = time.perf_counter()
-    for at in range(0, len(plan), made.batch_size):
-        generator.generate(plan[at : at + made.batch_size])
+    for at in range(0, len(plan), generator.batch_size):
+        for image in generator.generate(plan[at : at + generator.batch_size]):
+            encode_image(image, image_format=made.image_format, quality=made.quality)
     return len(plan) / (time.perf_counter() - started)
 
 
 def _ray_round(plan: list[dict[str, Any]], made: GenerationConfig) -> float:
-    """Steady state: from the first batch's arrival at the consumer to the last one's."""
+    """Steady state: from the second batch's arrival at the consumer to the last one's."""
     import pyarrow as pa
 
+    from ray_synth.generation.chunks import PlanTable
+    from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
     from ray_synth.generation.stream import image_stream
     from ray_synth.storage import Folder
 
-    # One batch more, since the first only starts the clock.
-    rows = plan + [{**row, "sample_id": f"x{row['sample_id']}"} for row in plan[: made.batch_size]]
+    assert isinstance(made.batch_size, int)
+    # Two batches more, since the first ones only start the clock.
+    extra = [{**row, "sample_id": f"x{row['sample_id']}"} for row in plan[: 2 * made.batch_size]]
     with tempfile.TemporaryDirectory() as folder:
-        table = pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)
-        stream = image_stream(table, made, ImageStore(Folder(folder)))
+        table = pa.Table.from_pylist(extra + plan, schema=PLAN_SCHEMA)
+        job = GenerationJob(made, PlanTable(table), ImageStore(Folder(folder)))
         arrivals, counts = [], []
-        for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for block in image_stream(job).iter_batches(batch_size=None, batch_format="pyarrow"):
             arrivals.append(time.perf_counter())
             counts.append(len(block))
-    return sum(counts[1:]) / (arrivals[-1] - arrivals[0])
+    return sum(counts[2:]) / (arrivals[-1] - arrivals[1])
 
 
 if __name__ == "__main__":

@@ -162,8 +162,9 @@ class QualityConfig(Section):
         0.01, description="an image fails below this quantile of real images' own CLIP scores"
     )
     duplicate_quantile: Fraction = Field(
-        0.01, description="a near-duplicate is nearer than this quantile of the distances between "
-        "real images and their nearest others"
+        0.01,
+        description="a near-duplicate is nearer than this quantile of the nearest distances in "
+        "a class of real images, were it as large as what is made",
     )
     real_images_per_class: Positive = Field(32, description="real images that set the thresholds")
 

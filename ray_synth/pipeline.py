@@ -9,12 +9,18 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_synth.budget import check_budget, cluster_capacity
 from ray_synth.cluster import connect, runs_folder
-from ray_synth.config import Config
+from ray_synth.config import ClipConfig, Config, QualityConfig
 from ray_synth.data.dataset import (
     Index,
     drop,
@@ -25,8 +31,10 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
-from ray_synth.generation.generator import check_model, fingerprint, prompt_tokens
-from ray_synth.generation.store import ImageStore
+from ray_synth.generation.chunks import PlanFile
+from ray_synth.generation.generator import check_generator, fingerprint, prompt_tokens
+from ray_synth.generation.maker import GenerationJob, write_references
+from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.progress import Bar, make_board, watch
 from ray_synth.stages import StageLog, stage_inputs
 from ray_synth.storage import Folder
@@ -51,6 +59,16 @@ class Run:
     def store(self) -> ImageStore:
         return ImageStore(self.folder.child("images"))
 
+    def generation_job(self, board: Any = None) -> GenerationJob:
+        return GenerationJob(
+            self.config.generation,
+            PlanFile(self.folder),
+            self.store,
+            run=self.folder,
+            clip=self.config.meaning.clip,
+            board=board,
+        )
+
 
 def open_run(config: Config, force_stage: str | None = None) -> Run:
     """Check everything that can be checked without a cluster, and open the run directory.
@@ -70,8 +88,11 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
     folder = runs.child(config.name)
     stages = StageLog(folder, stage_inputs(config, fingerprint(config.generation)))
     stages.check(force_stage)
+    if force_stage == "generation":
+        ImageStore(folder.child("images")).clear()
     if stages.record("generation") is None:
-        check_model(config.generation)
+        check_generator(config.generation)
+        ImageStore(folder.child("images")).check_writable()
     if stages.record("training") is None:
         check_recipe(config.training)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
@@ -122,6 +143,8 @@ def _run_stages(run: Run, until: str, tracker: Any) -> None:
             run.stages.run("meaning", lambda: resolve_meanings(run, service))
             if done_at >= 3:
                 run.stages.run("plan", lambda: write_plan(run, service))
+    if done_at >= 4:
+        measure_quality(run)
     live = run.config.training.feed != "stored"
     if done_at == 4 or (done_at > 4 and not live):
         run.stages.run("generation", lambda: generate(run))
@@ -174,7 +197,7 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
     """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet."""
     from ray_synth.prompting.contexts import Context
-    from ray_synth.prompting.plan import ClassPrompts, make_plan
+    from ray_synth.prompting.plan import ClassPrompts, plan_tables
     from ray_synth.prompting.styles import load_styles
 
     config, folder = run.config, run.folder
@@ -192,6 +215,7 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
                 contexts[name] = entry
                 folder.write_json("contexts.json", {"digest": digest, "classes": contexts})
                 bar.advance()
+    guides = choose_references(run)
     classes = [
         ClassPrompts(
             index,
@@ -201,64 +225,140 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
                 (Context(**entry["context"]), entry["source"])
                 for entry in contexts.get(name, {}).get("contexts", [])
             ],
+            guides.get(index, []),
         )
         for index, name in enumerate(run.train.class_names)
     ]
     count_tokens, limit = prompt_tokens(config.generation)
-    plan = make_plan(
-        classes,
-        num_images=max(1, round(config.prompting.multiplier * len(run.train))),
-        mix={str(kind): share for kind, share in config.prompting.mix.items()},
-        styles=load_styles(config.prompting.styles),
-        negative_prompt=config.prompting.negative_prompt,
-        fingerprint=fingerprint(config.generation),
-        seed=config.seed,
-        count_tokens=count_tokens,
-        max_tokens=config.prompting.max_tokens or limit,
-    )
-    folder.write_table("plan.parquet", plan)
-    sources = plan["context_source"].to_pylist()
-    return {
-        "num_synthetic": plan.num_rows,
-        "context_sources": {name: sources.count(name) for name in sorted(set(sources))},
+    limit = _prompt_limit(config, count_tokens, limit)
+    sources: Counter[str] = Counter()
+
+    def tables() -> Iterator[pa.Table]:
+        for table in plan_tables(
+            classes,
+            num_images=max(1, round(config.prompting.multiplier * len(run.train))),
+            mix={str(kind): share for kind, share in config.prompting.mix.items()},
+            styles=load_styles(config.prompting.styles),
+            negative_prompt=config.prompting.negative_prompt,
+            fingerprint=fingerprint(config.generation),
+            seed=config.seed,
+            count_tokens=count_tokens,
+            max_tokens=limit,
+        ):
+            for item in pc.value_counts(table["context_source"]).to_pylist():
+                sources[item["values"]] += item["counts"]
+            yield table
+
+    folder.write_tables("plan.parquet", PLAN_SCHEMA, tables())
+    return {"num_synthetic": sources.total(), "context_sources": dict(sorted(sources.items()))}
+
+
+def _prompt_limit(config: Config, count_tokens: Callable[[str], int], limit: int) -> int:
+    """Tokens that a prompt may have. Raises ValueError where what the user gave cannot fit."""
+    given = config.prompting.max_tokens
+    if given and given > limit:
+        raise ValueError(
+            f"prompting.max_tokens {given} is more than the {limit} tokens that the text encoder of "
+            f"{config.generation.model!r} reads; the rest would be cut off"
+        )
+    length = count_tokens(config.prompting.negative_prompt)
+    if length > limit:
+        raise ValueError(
+            f"prompting.negative_prompt is too long: {length} tokens, and the text encoder of "
+            f"{config.generation.model!r} reads {limit}; shorten it"
+        )
+    return given or limit
+
+
+def choose_references(run: Run) -> dict[int, list[str]]:
+    """Ids, by class, of the real images that guide image-to-image rows; kept with the run."""
+    reference = run.config.generation.reference
+    if reference is None:
+        return {}
+    few = select(run.train, reference.images_per_class, run.config.seed)
+    images: dict[str, bytes] = {}
+    ids: dict[int, list[str]] = {}
+    for row in read_index(few):
+        images[row["image_id"]] = row["image"]
+        ids.setdefault(row["class_index"], []).append(row["image_id"])
+    write_references(run.folder, images)
+    return {label: sorted(found) for label, found in ids.items()}
+
+
+def measure_quality(run: Run) -> None:
+    """Thresholds of quality from real images' own scores, kept in `quality/`; done once a plan."""
+    import ray
+
+    checks, clip = run.config.generation.checks, run.config.meaning.clip
+    digest, folder = run.stages.digest("generation"), run.folder.child("quality")
+    if checks.policy == "off" or not checks.clip:
+        return
+    if folder.exists("digest.json") and folder.read_json("digest.json") == digest:
+        return
+    few = select(run.train, checks.real_images_per_class, run.config.seed)
+    images: dict[int, list[bytes]] = {}
+    for row in read_index(few):
+        images.setdefault(row["class_index"], []).append(row["image"])
+    meanings = dict(enumerate(run.folder.read_json("meanings.json")))
+    per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
+    measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(_measure_quality)
+    ray.get(measure.remote(images, meanings, clip, checks, per_class, folder))
+    folder.write_json("digest.json", digest)
+
+
+def _measure_quality(
+    images: dict[int, list[bytes]],
+    meanings: dict[int, dict[str, Any]],
+    clip: ClipConfig,
+    checks: QualityConfig,
+    images_per_class: int,
+    folder: Folder,
+) -> None:
+    """The task that measures, on a node that can hold the CLIP model."""
+    from ray_synth.generation.thresholds import measure_reference, save_reference
+    from ray_synth.meaning.ambiguity import with_article
+    from ray_synth.meaning.clip import ClipModel
+
+    texts = {
+        index: with_article(entry["choice"])
+        if entry["choice"] == entry["class_name"]
+        else entry["choice"]
+        for index, entry in meanings.items()
     }
+    model = ClipModel(clip.model, clip.pretrained, device=clip.device, dtype=clip.dtype)
+    reference = measure_reference(
+        images,
+        texts,
+        model,
+        clip_quantile=checks.clip_quantile,
+        duplicate_quantile=checks.duplicate_quantile,
+        images_per_class=images_per_class,
+    )
+    save_reference(folder, reference)
 
 
 def generate(run: Run) -> dict[str, Any]:
     """Make what the store lacks of the plan."""
-    from ray_synth.generation.stream import make_images
+    from ray_synth.generation.cost import cost_note, store_facts
+    from ray_synth.generation.stream import make_images, missing_images
 
-    plan = run.folder.read_table("plan.parquet")
-    missing = run.store.missing(plan).num_rows
     board = make_board()
+    missing = missing_images(run.generation_job())
     bars = {"images": Bar("generation", missing, "images")} if missing else {}
-    with watch(board, bars):
-        made = make_images(plan, run.config.generation, run.store, board=board)
-    return {"made_in_this_stage": made, **_store_facts(run, plan)}
-
-
-def _store_facts(run: Run, plan: Any) -> dict[str, Any]:
-    """Counts over the finished store: each plan row exactly once."""
-    rows = list(run.store.rows(plan, ["accepted", "reject_reason", "gpu_seconds"]))
-    assert len(rows) == plan.num_rows, f"{plan.num_rows} rows planned, {len(rows)} in the store"
-    seconds = sum(row["gpu_seconds"] for row in rows)
-    reasons = [row["reject_reason"] for row in rows if not row["accepted"]]
-    return {
-        "num_synthetic": len(rows) - len(reasons),
-        "rejected": len(reasons),
-        "reject_reasons": {reason: reasons.count(reason) for reason in set(reasons)},
-        "images_per_actor_second": len(rows) / seconds,
-    }
+    with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
+        made = make_images(run.generation_job(board))
+    return {"made_in_this_stage": made, **store_facts(run.config, run.folder, run.store)}
 
 
 def train(run: Run, tracker: Any) -> dict[str, Any]:
     """Train the real-only baseline and the mixed model; the latter while images are being made."""
+    from ray_synth.generation.cost import cost_note
     from ray_synth.training.loop import TrainJob, total_steps
     from ray_synth.training.trainer import run_training
 
     config, training = run.config, run.config.training
     steps = total_steps(training, len(run.train))
-    num_synthetic = run.folder.read_table("plan.parquet", ["sample_id"]).num_rows
+    num_synthetic = len(PlanFile(run.folder))
     seconds = {}
     for arm in (["real_only"] if training.baseline else []) + ["mixed"]:
         started = time.perf_counter()
@@ -279,13 +379,12 @@ def train(run: Run, tracker: Any) -> dict[str, Any]:
             tracking=tracker.handle if tracker else None,
             board=board,
         )
-        with watch(board, bars):
+        with watch(board, bars, notes={"images": partial(cost_note, config=config)}):
             run_training(
                 job,
-                config.generation,
+                run.generation_job(board),
                 real=run.train,
                 run_name=f"{arm}-{run.stages.digest('training')}",
-                board=board,
             )
         seconds[arm] = time.perf_counter() - started
     return {"seconds": seconds, "steps": steps}
@@ -349,6 +448,7 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
         "corrupt": {"train": results["data"]["corrupt"], "test": evaluation["corrupt"]},
         "rejected": generation["rejected"],
         "reject_reasons": generation["reject_reasons"],
+        "generation": generation["facts"],
         "contexts": results["plan"]["context_sources"],
     }
     metrics["seconds"]["total"] = before.get("seconds", {}).get("total", seconds)

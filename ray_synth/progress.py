@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,11 +24,12 @@ class Bar:
         self.name, self.total, self.unit = name, total, unit
         self.done = self.first = done
         self.started = self.logged = time.monotonic()
+        self.note = ""
         self._task: Any = None
 
     def update(self, done: int, note: str = "") -> None:
         """Set the count, and at intervals say so."""
-        self.done = done
+        self.done, self.note = done, note
         if self._task is not None:
             _Screen.progress.update(self._task, completed=done, note=note)
         elif time.monotonic() - self.logged >= LOG_SECONDS:
@@ -59,7 +60,7 @@ class Bar:
         if self._task is not None:
             _Screen.leave()
         elif exception[0] is None:
-            log.info(self.line())
+            log.info(self.line(self.note))
 
 
 class _Screen:
@@ -119,6 +120,10 @@ class Board:
     def add(self, name: str, count: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + count
 
+    def add_all(self, counts: dict[str, float]) -> None:
+        for name, count in counts.items():
+            self.add(name, count)
+
     def put(self, name: str, value: float) -> None:
         self._counts[name] = value
 
@@ -134,8 +139,18 @@ def make_board() -> Any:
 
 
 @contextmanager
-def watch(board: Any, bars: dict[str, Bar], *, seconds: float = 1.0) -> Iterator[None]:
-    """Draw a board's counts in `bars` (count name -> bar) until the block ends."""
+def watch(
+    board: Any,
+    bars: dict[str, Bar],
+    *,
+    notes: dict[str, Callable[[dict[str, float]], str]] | None = None,
+    seconds: float = 1.0,
+) -> Iterator[None]:
+    """Draw a board's counts in `bars` (count name -> bar) until the block ends.
+
+    Args:
+        notes: count name -> what to say beside its bar, from all counts.
+    """
     import ray
 
     stop = threading.Event()
@@ -148,7 +163,8 @@ def watch(board: Any, bars: dict[str, Bar], *, seconds: float = 1.0) -> Iterator
                 continue  # a slow or lost board must not end the run
             for name, bar in bars.items():
                 if name in counts:
-                    bar.update(int(counts[name]))
+                    note = notes[name](counts) if notes and name in notes else ""
+                    bar.update(int(counts[name]), note)
 
     thread = threading.Thread(target=poll, daemon=True)
     for bar in bars.values():
@@ -165,5 +181,6 @@ def watch(board: Any, bars: dict[str, Bar], *, seconds: float = 1.0) -> Iterator
         except Exception:
             counts = {}
         for name, bar in bars.items():
-            bar.update(int(counts.get(name, bar.done)))
+            note = notes[name](counts) if notes and name in notes else ""
+            bar.update(int(counts.get(name, bar.done)), note)
             bar.__exit__(*with_error)

@@ -38,7 +38,7 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
         },
         "meaning": {"meaning": _without(values["meaning"], HOW)},
         "plan": {"prompting": values["prompting"], "generator": generator},
-        "generation": {},
+        "generation": {"generation": {"checks": values["generation"]["checks"]}},
         "training": {
             "training": _without(values["training"], HOW - {"batch_size"} | {"max_failures"})
         },
@@ -51,7 +51,7 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
     flat: dict[str, Any] = {}
     for stage in STAGES:
         if stage == "training":  # a live feed trains while images are made: it follows the plan
-            flat = dict(inputs["plan"])
+            flat = dict(inputs["generation"])
         flat = {**flat, **flatten(own[stage])}
         inputs[stage] = flat
     return inputs

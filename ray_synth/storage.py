@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
+
+ROW_GROUP_ROWS = 8_192
 
 
 class Folder:
@@ -50,7 +54,10 @@ class Folder:
         return "/".join([self._resolve()[1].rstrip("/"), *parts])
 
     def child(self, name: str) -> Folder:
-        return Folder(f"{self.uri.rstrip('/')}/{name}")
+        address, mark, options = (
+            self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        )
+        return Folder(f"{address.rstrip('/')}/{name}{mark}{options}")
 
     def exists(self, name: str) -> bool:
         return self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.File
@@ -89,6 +96,59 @@ class Folder:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(self.path(name), columns=columns, filesystem=self.filesystem)
+
+    def write_tables(
+        self,
+        name: str,
+        schema: pa.Schema,
+        tables: Iterable[pa.Table],
+        *,
+        row_group_size: int = ROW_GROUP_ROWS,
+    ) -> None:
+        """Write tables as they come into one Parquet file, whole or not at all.
+
+        An error of `tables` passes through and leaves nothing behind.
+
+        Args:
+            schema: of every table; the file has it even where there is no table.
+            row_group_size: rows that `read_rows` reads at once; the last group of a table may have
+                fewer.
+        """
+        temporary = self._temporary(name)
+        try:
+            # Without statistics the footer, which every reader fetches, has 40 % fewer bytes.
+            with pq.ParquetWriter(
+                temporary,
+                schema,
+                filesystem=self.filesystem,
+                compression="zstd",
+                write_statistics=False,
+            ) as writer:
+                for table in tables:
+                    writer.write_table(table, row_group_size=row_group_size)
+        except BaseException:
+            if self.filesystem.get_file_info(temporary).is_file:
+                self.filesystem.delete_file(temporary)
+            raise
+        self._commit(temporary, name)
+
+    def read_rows(
+        self, name: str, start: int, stop: int, columns: list[str] | None = None
+    ) -> pa.Table:
+        """Rows `start` to `stop` (without it) of a Parquet file, as a slice; fewer past its end.
+
+        Only the row groups that hold them are read.
+        """
+        assert 0 <= start <= stop, f"rows {start} to {stop}"
+        with pq.ParquetFile(self.path(name), filesystem=self.filesystem, pre_buffer=True) as file:
+            groups = range(file.num_row_groups)
+            ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
+            first = int(np.searchsorted(ends, start, side="right"))
+            last = int(np.searchsorted(ends, stop, side="left"))
+            table = file.read_row_groups(list(groups[first : last + 1]), columns=columns)
+        begin = int(ends[first - 1]) if first else 0
+        table = table.slice(start - begin, stop - start)
+        return table if columns is None else table.select(columns)
 
     def delete(self, name: str) -> None:
         if self.exists(name):

@@ -1,20 +1,30 @@
 """The image store: append-only Parquet parts, one a generator batch. What is listed is what exists.
 
-A part is named by the ids of its rows, so that a batch made twice (a task retried after its actor
-died) replaces itself; it appears under its name only when it is whole.
+A part is named by the ids of its rows: a batch made twice (a task retried after its actor died)
+replaces itself, and which batches of a plan are done is known from the listing, without opening a file.
+A part appears under its name only when it is whole. Earlier attempts of rows that were made again with
+a new seed are kept beside, in `rejected/`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import tenacity
 
 from ray_synth.storage import Folder
 
+log = logging.getLogger("ray_synth")
+PATIENCE_S = 600  # how long a storage that does not answer is waited for
+HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+T = TypeVar("T")
 PLAN_FIELDS = [
     pa.field("sample_id", pa.string()),
     pa.field("class_index", pa.int64()),
@@ -52,47 +62,112 @@ class ImageStore:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
+    @property
+    def rejected(self) -> ImageStore:
+        """Earlier attempts of rows whose images were rejected and made again."""
+        return ImageStore(self.folder.child("rejected"))
+
     def parts(self) -> list[str]:
-        return [name for name in self.folder.names(".parquet") if name.startswith("part-")]
+        """Names of the finished parts, sorted."""
+        names = patiently(lambda: self.folder.names(".parquet"))
+        return [name for name in names if name.startswith("part-")]
+
+    def holds(self, name: str) -> bool:
+        return patiently(lambda: self.folder.exists(name))
 
     def write(self, rows: list[dict[str, Any]]) -> str:
-        """Write one batch as a part; its name."""
+        """Write one batch as a part; its name. A storage that fails for a while is waited for."""
         name = part_name([row["sample_id"] for row in rows])
-        self.folder.write_table(name, pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA))
+        table = pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA)
+        patiently(lambda: self.folder.write_table(name, table))
         return name
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return self.folder.read_table(name, columns)
+        return patiently(lambda: self.folder.read_table(name, columns))
 
-    def locate(self, known: dict[str, str] | None = None) -> dict[str, str]:
-        """sample_id -> part, over all parts; with `known`, only parts it lacks are read."""
-        found = dict(known or {})
-        new = sorted(set(self.parts()) - set(found.values()))
-        with ThreadPoolExecutor(16) as pool:
-            for name, table in zip(
-                new, pool.map(lambda n: self.read(n, ["sample_id"]), new), strict=True
-            ):
-                found.update(dict.fromkeys(table["sample_id"].to_pylist(), name))
+    def check_writable(self) -> None:
+        """Write and delete a file. Raises ValueError where that cannot be done."""
+        try:
+            self.folder.write_bytes(".writable", b"")
+            self.folder.filesystem.delete_file(self.folder.path(".writable"))
+        except OSError as error:
+            raise ValueError(
+                f"cannot write images to {self.folder.uri}: {error}; give another runs_dir, or the "
+                "right to write there"
+            ) from None
+
+    def clear(self) -> None:
+        """Delete every part."""
+        for store in (self, self.rejected):
+            for name in store.parts():
+                store.folder.delete(name)
+
+    def locate(self, parts: Iterable[str] | None = None) -> dict[str, str]:
+        """sample_id -> part, read from the parts given, or from all."""
+        names = sorted(self.parts() if parts is None else parts)
+        found: dict[str, str] = {}
+        for name, table in self._tables(names, ["sample_id"]):
+            found.update(dict.fromkeys(table["sample_id"].to_pylist(), name))
         return found
 
-    def missing(self, plan: pa.Table) -> pa.Table:
-        """The plan rows that no part holds, in plan order (an anti-join on sample_id)."""
-        made = self.locate()
-        mask = [sample_id not in made for sample_id in plan["sample_id"].to_pylist()]
-        return plan.filter(pa.array(mask, pa.bool_()))
-
     def rows(self, plan: pa.Table, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """The made rows of a plan, each once, part by part."""
-        wanted = set(plan["sample_id"].to_pylist())
-        for name in self.parts():
-            table = self.read(name, sorted({"sample_id", *columns}))
+        """The made rows of a plan, each once, part by part, parts in the order of their names."""
+        seen: set[str] = set()
+        for table in self._planned(plan["sample_id"], columns):
             for row in table.to_pylist():
-                if row["sample_id"] in wanted:
-                    wanted.remove(row["sample_id"])
+                if row["sample_id"] not in seen:
+                    seen.add(row["sample_id"])
                     yield row
+
+    def table(self, sample_ids: pa.ChunkedArray, columns: list[str]) -> pa.Table:
+        """Columns of the made rows of a plan, each row once; for small columns of large stores."""
+        tables = list(self._planned(sample_ids, columns))
+        if not tables:
+            schema = pa.schema([IMAGE_SCHEMA.field(name) for name in ("sample_id", *columns)])
+            return schema.empty_table()
+        whole = pa.concat_tables(tables)
+        if pc.count_distinct(whole["sample_id"]).as_py() < whole.num_rows:
+            first = pa.table({"id": whole["sample_id"], "at": pa.array(range(whole.num_rows))})
+            at = first.group_by("id").aggregate([("at", "min")])["at_min"]
+            whole = whole.take(at.combine_chunks().sort())
+        return whole
+
+    def _planned(self, ids: pa.ChunkedArray, columns: list[str]) -> Iterator[pa.Table]:
+        value_set = pa.chunked_array(ids.chunks, type=pa.string()).combine_chunks()
+        wanted = list(dict.fromkeys(["sample_id", *columns]))
+        for _, table in self._tables(self.parts(), wanted):
+            mask = pc.is_in(table["sample_id"], value_set=value_set)
+            yield table if pc.all(mask).as_py() else table.filter(mask)
+
+    def _tables(self, names: list[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Parts in order, a few read ahead."""
+        ahead = 64
+        with ThreadPoolExecutor(16) as pool:
+            for at in range(0, len(names), ahead):
+                some = names[at : at + ahead]
+                yield from zip(
+                    some, pool.map(lambda name: self.read(name, columns), some), strict=True
+                )
 
 
 def part_name(sample_ids: list[str]) -> str:
     """The name of the part that holds these rows."""
     digest = hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()[:16]
     return f"part-{digest}.parquet"
+
+
+def patiently(work: Callable[[], T], seconds: float | None = None) -> T:
+    """Do some input or output; a storage that does not answer is tried again for `seconds`.
+
+    A full disk, a missing file or a forbidden one is raised at once: waiting would not mend it.
+    """
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, OSError) and error.errno not in HOPELESS
+        ),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
+        stop=tenacity.stop_after_delay(PATIENCE_S if seconds is None else seconds),
+        before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
+        reraise=True,
+    )
+    return retrying(work)

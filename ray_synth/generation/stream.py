@@ -1,92 +1,76 @@
-"""Plan in, image rows out, through Ray Data: an autoscaling pool of actors, each one pipeline.
+"""Plan in, image rows out, through Ray Data: an autoscaling pool of makers.
 
-The stream gives every row of the plan it is handed, in plan order if asked; what the store already
-holds is read from it, so that running a stream again makes nothing twice.
+The stream gives every row of the plan, in plan order if asked; what the store already holds is read from
+it, so that running a stream again makes nothing twice.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from ray_synth.config import GenerationConfig
-from ray_synth.generation.generator import Generator
-from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
+from ray_synth.generation.chunks import Chunk, cut, missing_rows
+from ray_synth.generation.maker import GenerationJob, ImageMaker
 
 if TYPE_CHECKING:
     import ray.data
 
+# Ray keeps some kilobytes a block in the driver; longer plans have several chunks a block, one task.
 MAX_BLOCKS = 20_000
+CHUNK_SCHEMA = pa.schema(
+    [("start", pa.int64()), ("stop", pa.int64()), ("parts", pa.list_(pa.string()))]
+)
 
 
-class ImageMaker:
-    """The actor of the pool: makes what the store lacks of each batch, and writes it."""
-
-    def __init__(self, config: GenerationConfig, store: ImageStore, board: Any = None) -> None:
-        self.store, self.board, self.config = store, board, config
-        self.made = store.locate()
-        self.generator: Generator | None = None  # loaded by the first batch that needs it
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.to_pylist()
-        missing = [row for row in rows if row["sample_id"] not in self.made]
-        if missing and self.store.folder.exists(part_name([row["sample_id"] for row in missing])):
-            self.made = self.store.locate(self.made)  # this task died after its write: retried
-            missing = []
-        done = self._stored([row for row in rows if row["sample_id"] in self.made])
-        if missing:
-            if self.generator is None:
-                self.generator = Generator(self.config)
-            new = self.generator.generate(missing)
-            self.store.write(new)
-            done.update({row["sample_id"]: row for row in new})
-        if self.board is not None:
-            self.board.add.remote("images", len(rows))
-            self.board.add.remote(
-                "rejected", sum(not done[r["sample_id"]]["accepted"] for r in rows)
-            )
-        return pa.Table.from_pylist([done[row["sample_id"]] for row in rows], schema=IMAGE_SCHEMA)
-
-    def _stored(self, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        wanted = {row["sample_id"] for row in rows}
-        found: dict[str, dict[str, Any]] = {}
-        for name in sorted({self.made[sample_id] for sample_id in wanted}):
-            for row in self.store.read(name).to_pylist():
-                if row["sample_id"] in wanted:
-                    found[row["sample_id"]] = row
-        return found
-
-
-def image_stream(
-    plan: pa.Table,
-    config: GenerationConfig,
-    store: ImageStore,
-    *,
-    board: Any = None,
-    columns: list[str] | None = None,
-) -> ray.data.Dataset:
+def image_stream(job: GenerationJob, *, columns: list[str] | None = None) -> ray.data.Dataset:
     """A lazily executed Ray Dataset of the plan's image rows.
 
-    One block a generator batch, so that each batch reaches its consumer as soon as it is made.
-
     Args:
-        plan: rows of the plan contract.
         columns: pass on only these columns; the store keeps all.
     """
+    job = _resolved(job)
+    return _stream(job, cut(job.plan, job.store, _batch_size(job)), columns)
+
+
+def make_images(job: GenerationJob) -> int:
+    """Make every image of the plan that the store lacks; how many that was."""
+    job = _resolved(job)
+    chunks = [c for c in cut(job.plan, job.store, _batch_size(job)) if c.missing]
+    if chunks:
+        stream = _stream(job, chunks, ["sample_id"])
+        for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            pass
+    return missing_rows(chunks)
+
+
+def missing_images(job: GenerationJob) -> int:
+    """How many images of the plan the store lacks."""
+    from ray_synth.generation.probe import recorded_batch_size
+
+    size = recorded_batch_size(job.config, job.store)
+    return len(job.plan) if size is None else missing_rows(cut(job.plan, job.store, size))
+
+
+def _stream(job: GenerationJob, chunks: list[Chunk], columns: list[str] | None) -> ray.data.Dataset:
     import ray.data
 
-    rows_per_block = config.batch_size * max(1, plan.num_rows // config.batch_size // MAX_BLOCKS)
-    blocks = [plan.slice(at, rows_per_block) for at in range(0, plan.num_rows, rows_per_block)]
-    made = ray.data.from_arrow(blocks).map_batches(
+    config = job.config
+    calls = 2 if config.overlap else 1
+    made = ray.data.from_arrow(chunk_blocks(chunks)).map_batches(
         ImageMaker,
-        fn_constructor_kwargs={"config": config, "store": store, "board": board},
-        batch_size=config.batch_size,
+        fn_constructor_kwargs={"job": _with_compile(job)},
+        batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             min_size=config.pool.min_size,
             max_size=config.pool.max_size,
-            max_tasks_in_flight_per_actor=2,
+            # Two tasks a call: the pool grows when more than 1.75 are waiting for each.
+            max_tasks_in_flight_per_actor=2 * calls,
+            max_concurrent_calls_per_actor=calls,
+            enable_true_multi_threading=True,
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
@@ -94,17 +78,44 @@ def image_stream(
     return made.select_columns(columns) if columns else made
 
 
-def make_images(
-    plan: pa.Table,
-    config: GenerationConfig,
-    store: ImageStore,
-    *,
-    board: Any = None,
-) -> int:
-    """Make every image of the plan that the store lacks; how many that was."""
-    missing = store.missing(plan)
-    if missing.num_rows:
-        stream = image_stream(missing, config, store, board=board, columns=["sample_id"])
-        for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-            pass
-    return missing.num_rows
+def chunk_blocks(chunks: list[Chunk], max_blocks: int = MAX_BLOCKS) -> list[pa.Table]:
+    """The chunks as tables, one a task; at most `max_blocks` of them."""
+    table = pa.table(
+        {
+            "start": [chunk.start for chunk in chunks],
+            "stop": [chunk.stop for chunk in chunks],
+            "parts": [list(chunk.parts) for chunk in chunks],
+        },
+        schema=CHUNK_SCHEMA,
+    )
+    rows = max(1, -(-len(chunks) // max_blocks))
+    return [table.slice(at, rows) for at in range(0, max(1, len(chunks)), rows)]
+
+
+def _resolved(job: GenerationJob) -> GenerationJob:
+    """The job with a batch size that is a number."""
+    if job.config.batch_size != "auto":
+        return job
+    from ray_synth.generation.probe import find_batch_size
+
+    size = find_batch_size(job.config, job.store)
+    return replace(job, config=_with(job.config, batch_size=size))
+
+
+def _with_compile(job: GenerationJob) -> GenerationJob:
+    """`compile: auto` resolved, by the images of the whole plan that each actor of the pool makes:
+    what is left after an interruption is made as the rest was."""
+    from ray_synth.generation.diffusion import wants_compile
+
+    images = len(job.plan) // job.config.pool.max_size
+    wanted = wants_compile(job.config, num_images=images, on_gpu=job.config.num_gpus > 0)
+    return replace(job, config=_with(job.config, compile=wanted))
+
+
+def _with(config: GenerationConfig, **changes: Any) -> GenerationConfig:
+    return config.model_copy(update=changes)
+
+
+def _batch_size(job: GenerationJob) -> int:
+    assert isinstance(job.config.batch_size, int)
+    return job.config.batch_size

@@ -297,6 +297,7 @@ def _lacking(found: dict[str, dict[str, str]], field: str, num_contexts: int) ->
     return max(0, -(-num_contexts // uses) - len(found[field]))
 
 
+@lru_cache(maxsize=65_536)
 def subject(class_name: str, meaning: str) -> str:
     """How a prompt names a class: "a crane, a large wading bird".
 
@@ -354,6 +355,10 @@ def fit_prompt(
     Phrases that do not fit are left out, later ones first to go; then the meaning loses words from
     its end. The name itself always stays.
     """
+    named = template.replace("{subject}", subject(class_name, meaning))
+    whole = ", ".join([named, *phrases])
+    if count_tokens(whole) <= max_tokens:  # nearly always, and counting is what takes time
+        return whole
     words = meaning.split()
     for end in range(len(words), -1, -1):
         prompt = template.replace(

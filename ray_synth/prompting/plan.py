@@ -7,9 +7,9 @@ a shuffled order: any prefix is balanced over classes, and the plan for 1x is th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from ray_synth.prompting.contexts import Context, contextual_prompt, plain_promp
 from ray_synth.prompting.styles import Style, stylized_prompt
 
 KINDS = ("plain", "contextual", "stylized")
+TABLE_ROWS = 65_536
+# Enough for 1,000 classes in 16 contexts and 60 styles (0.3 GB); it takes a tokenizer to make one.
+PROMPTS_KEPT = 2**20
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,22 @@ class ClassPrompts:
     Attributes:
         meaning: the resolved meaning; the class name itself where none was resolved.
         contexts: the scenes to place it in, each with where it came from (llm | pool).
+        references: ids of real images; where there are any, each row is guided by one of them.
     """
 
     class_index: int
     class_name: str
     meaning: str
     contexts: Sequence[tuple[Context, str]]
+    references: Sequence[str] = ()
 
 
-def make_plan(
+def make_plan(classes: Sequence[ClassPrompts], **arguments: Any) -> pa.Table:
+    """The whole plan in memory; the arguments are those of `plan_tables`."""
+    return pa.concat_tables([PLAN_SCHEMA.empty_table(), *plan_tables(classes, **arguments)])
+
+
+def plan_tables(
     classes: Sequence[ClassPrompts],
     *,
     num_images: int,
@@ -47,85 +57,209 @@ def make_plan(
     seed: int,
     count_tokens: Callable[[str], int],
     max_tokens: int,
-) -> pa.Table:
-    """The plan table (schema `PLAN_SCHEMA`), of exactly `num_images` rows.
+    table_rows: int = TABLE_ROWS,
+) -> Iterator[pa.Table]:
+    """The plan of exactly `num_images` rows, in tables (schema `PLAN_SCHEMA`) of `table_rows`.
+
+    Memory holds one table, 8 bytes a row, and caches of a bounded size: ten million rows of 1,000
+    classes take 0.6 GB and two minutes.
 
     Args:
         mix: share of each kind of prompt; kept in every prefix of each class, as near as can be.
         fingerprint: of the generator, part of each row's id.
         count_tokens: of the generator's text encoder; prompts stay within `max_tokens`.
+        table_rows: the last table may have fewer.
     """
-    columns: dict[str, list] = {name: [] for name in PLAN_SCHEMA.names}
-    prompts: dict[tuple[str, ...], str] = {}
-    for round_number, (kind, turn) in enumerate(kinds(-(-num_images // len(classes)), mix)):
-        order = np.random.default_rng((seed, round_number)).permutation(len(classes))
-        for position in order[: num_images - len(columns["seed"])]:
-            row = _row(
-                classes[position],
-                kind,
-                turn,
-                image_seed=_digest_int(seed, classes[position].class_index, round_number),
-                styles=styles,
-                negative_prompt=negative_prompt,
-                fingerprint=fingerprint,
-                seed=seed,
-                limit={"count_tokens": count_tokens, "max_tokens": max_tokens},
-                written=prompts,
-            )
-            for name, value in row.items():
-                columns[name].append(value)
-    table = pa.Table.from_pydict(columns, schema=PLAN_SCHEMA)
-    assert len(set(table["sample_id"].to_pylist())) == table.num_rows == num_images
-    return table
+    prompts = _Prompts(classes, styles, count_tokens=count_tokens, max_tokens=max_tokens)
+    id_heads = np.empty(num_images, np.uint64)
+    done = 0
+    rounds = _rounds(classes, num_images=num_images, mix=mix, num_styles=len(styles), seed=seed)
+    for slots in _in_chunks(rounds, table_rows):
+        table = _table(slots, classes, styles, prompts, negative_prompt, fingerprint, seed)
+        id_heads[done : done + table.num_rows] = _id_heads(table["sample_id"].to_pylist())
+        done += table.num_rows
+        yield table
+    id_heads.sort()
+    assert done == num_images
+    assert (id_heads[1:] != id_heads[:-1]).all(), "two rows of the plan have the same sample_id"
 
 
-def _row(
-    known: ClassPrompts,
-    kind: str,
-    turn: int,
+def _rounds(
+    classes: Sequence[ClassPrompts],
     *,
-    image_seed: int,
+    num_images: int,
+    mix: dict[str, float],
+    num_styles: int,
+    seed: int,
+) -> Iterator[np.ndarray]:
+    """The rows in numbers, `(6, rows)` int64 a round.
+
+    Each row has the position of its class, its kind, its context, style and reference (-1: none),
+    and the number of the round.
+    """
+    num_classes = len(classes)
+    contexts = [len(known.contexts) for known in classes]
+    references = [len(known.references) for known in classes]
+    keys = [(seed, known.class_index) for known in classes]
+    none = np.full(num_classes, -1)
+    context_cycles = {kind: _Cycles(contexts, keys, 1) for kind in KINDS if kind != "plain"}
+    style_cycles = _Cycles([num_styles] * num_classes, keys, 2)
+    reference_cycles = _Cycles(references, keys, 3)
+    for round_number, (kind, turn) in enumerate(kinds(-(-num_images // num_classes), mix)):
+        order = np.random.default_rng((seed, round_number)).permutation(num_classes)
+        columns = [
+            np.arange(num_classes),
+            np.full(num_classes, KINDS.index(kind)),
+            none if kind == "plain" else context_cycles[kind].at(turn),
+            style_cycles.at(turn) if kind == "stylized" else none,
+            reference_cycles.at(round_number) if any(references) else none,
+            np.full(num_classes, round_number),
+        ]
+        yield np.stack(columns)[:, order[: num_images - round_number * num_classes]]
+
+
+class _Cycles:
+    """Endless shuffled passes over the items of each class: all are used equally often.
+
+    Holds one pass of each class, 4 bytes an item.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], keys: Sequence[tuple[int, ...]], stream: int
+    ) -> None:
+        self._keys, self._stream = keys, stream
+        self._empty = np.array(lengths) == 0
+        self._lengths = np.maximum(lengths, 1)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._pass = np.full(len(keys), -1)
+        self._items = np.zeros(self._lengths.sum(), np.int32)
+
+    def at(self, turn: int) -> np.ndarray:
+        """The item of each class at its turn, `(classes,)`; -1 where a class has none."""
+        number, offset = np.divmod(turn, self._lengths)
+        for i in np.flatnonzero((number != self._pass) & (self._lengths > 1)).tolist():
+            key = (*self._keys[i], self._stream, int(number[i]))
+            start, length = self._starts[i], int(self._lengths[i])
+            self._items[start : start + length] = np.random.default_rng(key).permutation(length)
+        self._pass = number
+        return np.where(self._empty, -1, self._items[self._starts + offset])
+
+
+def _in_chunks(rounds: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same columns in arrays of `size` columns; the last may have fewer."""
+    held: list[np.ndarray] = []
+    waiting = 0
+    for columns in rounds:
+        held.append(columns)
+        waiting += columns.shape[1]
+        if waiting >= size:
+            joined = np.concatenate(held, axis=1)
+            full = waiting - waiting % size
+            yield from np.split(joined[:, :full], full // size, axis=1)
+            held, waiting = [joined[:, full:]], waiting - full
+    if waiting:
+        yield np.concatenate(held, axis=1)
+
+
+def _table(
+    slots: np.ndarray,
+    classes: Sequence[ClassPrompts],
     styles: Sequence[Style],
+    prompts: _Prompts,
     negative_prompt: str,
     fingerprint: str,
     seed: int,
-    limit: dict,
-    written: dict[tuple[str, ...], str],
-) -> dict[str, object]:
-    context, source = Context(), "none"
-    if kind != "plain" and known.contexts:
-        at = _cycle_position(turn, len(known.contexts), (seed, known.class_index, 1))
-        context, source = known.contexts[at]
-    style = None
-    if kind == "stylized":
-        style = styles[_cycle_position(turn, len(styles), (seed, known.class_index, 2))]
-    name, meaning = known.class_name, known.meaning
-    key = (kind, style.name if style else "", name, meaning, repr(context))
-    if key not in written:
-        if style:
-            written[key] = stylized_prompt(style, name, meaning, context, **limit)
-        elif kind == "contextual":
-            written[key] = contextual_prompt(name, meaning, context, **limit)
-        else:
-            written[key] = plain_prompt(name, meaning, **limit)
-    return {
-        "sample_id": sample_id(written[key], negative_prompt, image_seed, fingerprint),
-        "class_index": known.class_index,
-        "class_name": name,
-        "meaning": meaning,
-        "kind": kind,
-        "style": style.name if style else "",
-        "prompt": written[key],
-        "negative_prompt": negative_prompt,
-        "context_source": source,
-        "seed": image_seed,
+) -> pa.Table:
+    """The rows of some slots (columns of `_rounds`)."""
+    position, kind, context, style, reference, round_number = slots
+    known = [classes[i] for i in position.tolist()]
+    texts = prompts.of(position, kind, context, style)
+    seeds = [
+        _digest_int(seed, k.class_index, r)
+        for k, r in zip(known, round_number.tolist(), strict=True)
+    ]
+    references = [
+        k.references[r] if r >= 0 else "" for k, r in zip(known, reference.tolist(), strict=True)
+    ]
+    sources = [
+        k.contexts[c][1] if c >= 0 else "none" for k, c in zip(known, context.tolist(), strict=True)
+    ]
+    ids = [
+        sample_id(text, negative_prompt, image_seed, fingerprint, image)
+        for text, image_seed, image in zip(texts, seeds, references, strict=True)
+    ]
+    columns = {
+        "sample_id": ids,
+        "class_index": [k.class_index for k in known],
+        "class_name": [k.class_name for k in known],
+        "meaning": [k.meaning for k in known],
+        "kind": pa.array(KINDS).take(pa.array(kind)),
+        "style": pa.array(["", *(s.name for s in styles)]).take(pa.array(style + 1)),
+        "prompt": texts,
+        "negative_prompt": pa.repeat(negative_prompt, len(ids)),
+        "context_source": sources,
+        "seed": seeds,
+        "reference": references,
     }
+    return pa.table(columns, schema=PLAN_SCHEMA)
 
 
-def sample_id(prompt: str, negative_prompt: str, seed: int, fingerprint: str) -> str:
-    """Hex digest of what makes an image."""
-    text = "\x1f".join([prompt, negative_prompt, str(seed), fingerprint])
+class _Prompts(dict[int, str]):
+    """Prompts by the number of their class, kind, context and style; written when first asked for.
+
+    The first `PROMPTS_KEPT` are kept: rows come back to them in cycles, and so the first ones are as
+    good to keep as the last.
+    """
+
+    def __init__(
+        self, classes: Sequence[ClassPrompts], styles: Sequence[Style], **limit: Any
+    ) -> None:
+        super().__init__()
+        self._classes, self._styles, self._limit = classes, styles, limit
+        most_contexts = max((len(known.contexts) for known in classes), default=0)
+        self._shape = (len(classes), len(KINDS), most_contexts + 1, len(styles) + 1)
+
+    def of(
+        self, position: np.ndarray, kind: np.ndarray, context: np.ndarray, style: np.ndarray
+    ) -> list[str]:
+        """The prompts of some rows; a context or style of -1 is none."""
+        keys = np.ravel_multi_index((position, kind, context + 1, style + 1), self._shape)
+        return [self[key] for key in keys.tolist()]
+
+    def __missing__(self, key: int) -> str:
+        position, kind, context, style = map(int, np.unravel_index(key, self._shape))
+        known = self._classes[position]
+        scene = known.contexts[context - 1][0] if context else Context()
+        prompt = self._write(known.class_name, known.meaning, KINDS[kind], scene, style - 1)
+        if len(self) < PROMPTS_KEPT:
+            self[key] = prompt
+        return prompt
+
+    def _write(self, name: str, meaning: str, kind: str, scene: Context, style: int) -> str:
+        if kind == "stylized":
+            return stylized_prompt(self._styles[style], name, meaning, scene, **self._limit)
+        if kind == "contextual":
+            return contextual_prompt(name, meaning, scene, **self._limit)
+        return plain_prompt(name, meaning, **self._limit)
+
+
+def sample_id(
+    prompt: str, negative_prompt: str, seed: int, fingerprint: str, reference: str = ""
+) -> str:
+    """Hex digest of what makes an image; `reference` counts only where there is one."""
+    parts = [prompt, negative_prompt, str(seed), fingerprint]
+    text = "\x1f".join([*parts, reference] if reference else parts)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _id_heads(sample_ids: Sequence[str]) -> np.ndarray:
+    """The first 8 bytes of each id, `(rows,)` uint64.
+
+    They tell ids apart in a third of their memory: by chance, two of ten million are the same once
+    in 400,000 plans.
+    """
+    digests = np.frombuffer(bytes.fromhex("".join(sample_ids)), np.uint8)
+    return digests.reshape(len(sample_ids), -1)[:, :8].copy().view(np.uint64)[:, 0]
 
 
 def kinds(rounds: int, mix: dict[str, float]) -> Iterator[tuple[str, int]]:
@@ -142,18 +276,7 @@ def kinds(rounds: int, mix: dict[str, float]) -> Iterator[tuple[str, int]]:
         counts[kind] += 1
 
 
-def _cycle_position(turn: int, length: int, key: tuple[int, ...]) -> int:
-    """Entry `turn` of endless shuffled passes over `length` items: all are used equally often."""
-    number, offset = divmod(turn, length)
-    return int(_permutation(length, (*key, number))[offset])
-
-
-@lru_cache(maxsize=100_000)
-def _permutation(length: int, key: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(key).permutation(length)
-
-
-def _digest_int(*parts: int) -> int:
+def _digest_int(seed: int, class_index: int, round_number: int) -> int:
     """A 48-bit seed: unlike a hash of Python's, the same everywhere."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    digest = hashlib.sha256(b"%d:%d:%d" % (seed, class_index, round_number)).digest()
     return int.from_bytes(digest[:6], "big")

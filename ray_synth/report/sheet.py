@@ -5,7 +5,8 @@ The image store in; example rows for the page, and a contact sheet as one PNG, o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ray_synth.config import Kind
 from ray_synth.data.images import decode_image, encode_image
+from ray_synth.generation.slices import choose, read_chosen, scan
 from ray_synth.generation.store import ImageStore
 from ray_synth.storage import Folder
 
@@ -25,6 +27,8 @@ SHOWN = ["sample_id", "meaning", "style", "prompt", "seed", "clip_score", "image
 GAP = 12  # between the blocks of two kinds
 HEADER = 22
 LABEL = 120
+CAPTION_LINES, CAPTION_LINE, CAPTION_FONT = 3, 12, 9  # under a picture that has a caption
+SLICE = ["class_index", "class_name", "kind", "accepted", "reject_reason", "image"]
 
 
 def choose_examples(
@@ -89,6 +93,7 @@ def contact_sheet(rows: Sequence[dict[str, Any]], *, columns: int, cell: int = 6
     Args:
         rows: `class_name`, `kind` and `image` (encoded bytes) of each; classes in order of first
             appearance. Images beyond `columns` in a block are left out, unreadable ones stay blank.
+            A `caption`, where one has it, is written small under its picture.
         columns: images in each block.
         cell: side of an image in pixels.
 
@@ -98,7 +103,8 @@ def contact_sheet(rows: Sequence[dict[str, Any]], *, columns: int, cell: int = 6
     kinds = kinds_of(rows)
     # By index as well: two classes of a data set may share a name.
     classes = list(dict.fromkeys((row.get("class_index"), row["class_name"]) for row in rows))
-    size = sheet_size(len(classes), len(kinds), columns=columns, cell=cell)
+    under = CAPTION_LINES * CAPTION_LINE if any(row.get("caption") for row in rows) else 0
+    size = sheet_size(len(classes), len(kinds), columns=columns, cell=cell, under=under)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     if not rows:
@@ -108,7 +114,7 @@ def contact_sheet(rows: Sequence[dict[str, Any]], *, columns: int, cell: int = 6
     for kind, left in lefts.items():
         draw.text((left + 2, 4), _fit(kind, columns * cell), fill="#555555", font=_font(12))
     for at, (_, name) in enumerate(classes):
-        middle = HEADER + at * cell + cell // 2
+        middle = HEADER + at * (cell + under) + cell // 2
         draw.text((6, middle), _fit(name, LABEL - 12), fill="black", font=_font(13), anchor="lm")
     filled: dict[tuple[int, str], int] = {}
     for row in rows:
@@ -118,17 +124,83 @@ def contact_sheet(rows: Sequence[dict[str, Any]], *, columns: int, cell: int = 6
             continue
         filled[line, row["kind"]] = column + 1
         picture = thumbnail(row["image"], cell, enlarge=True)
+        left, top = lefts[row["kind"]] + column * cell, HEADER + line * (cell + under)
         if picture is not None:
-            left = lefts[row["kind"]] + column * cell + (cell - picture.width) // 2
-            top = HEADER + line * cell + (cell - picture.height) // 2
-            sheet.paste(picture, (left, top))
+            middle_of = left + (cell - picture.width) // 2, top + (cell - picture.height) // 2
+            sheet.paste(picture, middle_of)
+        for number, text in enumerate(_wrap(row.get("caption") or "", cell - 4)):
+            place = left + 2, top + cell + number * CAPTION_LINE
+            draw.text(place, text, fill="#a02020", font=_font(CAPTION_FONT))
     return sheet
 
 
-def sheet_size(classes: int, kinds: int, *, columns: int, cell: int = 64) -> tuple[int, int]:
-    """(width, height) of a contact sheet in pixels."""
+def sheet_of(
+    folder: Folder,
+    *,
+    class_names: Collection[str] | None = None,
+    kinds: Collection[str] | None = None,
+    style: str | None = None,
+    sample_ids: Collection[str] | None = None,
+    rejected: bool | None = None,
+    limit: int = 240,
+    columns: int | None = None,
+    cell: int = 96,
+) -> Image.Image:
+    """A contact sheet of any slice of a run's images; why one was rejected is written under it.
+
+    Args:
+        folder: the run's directory.
+        class_names, kinds, sample_ids: any of these; None or empty: all.
+        style: only this style.
+        rejected: only rejected images, or only accepted ones; None: both.
+        limit: at most so many images, the first ones of the plan: those are balanced over classes.
+            Named images are all drawn.
+        columns: images side by side in a block; default: 12 shared by the kinds that occur. A class
+            with more goes on in the next line.
+        cell: side of an image in pixels.
+
+    Raises:
+        ValueError: nothing fits; says which values occur.
+    """
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns {columns}: give 1 or more")
+    chosen = choose(
+        scan(folder),
+        class_names=class_names,
+        kinds=kinds,
+        styles=[style] if style else None,
+        sample_ids=sample_ids,
+        rejected=rejected,
+        limit=None if sample_ids else limit,
+    )
+    rows = [row for part in read_chosen(folder, chosen, SLICE) for row in part]
+    rows.sort(key=lambda row: (row["class_index"], row["kind"], row["sample_id"]))
+    columns = columns or max(1, 12 // len(kinds_of(rows)))
+    filled: Counter[tuple[int, str]] = Counter()
+    lines = []
+    for row in rows:
+        cells = row["class_index"], row["kind"]
+        line = filled[cells] // columns
+        filled[cells] += 1
+        # A further line of a class is a class of its own to the sheet, without a name.
+        name = row["class_name"] if line == 0 else ""
+        index = row["class_index"], line
+        lines.append({**row, "class_index": index, "class_name": name, "caption": _why(row)})
+    lines.sort(key=lambda row: row["class_index"])
+    return contact_sheet(lines, columns=columns, cell=cell)
+
+
+def _why(row: dict[str, Any]) -> str:
+    """What the checks said of an image; empty where they said nothing."""
+    return row["reject_reason"] or ("" if row["accepted"] else "rejected")
+
+
+def sheet_size(
+    classes: int, kinds: int, *, columns: int, cell: int = 64, under: int = 0
+) -> tuple[int, int]:
+    """(width, height) of a contact sheet in pixels; `under` is the room for captions in a line."""
     blocks = kinds * columns * cell + max(0, kinds - 1) * GAP
-    return LABEL + blocks, HEADER + classes * cell
+    return LABEL + blocks, HEADER + classes * (cell + under)
 
 
 def write_contact_sheet(folder: Folder, name: str = "report/contact_sheet.png") -> str:
@@ -174,10 +246,26 @@ def _font(size: int) -> Any:
     return ImageFont.truetype(str(path), size)
 
 
-def _fit(text: str, width: int) -> str:
+def _wrap(text: str, width: int) -> list[str]:
+    """A caption in at most `CAPTION_LINES` lines, the last one cut where more is left."""
+    lines: list[str] = []
+    words = text.split()
+    while words and len(lines) < CAPTION_LINES - 1:
+        count = 1
+        while (
+            count < len(words)
+            and _font(CAPTION_FONT).getlength(" ".join(words[: count + 1])) <= width
+        ):
+            count += 1
+        lines.append(_fit(" ".join(words[:count]), width, CAPTION_FONT))
+        words = words[count:]
+    return [*lines, _fit(" ".join(words), width, CAPTION_FONT)] if words else lines
+
+
+def _fit(text: str, width: int, size: int = 13) -> str:
     """The text on one line, cut with an ellipsis where it is too wide."""
     text = " ".join(text.split())
-    font = _font(13)
+    font = _font(size)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

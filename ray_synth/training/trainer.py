@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray_synth.config import GenerationConfig, TrainingConfig
+from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index, to_ray
+from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.stream import image_stream
 from ray_synth.training.loop import TrainJob, train_worker
 
@@ -34,11 +35,10 @@ def check_recipe(config: TrainingConfig) -> None:
 
 def run_training(
     job: TrainJob,
-    generation: GenerationConfig | None,
+    generation: GenerationJob | None,
     *,
     real: Index,
     run_name: str,
-    board: Any = None,
 ) -> None:
     """Train one arm to its end; a run of the same name goes on from its newest checkpoint.
 
@@ -53,7 +53,7 @@ def run_training(
     if job.real is None:
         datasets["real"] = lambda: to_ray(real)
     if job.arm == "mixed" and generation is not None:
-        datasets.update(_synthetic(job, generation, board))
+        datasets.update(_synthetic(job, generation))
     options = ray.data.ExecutionOptions(preserve_order=config.feed == "lockstep")
     trainer = ray.train.torch.TorchTrainer(
         train_worker,
@@ -75,7 +75,7 @@ def run_training(
     trainer.fit()
 
 
-def _synthetic(job: TrainJob, generation: GenerationConfig, board: Any) -> dict[str, Any]:
+def _synthetic(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:
     """The `synthetic` dataset, unless the workers read a small finished store themselves."""
     import ray.data
 
@@ -90,7 +90,7 @@ def _synthetic(job: TrainJob, generation: GenerationConfig, board: Any) -> dict[
         ).filter(expr="accepted")
 
     def stream() -> Any:
-        return image_stream(job.read_plan(), generation, store, board=board, columns=COLUMNS)
+        return image_stream(generation, columns=COLUMNS)
 
     return {"synthetic": stored if job.config.feed == "stored" else stream}
 

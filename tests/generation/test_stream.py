@@ -8,6 +8,8 @@ import pytest
 from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
+from ray_synth.generation.chunks import PlanTable
+from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.generation.stream import image_stream, make_images
 from ray_synth.storage import Folder
@@ -20,6 +22,7 @@ CONFIG = GenerationConfig(
     guidance_scale=1.0,
     batch_size=4,
     num_cpus=0.5,
+    checks={"policy": "off"},
 )
 
 
@@ -27,14 +30,20 @@ def table(count):
     return pa.Table.from_pylist(plan_rows(count), schema=PLAN_SCHEMA)
 
 
+def job(plan, store, config=CONFIG):
+    return GenerationJob(config, PlanTable(plan), store)
+
+
 def test_a_stream_made_again_makes_nothing_twice(local_ray, tmp_path):
     store, plan = ImageStore(Folder(tmp_path)), table(18)
-    assert make_images(plan.slice(0, 7), CONFIG, store) == 7
+    assert make_images(job(plan.slice(0, 7), store)) == 7
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in store.parts()}
-    rows = image_stream(plan, CONFIG, store).take_all()
+    stream = image_stream(job(plan, store))
+    stream.context.execution_options.preserve_order = True
+    rows = stream.take_all()
     assert [row["sample_id"] for row in rows] == plan["sample_id"].to_pylist()
     assert all(row["image"] for row in rows)
-    assert make_images(plan, CONFIG, store) == 0
+    assert make_images(job(plan, store)) == 0
     made = [i for name in store.parts() for i in store.read(name)["sample_id"].to_pylist()]
     assert sorted(made) == plan["sample_id"].to_pylist()
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
@@ -42,7 +51,7 @@ def test_a_stream_made_again_makes_nothing_twice(local_ray, tmp_path):
 
 def test_an_actor_killed_in_mid_run_loses_and_doubles_nothing(local_ray, tmp_path):
     store, plan = ImageStore(Folder(tmp_path)), table(40)
-    stream = image_stream(plan, CONFIG, store)
+    stream = image_stream(job(plan, store))
     seen, killed = [], False
     for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
         seen += block["sample_id"].to_pylist()
@@ -72,5 +81,5 @@ def test_a_model_that_cannot_be_loaded_fails_with_its_name(local_ray, tmp_path):
     (tmp_path / "bad" / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')
     config = CONFIG.model_copy(update={"model": str(tmp_path / "bad")})
     with pytest.raises(Exception, match="cannot load the generator") as error:
-        make_images(table(4), config, ImageStore(Folder(tmp_path / "s")))
+        make_images(job(table(4), ImageStore(Folder(tmp_path / "s")), config))
     assert "bad" in (explain(error.value) or "")

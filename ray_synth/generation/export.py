@@ -1,0 +1,307 @@
+"""A run's images as ImageFolder, WebDataset or Hugging Face dataset, with a dataset card.
+
+A finished (or growing) store in; files that each format's own library loads out. Encoded bytes are
+passed on as they are, part by part.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from PIL import Image
+
+from ray_synth.data.images import FORMATS
+from ray_synth.generation.card import Exported, dataset_card
+from ray_synth.generation.names import class_list, folder_names
+from ray_synth.generation.slices import choose, count_by, read_chosen, scan
+from ray_synth.generation.store import IMAGE_SCHEMA
+from ray_synth.storage import Folder
+
+LAYOUTS = ("imagefolder", "webdataset", "huggingface")
+Row = dict[str, Any]
+MARKER = ".ray-synth-export.json"
+SUFFIXES = {name: name.lower() for name in FORMATS} | {"JPEG": "jpg", "MPO": "jpg"}
+# The files of an export: one that fits and was not written this time is of an earlier state.
+OWN = {
+    "imagefolder": rf"metadata\.parquet|[^/]+/[\w-]+\.({'|'.join(sorted(set(SUFFIXES.values())))})",
+    "webdataset": r"shard-\d{6}\.tar",
+    "huggingface": r"data/train-\d{5}\.parquet",
+}
+UNFINISHED = r"(.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp"
+GROUP_ROWS, GROUP_BYTES = 1_000, 32_000_000  # a row group of Parquet, held in memory
+
+
+def export_images(
+    run_folder: Folder,
+    to: Folder | str | Path,
+    *,
+    layout: str,
+    accepted_only: bool = True,
+    class_names: Collection[str] | None = None,
+    kinds: Collection[str] | None = None,
+    limit: int | None = None,
+    shard_rows: int = 10_000,
+    shard_bytes: int = 500_000_000,
+    licence: str | None = None,
+) -> dict[str, Any]:
+    """Write a run's images, and a card about them as README.md, into a folder of their own.
+
+    Every file appears whole. The same export again gives the same bytes; one that was interrupted is
+    finished by running it again. Images whose bytes are no picture are left out and counted.
+
+    Args:
+        run_folder: the run's directory, with plan.parquet and images/.
+        layout: imagefolder, webdataset or huggingface.
+        to: a folder or URI that is empty, or holds an earlier state of the same export. Hidden files
+            in it (.git) are left alone.
+        accepted_only: leave rejected images out.
+        class_names: only these; None or empty: all. Class indices stay those of the run.
+        kinds: only these of plain, contextual, stylized; None or empty: all.
+        limit: at most so many, the first ones of the plan.
+        shard_rows, shard_bytes: a shard is closed by whichever comes first (not imagefolder).
+        licence: identifier for the card, such as cc-by-4.0; default: `other`, and why.
+
+    Returns:
+        `layout`, `to`, `exported`, `unreadable`, `classes` ({name: images}), `kinds` ({kind: images})
+        and `files` of the export, and `rejected` of the whole run.
+
+    Raises:
+        ValueError: unknown layout, nothing to export, or a folder that holds something else.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}: one of {', '.join(LAYOUTS)}")
+    if shard_rows < 1 or shard_bytes < 1:
+        raise ValueError(f"shards of {shard_rows} rows or {shard_bytes} bytes: give 1 or more")
+    facts = scan(run_folder)
+    accepted = False if accepted_only else None
+    chosen = choose(facts, class_names=class_names, kinds=kinds, rejected=accepted, limit=limit)
+    to = to if isinstance(to, Folder) else Folder(to)
+    export = {
+        "run": run_folder.uri.rstrip("/").rsplit("/", 1)[-1],
+        "layout": layout,
+        "accepted_only": accepted_only,
+        "class_names": sorted(set(class_names or ())),
+        "kinds": sorted(set(kinds or ())),
+        "limit": limit,
+    }
+    _claim(to, export)
+
+    classes = class_list(run_folder)
+    done = Exported(export)
+    rows = _pictures(run_folder, chosen, done)
+    if layout == "imagefolder":
+        written = _write_imagefolder(rows, to, classes)
+    elif layout == "webdataset":
+        written = _write_webdataset(_sharded(rows, shard_rows, shard_bytes), to, classes)
+    else:
+        written = _write_huggingface(_sharded(rows, shard_rows, shard_bytes), to, classes)
+    if not done.total:
+        raise ValueError(f"none of the {chosen.num_rows} images of this slice is readable")
+    done.files = len(written)
+    _remove_stale(to, layout, written)
+    card = dataset_card(run_folder, done, facts=facts, classes=classes, licence=licence)
+    to.write_bytes("README.md", card.encode())
+    to.write_json(MARKER, {**export, "complete": True})
+    by_class = {classes[at]: count for at, count in sorted(done.by(0).items())}
+    return {
+        "layout": layout,
+        "to": to.uri,
+        "exported": done.total,
+        "unreadable": done.unreadable,
+        "classes": by_class,
+        "kinds": dict(sorted(done.by(1).items())),
+        "files": done.files,
+        "rejected": count_by(facts, "accepted").get(False, 0),
+    }
+
+
+def _pictures(run_folder: Folder, chosen: pa.Table, done: Exported) -> Iterator[Row]:
+    """The chosen rows with the `suffix` of their bytes' format, counted in `done` as they pass."""
+    for part in read_chosen(run_folder, chosen):
+        for row in part:
+            if not re.fullmatch(r"[\w-]+", row["sample_id"], re.ASCII):
+                raise ValueError(f"sample id {row['sample_id']!r} cannot name a file")
+            suffix = _suffix(row["image"] or b"")
+            if suffix is None:
+                done.unreadable += 1
+            else:
+                done.add(row)
+                yield {**row, "suffix": suffix}
+
+
+def _suffix(data: bytes) -> str | None:
+    """The usual file name suffix of an image's format, by its header; None where it is no image."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return SUFFIXES[str(image.format)]
+    except Exception:  # PIL's readers raise nearly anything on broken headers
+        return None
+
+
+def _sharded(
+    rows: Iterator[Row], shard_rows: int, shard_bytes: int
+) -> Iterator[tuple[int, Iterator[Row]]]:
+    """(number, rows) of each shard; the rows must be used up before the next is asked for."""
+
+    def numbered() -> Iterator[tuple[int, Row]]:
+        shard = count = size = 0
+        for row in rows:
+            if count and (count >= shard_rows or size >= shard_bytes):
+                shard, count, size = shard + 1, 0, 0
+            count, size = count + 1, size + len(row["image"])
+            yield shard, row
+
+    for shard, pairs in itertools.groupby(numbered(), key=lambda pair: pair[0]):
+        yield shard, (row for _, row in pairs)
+
+
+def _write_imagefolder(rows: Iterator[Row], to: Folder, classes: list[str]) -> set[str]:
+    folders = folder_names(classes)
+    names = [name for name in IMAGE_SCHEMA.names if name != "image"]
+    text = [pa.field("file_name", pa.string()), pa.field("label", pa.string())]
+    schema = pa.schema([*text, *(IMAGE_SCHEMA.field(name) for name in names)])
+    written = {"metadata.parquet"}
+    with _whole_file(to, "metadata.parquet") as stream, ThreadPoolExecutor(16) as pool:
+
+        def saved() -> Iterator[Row]:
+            while some := list(itertools.islice(rows, 64)):
+                files = [
+                    f"{folders[r['class_index']]}/{r['sample_id']}.{r['suffix']}" for r in some
+                ]
+                list(pool.map(to.write_bytes, files, [row["image"] for row in some]))
+                written.update(files)
+                for name, row in zip(files, some, strict=True):
+                    del row["image"]  # it is written: a row group of metadata need not hold it
+                    yield {**row, "file_name": name, "label": classes[row["class_index"]]}
+
+        _write_table(stream, schema, saved())
+    return written
+
+
+def _write_webdataset(
+    shards: Iterator[tuple[int, Iterator[Row]]], to: Folder, classes: list[str]
+) -> set[str]:
+    import webdataset
+
+    written = set()
+    for number, rows in shards:
+        name = f"shard-{number:06d}.tar"
+        # A fixed time makes the same export the same bytes; user and mode are fixed by default.
+        with _whole_file(to, name) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
+            for row in rows:
+                facts = {name: row[name] for name in IMAGE_SCHEMA.names if name != "image"}
+                facts = {"label": classes[row["class_index"]], **facts}
+                tar.write(
+                    {
+                        "__key__": row["sample_id"],
+                        row["suffix"]: row["image"],
+                        "cls": row["class_index"],
+                        "json": json.dumps(facts, ensure_ascii=False).encode(),
+                    }
+                )
+        written.add(name)
+    return written
+
+
+def _write_huggingface(
+    shards: Iterator[tuple[int, Iterator[Row]]], to: Folder, classes: list[str]
+) -> set[str]:
+    import datasets
+
+    others = pa.schema([field for field in IMAGE_SCHEMA if field.name != "image"])
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=classes),
+            **datasets.Features.from_arrow_schema(others),
+        }
+    )
+    written = set()
+    for number, rows in shards:
+        name = f"data/train-{number:05d}.parquet"
+        with _whole_file(to, name) as stream:
+            cells = (
+                {
+                    **row,
+                    "image": {"bytes": row["image"], "path": f"{row['sample_id']}.{row['suffix']}"},
+                    "label": row["class_index"],
+                }
+                for row in rows
+            )
+            _write_table(stream, features.arrow_schema, cells)
+        written.add(name)
+    return written
+
+
+def _write_table(stream: pa.NativeFile, schema: pa.Schema, rows: Iterator[Row]) -> None:
+    """Rows as one Parquet file; a row group is what is held in memory."""
+    with pq.ParquetWriter(stream, schema, write_page_index=True) as writer:
+        group: list[Row] = []
+        size = 0
+        for row in rows:
+            group.append(row)
+            size += len(row["image"]["bytes"]) if "image" in row else 0
+            if len(group) >= GROUP_ROWS or size >= GROUP_BYTES:
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+                group, size = [], 0
+        if group:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+
+
+@contextmanager
+def _whole_file(folder: Folder, name: str) -> Iterator[pa.NativeFile]:
+    """A stream to a file that appears under its name when the block ends, and not if it fails."""
+    temporary = folder._temporary(name)
+    with folder.filesystem.open_output_stream(temporary) as stream:
+        yield stream
+    folder._commit(temporary, name)
+
+
+def _claim(to: Folder, export: dict[str, Any]) -> None:
+    """Mark a folder as this export's. Raises ValueError where it holds anything else."""
+    kind = to.filesystem.get_file_info(to.path()).type
+    if kind == pafs.FileType.File:
+        raise ValueError(f"{to.uri} is a file; give a folder to export into")
+    if to.exists(MARKER):
+        before = to.read_json(MARKER)
+        changes = [f"{k}: {before.get(k)} -> {v}" for k, v in export.items() if before.get(k) != v]
+        if changes:
+            raise ValueError(
+                f"{to.uri} holds another export ({'; '.join(changes)}); give another folder, or "
+                "delete this one first"
+            )
+    else:
+        found = to.filesystem.get_file_info(pafs.FileSelector(to.path(), allow_not_found=True))
+        others = sorted(info.base_name for info in found if not info.base_name.startswith("."))
+        if others:
+            raise ValueError(
+                f"{to.uri} is not empty and holds no export (there is {others[0]}); give a new or "
+                "an empty folder"
+            )
+    to.write_json(MARKER, {**export, "complete": False})
+
+
+def _remove_stale(to: Folder, layout: str, written: set[str]) -> None:
+    """Delete what an earlier state of the export left, and folders that are empty then."""
+    root = to.path()
+    found = to.filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
+    files = {info.path[len(root) :].lstrip("/") for info in found if info.is_file}
+    own = re.compile(f"{OWN[layout]}|{UNFINISHED}")
+    stale = {name for name in files - written if own.fullmatch(name)}
+    for name in stale:
+        to.filesystem.delete_file(to.path(name))
+    used = {name.rpartition("/")[0] for name in files - stale}
+    emptied = {name.rpartition("/")[0] for name in stale} - used
+    for folder in emptied if to.is_local else ():
+        to.filesystem.delete_dir(to.path(folder))

@@ -1,0 +1,230 @@
+"""The actor of the generator pool: chunks of the plan in, image rows out, each chunk kept as a part.
+
+Two chunks are at work at once: while one is on the device, the last one is judged, encoded and written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ray_synth.config import ClipConfig, GenerationConfig
+from ray_synth.data.images import encode_image
+from ray_synth.generation.chunks import Plan
+from ray_synth.generation.generator import (
+    Row,
+    fingerprint,
+    generate_all,
+    generator_class,
+    provenance,
+)
+from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
+from ray_synth.storage import Folder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ray_synth.generation.quality import Judge, Verdict
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """What a pool of makers works on, by value.
+
+    Attributes:
+        config: the generation section; its `batch_size` is a number (see `probe.resolve`).
+        plan: the rows to make.
+        store: where they are kept.
+        run: the run's folder, with the real images that guide (`references.parquet`) and the
+            thresholds of quality (`quality/`); None where neither is used.
+        clip: the model that judges; None judges without one.
+        board: the progress board's handle.
+    """
+
+    config: GenerationConfig
+    plan: Plan
+    store: ImageStore
+    run: Folder | None = None
+    clip: ClipConfig | None = None
+    board: Any = None
+
+
+class ImageMaker:
+    """Makes what the store lacks of each chunk, and reads back the rest."""
+
+    def __init__(self, job: GenerationJob) -> None:
+        self.job, self.store = job, job.store
+        self._device, self._plan = threading.Lock(), threading.Lock()
+        self._generator: Any = None  # loaded by the first chunk that needs it
+        self._judge: Judge | None = None
+        self._fingerprint = ""
+        self._references: dict[str, bytes] = {}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The image rows of some chunks (columns start, stop, parts), in order."""
+        made = [row for chunk in batch.to_pylist() for row in self.chunk(**chunk)]
+        return pa.Table.from_pylist(made, schema=IMAGE_SCHEMA)
+
+    def chunk(self, start: int, stop: int, parts: list[str]) -> list[Row]:
+        """Image rows of plan rows `start` to `stop`; `parts` hold those that are made."""
+        with self._plan:
+            rows = self.job.plan.rows(start, stop)
+        done = self._stored(rows, parts)
+        missing = [row for row in rows if row["sample_id"] not in done]
+        if missing:
+            name = part_name([row["sample_id"] for row in missing])
+            if self.store.holds(name):  # this task died after its write, and was tried again
+                done |= self._stored(missing, [name])
+            else:
+                new = self.make(missing)
+                self.store.write(new)
+                done |= {row["sample_id"]: row for row in new}
+        result = [done[row["sample_id"]] for row in rows]
+        self._count(result, {row["sample_id"] for row in missing})
+        return result
+
+    def make(self, rows: list[Row]) -> list[Row]:
+        """Generate, judge and encode; with policy `retry`, again with new seeds what was rejected."""
+        self._load()
+        checks = self.job.config.checks
+        retries = checks.retries if checks.policy == "retry" else 0
+        done: dict[str, Row] = {}
+        todo = rows
+        for attempt in range(retries + 1):
+            made = self._attempt(todo, attempt)
+            done |= {row["sample_id"]: row for row in made}
+            again = [row for row in made if not row["accepted"]] if attempt < retries else []
+            if not again:
+                break
+            self.store.rejected.write(again)
+            failed = {row["sample_id"] for row in again}
+            todo = [row for row in todo if row["sample_id"] in failed]
+        return [done[row["sample_id"]] for row in rows]
+
+    def _attempt(self, rows: list[Row], attempt: int) -> list[Row]:
+        inputs = [
+            {**row, "seed": attempt_seed(row["seed"], attempt), **self._reference(row)}
+            for row in rows
+        ]
+        with self._device:
+            started = time.perf_counter()
+            results = generate_all(self._generator, inputs)
+            seconds = (time.perf_counter() - started) / len(rows)
+            facts = {
+                "attempt": attempt,
+                "generator": provenance(self._generator, self.job.config, self._fingerprint),
+                "gpu_seconds": seconds,
+            }
+        verdicts = self._judge_all(rows, [image for image, _ in results])
+        return [
+            self._row({**row, **facts}, image, reason, verdict)
+            for row, (image, reason), verdict in zip(rows, results, verdicts, strict=True)
+        ]
+
+    def _row(
+        self, row: Row, image: Image.Image | None, reason: str, verdict: Verdict | None
+    ) -> Row:
+        config = self.job.config
+        data = b""
+        if image is not None:
+            data = encode_image(image, image_format=config.image_format, quality=config.quality)
+        fault = verdict.reason if verdict and image is not None else ""
+        return {
+            **row,
+            "image": data,
+            "width": image.width if image else 0,
+            "height": image.height if image else 0,
+            "clip_score": verdict.clip_score if verdict else None,
+            "embedding": verdict.embedding if verdict else None,
+            "accepted": image is not None and (not fault or config.checks.policy == "flag"),
+            "reject_reason": reason or fault,
+        }
+
+    def _load(self) -> None:
+        with self._device:
+            if self._generator is not None:
+                return
+            config = self.job.config
+            self._judge = self._load_judge()
+            self._references = read_references(self.job.run) if config.reference else {}
+            generator = generator_class(config.generator)(config)
+            self._fingerprint = fingerprint(config)
+            self._generator = generator
+
+    def _load_judge(self) -> Judge | None:
+        checks = self.job.config.checks
+        if checks.policy == "off":
+            return None
+        from ray_synth.generation.quality import Judge
+        from ray_synth.generation.thresholds import load_reference
+
+        if self.job.clip is None or self.job.run is None or not checks.clip:
+            return Judge(None, None, pixels=checks.pixels)
+        from ray_synth.meaning.clip import ClipModel
+
+        clip = self.job.clip
+        model = ClipModel(clip.model, clip.pretrained, device=clip.device, dtype=clip.dtype)
+        return Judge(load_reference(self.job.run.child("quality")), model, pixels=checks.pixels)
+
+    def _judge_all(
+        self, rows: list[Row], images: list[Image.Image | None]
+    ) -> list[Verdict] | list[None]:
+        if self._judge is None:
+            return [None] * len(rows)
+        return self._judge.judge(rows, images)
+
+    def _reference(self, row: Row) -> dict[str, bytes]:
+        if not row.get("reference"):
+            return {}
+        return {"reference_image": self._references[row["reference"]]}
+
+    def _stored(self, rows: list[Row], parts: list[str]) -> dict[str, Row]:
+        wanted = {row["sample_id"] for row in rows}
+        return {
+            row["sample_id"]: row
+            for name in parts
+            for row in self.store.read(name).to_pylist()
+            if row["sample_id"] in wanted
+        }
+
+    def _count(self, rows: list[Row], new: set[str]) -> None:
+        if self.job.board is not None:
+            made = [row for row in rows if row["sample_id"] in new]
+            counts = {
+                "images": len(rows),
+                "rejected": sum(not row["accepted"] for row in rows),
+                "gpu_seconds": sum(row["gpu_seconds"] for row in made),
+            }
+            self.job.board.add_all.remote(counts)
+
+
+def attempt_seed(seed: int, attempt: int) -> int:
+    """The seed of a row's attempt: its own, then 48-bit digests of it."""
+    if attempt == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{attempt}".encode()).digest()[:6], "big")
+
+
+REFERENCES = "references.parquet"
+
+
+def write_references(run: Folder, images: dict[str, bytes]) -> None:
+    """Keep the real images that guide generation, by their ids, in the run's folder."""
+    table = pa.table(
+        {
+            "image_id": pa.array(list(images), pa.string()),
+            "image": pa.array(list(images.values()), pa.binary()),
+        }
+    )
+    run.write_table(REFERENCES, table)
+
+
+def read_references(run: Folder | None) -> dict[str, bytes]:
+    assert run is not None, "image-to-image rows need the run's folder"
+    table = run.read_table(REFERENCES)
+    return dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))

@@ -1,0 +1,304 @@
+"""What text becomes before it meets the denoiser: each distinct prompt is encoded once and kept.
+
+In: a loaded diffusers pipeline and prompts. Out: keyword arguments for its call, embeddings where its
+family is known and plain strings where it is not.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("ray_synth")
+Encoded = dict[str, "Tensor"]
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+DIMENSIONS = {"prompt_embeds": 3, "pooled_prompt_embeds": 2, "prompt_attention_mask": 2}
+_EMBEDS = frozenset({"prompt_embeds"})
+_POOLED = frozenset({"prompt_embeds", "pooled_prompt_embeds"})
+_MASKED = frozenset({"prompt_embeds", "prompt_attention_mask"})
+# What `encode_prompt` returns, by the embeddings that the call takes and by whether `encode_prompt`
+# takes a negative prompt. A test holds this against the source of every pipeline in diffusers; ""
+# is an item that the call works out again.
+RETURNS: dict[tuple[frozenset[str], bool], tuple[str, ...]] = {
+    (_EMBEDS, True): ("prompt_embeds", "negative_prompt_embeds"),
+    (_POOLED, True): (
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "pooled_prompt_embeds",
+        "negative_pooled_prompt_embeds",
+    ),
+    (_POOLED, False): ("prompt_embeds", "pooled_prompt_embeds", ""),
+    (_MASKED, True): (
+        "prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_embeds",
+        "negative_prompt_attention_mask",
+    ),
+    (_MASKED, False): ("prompt_embeds", "prompt_attention_mask"),
+}
+
+# Parameters of calls that need more than a prompt, or make something else than one image of it.
+OTHER_TASKS = frozenset(
+    {
+        "strength", "num_frames", "frames", "video_length", "video", "control_image", "control_video",
+        "controlnet_conditioning_scale", "adapter_conditioning_scale", "gligen_phrases",
+        "source_embeds",
+    }
+)  # fmt: skip
+
+
+class PromptEncoder:
+    """The text encoders of one pipeline, and a bounded memory of what they said.
+
+    An embedding depends on its own text alone: text encoders round otherwise in batches of other
+    sizes, so every forward pass has exactly `chunk` rows, the last one repeated where fewer are new.
+
+    Args:
+        pipeline: any loaded diffusers pipeline that takes prompts.
+        capacity: distinct texts kept, on the pipeline's device. Two bytes a number make one 0.1 MB
+            in Stable Diffusion 1.5, 0.3 MB in SDXL, 2.7 MB in SD 3, and 4 MB in Flux.
+        chunk: texts a forward pass. 1 wastes nothing; more is faster where many prompts are new.
+
+    Raises:
+        ValueError: `capacity` or `chunk` is below 1.
+    """
+
+    def __init__(self, pipeline: Any, *, capacity: int = 256, chunk: int = 1) -> None:
+        if capacity < 1 or chunk < 1:
+            raise ValueError(f"capacity {capacity} and chunk {chunk} must be at least 1")
+        self.pipeline = pipeline
+        self.capacity = capacity
+        self.chunk = chunk
+        self._returns = returned_names(pipeline)
+        self._call = inspect.signature(type(pipeline).__call__).parameters
+        self._kept: OrderedDict[tuple[bool, str], Encoded] = OrderedDict()
+        self._warned = False
+
+    @property
+    def caches(self) -> bool:
+        """Whether prompts are encoded here; otherwise the pipeline is given strings."""
+        return self._returns is not None
+
+    def arguments(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scale: float
+    ) -> dict[str, Any]:
+        """Keyword arguments for `pipeline(**arguments)`, without the guidance scale itself.
+
+        Args:
+            prompts: one an image.
+            negative_prompts: one an image. They matter where guidance_scale > 1 alone. In embeddings
+                "" is no negative prompt, which SDXL has as zeros; where strings are passed, it is "".
+            guidance_scale: above 1, the pipeline makes a second, negative pass.
+
+        Returns:
+            Embeddings with n rows, on the pipeline's device; or lists of n strings.
+        """
+        guided = guidance_scale > 1
+        if self._returns is None:
+            return self._strings(prompts, negative_prompts, guided)
+        takes_negative = "negative_prompt_embeds" in self._returns and (
+            "negative_prompt_embeds" in self._call
+        )
+        if guided and not takes_negative and any(negative_prompts):
+            self._warn("takes no negative prompts: they are left out")
+        try:
+            stacked = _stack(self._encoded(prompts, negative=False))
+            if guided and takes_negative:
+                negative = _stack(self._encoded(negative_prompts, negative=True))
+                _check_pairs(stacked, negative)
+                stacked |= negative
+        except _UnknownFamily as error:
+            self._returns = None
+            self._kept.clear()
+            self._warn(f"encodes prompts in a way of its own ({error}): none are kept")
+            return self._strings(prompts, negative_prompts, guided)
+        if "negative_prompt_embeds" in stacked and "negative_prompt" in self._call:
+            return {**stacked, "negative_prompt": None}  # PixArt's own default forbids embeddings
+        return dict(stacked)
+
+    def _strings(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str], guided: bool
+    ) -> dict[str, Any]:
+        arguments = {"prompt": list(prompts)}
+        if guided and "negative_prompt" in self._call:
+            arguments["negative_prompt"] = list(negative_prompts)
+        return arguments
+
+    def _encoded(self, texts: Sequence[str], *, negative: bool) -> list[Encoded]:
+        """The embeddings of each text, each with one row."""
+        found: dict[str, Encoded] = {}
+        new: list[str] = []
+        for text in dict.fromkeys(texts):
+            kept = self._kept.get((negative, text))
+            if kept is None:
+                new.append(text)
+            else:
+                found[text] = kept
+        # No negative prompt is not an empty one (SDXL has zeros for it): it has a pass of its own.
+        alone = [[""]] if negative and "" in new else []
+        rest = [text for text in new if not (negative and text == "")]
+        chunks = [rest[at : at + self.chunk] for at in range(0, len(rest), self.chunk)]
+        for chunk in alone + chunks:
+            found |= zip(chunk, self._encode(chunk, negative=negative), strict=True)
+        for text, encoded in found.items():
+            self._kept[negative, text] = encoded
+            self._kept.move_to_end((negative, text))  # the least recently used goes first
+        while len(self._kept) > self.capacity:
+            self._kept.popitem(last=False)
+        return [found[text] for text in texts]
+
+    def _encode(self, texts: list[str], *, negative: bool) -> list[Encoded]:
+        """One forward pass over at most `chunk` texts, as the pipeline's own call makes it."""
+        import torch
+
+        assert self._returns is not None
+        padded = texts + [texts[-1]] * (self.chunk - len(texts))
+        given: dict[str, Any] = {
+            "prompt": padded,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": negative,
+            "device": self.pipeline._execution_device,
+        }
+        if negative:
+            given["negative_prompt"] = (
+                self._call["negative_prompt"].default if texts == [""] else padded
+            )
+        encode = inspect.signature(self.pipeline.encode_prompt).parameters
+        for name in encode.keys() - given.keys() - set(self._returns):
+            # Defaults differ between the two (clean_caption, max_sequence_length): the call's hold.
+            if name in self._call and name != "kwargs":
+                given[name] = self._call[name].default
+            elif encode[name].default is inspect.Parameter.empty and name != "kwargs":
+                given[name] = None
+        given = {name: value for name, value in given.items() if name in encode}
+        with torch.no_grad():
+            returned = self.pipeline.encode_prompt(**given)
+        if not isinstance(returned, tuple) or len(returned) != len(self._returns):
+            raise _UnknownFamily("it returns another number of things")
+        named = {
+            name: value
+            for name, value in zip(self._returns, returned, strict=True)
+            if name and name.startswith("negative_") is negative
+        }
+        for name, value in named.items():
+            dimensions = DIMENSIONS[name.removeprefix("negative_")]
+            if not isinstance(value, torch.Tensor) or value.shape[:1] != (self.chunk,):
+                raise _UnknownFamily(f"{name} is no tensor with a row a prompt")
+            if value.ndim != dimensions:
+                raise _UnknownFamily(f"{name} has {value.ndim} dimensions, not {dimensions}")
+        # Cloned, so that a row does not keep its whole chunk in memory.
+        return [
+            {name: value[row : row + 1].clone() for name, value in named.items()}
+            for row in range(len(texts))
+        ]
+
+    def _warn(self, what: str) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("%s %s", type(self.pipeline).__name__, what)
+
+
+class _UnknownFamily(Exception):
+    """What `encode_prompt` returns is not what its signature made believe."""
+
+
+def _stack(rows: list[Encoded]) -> Encoded:
+    """Embeddings of one row each, as one batch."""
+    import torch
+
+    for name, value in rows[0].items():
+        if any(row[name].shape != value.shape for row in rows):
+            raise _UnknownFamily(f"{name} is as long as its prompt")
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _check_pairs(positive: Encoded, negative: Encoded) -> None:
+    for name, value in positive.items():
+        if negative[f"negative_{name}"].shape != value.shape:
+            raise _UnknownFamily(f"{name} is as long as its prompt")
+
+
+def returned_names(pipeline: Any) -> tuple[str, ...] | None:
+    """The names of what `pipeline.encode_prompt` returns; None for a family that is not known.
+
+    Only diffusers' own code is known: a class from elsewhere may mean other things by these names.
+    """
+    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
+    encode = getattr(kind, "encode_prompt", None)
+    if encode is None or not _is_diffusers(encode) or not _is_diffusers(kind.__call__):
+        return None
+    parts = inspect.signature(kind).parameters
+    if any("tokenizer" in part and part not in TOKENIZERS for part in parts):
+        return None  # another model reads the prompt as well, such as a prior
+    call = inspect.signature(kind.__call__).parameters
+    takes = frozenset(
+        name
+        for name in call
+        if ("embeds" in name or "mask" in name) and "prompt" in name and "negative" not in name
+    )
+    return RETURNS.get((takes, "negative_prompt" in inspect.signature(encode).parameters))
+
+
+def _is_diffusers(function: Any) -> bool:
+    return inspect.unwrap(function).__module__.startswith("diffusers.")
+
+
+def too_long(prompts: Iterable[str], pipeline: Any) -> list[tuple[str, int, int]]:
+    """The prompts that no text encoder of the pipeline reads to their end.
+
+    Returns:
+        (prompt, its tokens, the longest text encoder's limit); both numbers count the start and end
+        tokens, as they take up places. A tokenizer that knows no limit reads everything.
+    """
+    limits = list(_token_limits(pipeline))
+    texts = list(prompts)
+    if not limits or not texts:
+        return []
+    tokenizer, limit = max(limits, key=lambda pair: pair[1])
+    counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+    return [(text, n, limit) for text, n in zip(texts, counts, strict=True) if n > limit]
+
+
+def _token_limits(pipeline: Any) -> Iterable[tuple[Callable[..., Any], int]]:
+    longest = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    for name in TOKENIZERS:
+        tokenizer = getattr(pipeline, name, None)
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
+        if tokenizer is None or encoder is None:
+            continue
+        limits = [int(tokenizer.model_max_length)]
+        if longest is not None and isinstance(longest.default, int):
+            limits.append(longest.default)
+        yield tokenizer, min(limits)
+
+
+def generates_text_to_image(pipeline: Any) -> bool:
+    """Whether a pipeline, or its class, makes an image of a given size from a prompt alone.
+
+    Decided by the parameters of its call. Pipelines with an optional image count where diffusers lists
+    them as text-to-image (Flux Kontext), as do those from outside diffusers that need no image.
+    """
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
+    parameters = inspect.signature(kind.__call__).parameters
+    names = set(parameters)
+    needed = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    if not {"prompt", "generator", "width", "height", "num_inference_steps"} <= names:
+        return False
+    if not needed <= {"self", "prompt"} or names & OTHER_TASKS:
+        return False
+    listed = kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
+    return listed or not names & {"image", "images", "mask_image"}

@@ -1,0 +1,134 @@
+"""One image of a run made again, alone, from its row: the proof that its provenance is whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from ray_synth.config import Config, GenerationConfig, parse_config
+from ray_synth.data.images import decode_image, encode_image
+from ray_synth.generation.generator import Row, fingerprint, generate_all, generator_class
+from ray_synth.generation.maker import attempt_seed, read_references
+from ray_synth.generation.store import ImageStore
+from ray_synth.storage import Folder
+
+# What an image's row knows better than the run's config: the config may leave it open.
+FROM_ROW = ("dtype", "batch_size", "compile", "channels_last", "num_threads")
+
+
+@dataclass(frozen=True)
+class Regenerated:
+    """An image made again.
+
+    Attributes:
+        row: the stored row.
+        image: the new encoded bytes.
+        different: how many of the pixels' values differ, and by how much at most (0..255).
+        elsewhere: what differs between the place where it was made and this one.
+    """
+
+    row: Row
+    image: bytes
+    suffix: str
+    different: int
+    largest: int
+    elsewhere: list[str]
+
+    @property
+    def identical(self) -> bool:
+        return self.different == 0
+
+    def describe(self) -> str:
+        row = self.row
+        lines = [
+            f"{row['sample_id']}: {row['prompt']!r}, seed {row['seed']}, attempt {row['attempt']}"
+        ]
+        if self.identical:
+            lines.append("the same pixels as in the store")
+        else:
+            lines.append(
+                f"{self.different:,} pixel values differ from the store's, by {self.largest} at most"
+            )
+        lines += [f"made elsewhere: {change}" for change in self.elsewhere]
+        return "\n".join(lines)
+
+
+def regenerate(run: Folder, sample_id: str) -> Regenerated:
+    """Make an image of a run again.
+
+    Args:
+        sample_id: its id, or the start of it.
+
+    Raises:
+        ValueError: no run there, no such image (or several), or another model by the same name.
+    """
+    config = read_config(run)
+    row = find_row(ImageStore(run.child("images")), sample_id)
+    if not row["image"]:
+        raise ValueError(f"{row['sample_id']} was never an image: {row['reject_reason']}")
+    facts = json.loads(row["generator"])
+    if facts["fingerprint"] != fingerprint(config.generation):
+        raise ValueError(
+            f"{row['sample_id']} was made by a {facts['model']!r} with other weights or settings than "
+            f"{config.generation.model!r} has now"
+        )
+    generator = generator_class(config.generation.generator)(as_made(config.generation, facts))
+    inputs = {**row, "seed": attempt_seed(row["seed"], row["attempt"])}
+    if row["reference"]:
+        inputs["reference_image"] = read_references(run)[row["reference"]]
+    image, reason = generate_all(generator, [inputs])[0]
+    if image is None:
+        raise ValueError(f"{row['sample_id']} could not be made again: {reason}")
+    made = config.generation
+    data = encode_image(image, image_format=made.image_format, quality=made.quality)
+    before, after = (np.asarray(decode_image(item)).astype(int) for item in (row["image"], data))
+    gap = np.abs(before - after) if before.shape == after.shape else np.full(after.shape, 255)
+    now = getattr(generator, "provenance", {})
+    return Regenerated(
+        row,
+        data,
+        made.image_format,
+        different=int((gap > 0).sum()),
+        largest=int(gap.max()),
+        elsewhere=[
+            f"{key} {facts[key]}, here {now[key]}"
+            for key in ("device", "torch", "dtype", "num_threads")
+            if key in facts and facts[key] != now.get(key)
+        ],
+    )
+
+
+def as_made(config: GenerationConfig, facts: dict[str, Any]) -> GenerationConfig:
+    """The generation section with all that it left open as the row says it was."""
+    known = {key: facts[key] for key in FROM_ROW if facts.get(key) is not None}
+    return config.model_copy(update=known)
+
+
+def read_config(run: Folder) -> Config:
+    """The config that a run directory keeps. Raises ValueError where there is none."""
+    if not run.exists("config.yaml"):
+        raise ValueError(f"no run at {run.uri}: it has no config.yaml; name one with --run")
+    import yaml
+
+    values = yaml.safe_load(run.read_bytes("config.yaml"))
+    values.pop("versions", None)
+    return parse_config(values, origin=f"{run.uri}/config.yaml")
+
+
+def find_row(store: ImageStore, sample_id: str) -> Row:
+    """The stored row of an id, or of the start of one that no other id has."""
+    found = []
+    for name in store.parts():
+        ids = store.read(name, ["sample_id"])["sample_id"]
+        at = pc.indices_nonzero(pc.starts_with(ids, sample_id)).to_pylist()
+        if at:
+            table = store.read(name)
+            found += [table.slice(i, 1).to_pylist()[0] for i in at]
+    if len({row["sample_id"] for row in found}) != 1:
+        what = "several images" if found else "no image"
+        raise ValueError(f"{what} in {store.folder.uri} with an id that starts {sample_id!r}")
+    return found[0]

@@ -1,0 +1,173 @@
+"""Slices of a run's images: by class, kind, style, id, accepted or not. Exports and sheets draw on it.
+
+The small columns of all parts in, as one table; the rows of a slice out, part by part.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
+from ray_synth.storage import Folder
+
+FACTS = ["sample_id", "class_index", "class_name", "kind", "style"]
+FACTS += ["accepted", "reject_reason", "generator", "gpu_seconds"]
+NAMES_SHOWN = 20  # in an error
+
+
+def scan(folder: Folder) -> pa.Table:
+    """What is known of each made image of a run's plan, without its picture; each image once.
+
+    Returns:
+        `FACTS`, `part` (the file that holds the row) and `rank` (int64, the position in the plan),
+        in the order of the store. Repeated text is dictionary-encoded: a million rows are about
+        100 MB.
+
+    Raises:
+        ValueError: the folder holds no plan, or none of its images was made.
+    """
+    if not folder.exists("plan.parquet"):
+        raise ValueError(
+            f"{folder.uri} holds no plan.parquet; give the directory of a run, such as "
+            "runs/quickstart"
+        )
+    planned = folder.read_table("plan.parquet", ["sample_id"])["sample_id"].combine_chunks()
+    store = ImageStore(folder.child("images"))
+    with ThreadPoolExecutor(16) as pool:
+        tables = list(pool.map(lambda name: _facts(store, name), store.parts()))
+    table = pa.concat_tables(tables) if tables else None
+    if table is not None:
+        table = table.append_column("rank", pc.index_in(table["sample_id"], value_set=planned))
+        table = table.filter(pc.is_valid(table["rank"]))
+    if table is None or table.num_rows == 0:
+        raise ValueError(f"{folder.uri} holds no images of its plan yet; run `ray-synth generate`")
+    ranks = table["rank"].to_numpy().astype(np.int64)
+    _, first = np.unique(ranks, return_index=True)  # a row in two parts counts in the first
+    table = table.set_column(table.schema.get_field_index("rank"), "rank", pa.array(ranks))
+    return table.take(np.sort(first)).unify_dictionaries().combine_chunks()
+
+
+def _facts(store: ImageStore, name: str) -> pa.Table:
+    table = store.read(name, FACTS)
+    table = table.append_column("part", pa.array([name] * table.num_rows, pa.string()))
+    for at, field in enumerate(table.schema):
+        if field.type == pa.string() and field.name != "sample_id":
+            table = table.set_column(at, field.name, table[field.name].dictionary_encode())
+    accepted = pc.fill_null(table["accepted"], False)
+    return table.set_column(table.schema.get_field_index("accepted"), "accepted", accepted)
+
+
+def choose(
+    facts: pa.Table,
+    *,
+    class_names: Collection[str] | None = None,
+    kinds: Collection[str] | None = None,
+    styles: Collection[str] | None = None,
+    sample_ids: Collection[str] | None = None,
+    rejected: bool | None = None,
+    limit: int | None = None,
+) -> pa.Table:
+    """The rows of `scan`'s table that fit, in the same order.
+
+    Args:
+        class_names: any of these; None or empty: all. So for `kinds`, `styles` and `sample_ids`.
+        rejected: only rejected images, or only accepted ones; None: both.
+        limit: at most so many, the first ones of the plan: those are balanced over the classes.
+
+    Raises:
+        ValueError: a value that does not occur, or nothing that fits; says what there is.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: give 1 or more")
+    slices = {"class_name": class_names, "kind": kinds, "style": styles, "sample_id": sample_ids}
+    asked = []
+    chosen = facts
+    for column, values in slices.items():
+        if not values:
+            continue
+        _check_known(facts, column, values)
+        asked.append(f"{_label(column)} {_some(list(values))}")
+        mask = pc.is_in(chosen[column].cast(pa.string()), value_set=pa.array(sorted(set(values))))
+        chosen = chosen.filter(mask)
+    there = chosen
+    if rejected is not None:
+        asked.append("rejected" if rejected else "accepted")
+        mask = pc.invert(chosen["accepted"]) if rejected else chosen["accepted"]
+        chosen = chosen.filter(mask)
+    if chosen.num_rows == 0:
+        there = there if there.num_rows else facts
+        raise ValueError(f"no images with {', '.join(asked)}; there are {_inventory(there)}")
+    if limit is not None and limit < chosen.num_rows:
+        last = np.partition(chosen["rank"].to_numpy(), limit - 1)[limit - 1]
+        chosen = chosen.filter(pc.less_equal(chosen["rank"], pa.scalar(last)))
+    return chosen
+
+
+def read_chosen(
+    folder: Folder, chosen: pa.Table, columns: list[str] | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a slice with their pictures: one list a part, parts in the order of the slice.
+
+    Args:
+        chosen: from `choose`.
+        columns: default: all of `IMAGE_SCHEMA`.
+    """
+    store = ImageStore(folder.child("images"))
+    wanted: dict[str, set[str]] = {}
+    for sample_id, part in zip(
+        chosen["sample_id"].to_pylist(), chosen["part"].to_pylist(), strict=True
+    ):
+        wanted.setdefault(part, set()).add(sample_id)
+    names = list(dict.fromkeys(["sample_id", *(columns or IMAGE_SCHEMA.names)]))
+    for part, ids in wanted.items():
+        table = store.read(part, names)
+        mask = [sample_id in ids for sample_id in table["sample_id"].to_pylist()]
+        yield table.filter(pa.array(mask)).to_pylist()
+
+
+def count_by(table: pa.Table, *columns: str) -> dict[Any, int]:
+    """How many rows have each value of a column, or each combination of several; most first."""
+    found = table.select(list(columns)).group_by(list(columns)).aggregate([([], "count_all")])
+    keys = [found[column].to_pylist() for column in columns]
+    pairs = zip(zip(*keys, strict=True), found["count_all"].to_pylist(), strict=True)
+    ordered = sorted(pairs, key=lambda pair: (-pair[1], [str(value) for value in pair[0]]))
+    return {(key if len(columns) > 1 else key[0]): count for key, count in ordered}
+
+
+def _check_known(facts: pa.Table, column: str, values: Collection[str]) -> None:
+    present = pc.unique(facts[column]).to_pylist()
+    unknown = [value for value in values if value not in set(present)]
+    if not unknown:
+        return
+    known = [value for value in present if value]
+    near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"no image has {_label(column)} {unknown[0]!r}; {hint}there are {_some(sorted(known))}"
+    )
+
+
+def _inventory(table: pa.Table) -> str:
+    """`4 cat, 2 dog; 6 plain; 5 accepted, 1 rejected`."""
+    accepted = count_by(table, "accepted")
+    states = {"accepted": accepted.get(True, 0), "rejected": accepted.get(False, 0)}
+    counts = [count_by(table, "class_name"), count_by(table, "kind"), states]
+    return "; ".join(
+        _some([f"{count} {value}" for value, count in c.items() if count]) for c in counts
+    )
+
+
+def _some(values: list[str]) -> str:
+    more = len(values) - NAMES_SHOWN
+    return ", ".join(values[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _label(column: str) -> str:
+    return {"class_name": "class", "sample_id": "sample id"}.get(column, column)

@@ -1,0 +1,107 @@
+"""A pool of generators on a cluster that grows under load and shrinks again, on fake GPU nodes.
+
+Ray Data asks the cluster for the most nodes that a stream could use, and takes nothing back before the
+stream ends; its autoscaler V2 does, when told to.
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_cluster import autoscaling_cluster, painted, painting_job, run_driver, wait_for
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes end by their session")
+BATCH = 16
+HEAVY, LIGHT = 45 * BATCH, BATCH
+IDS = [f"{i:06d}" for i in range(HEAVY + LIGHT)]
+POLL_S = 0.25
+
+
+def test_nodes_join_under_load_and_leave_when_it_is_light(tmp_path):
+    streams = [(HEAVY, 4), (HEAVY + LIGHT, 1)]
+    first, second = one_four_one(tmp_path, streams)
+    assert sorted(first) == IDS[:HEAVY]
+    assert sorted(second) == IDS, "what was made before is read"
+
+
+@pytest.mark.slow
+def test_nodes_leave_in_the_tail_of_a_stream(tmp_path):
+    release = {
+        "RAY_DATA_CLUSTER_AUTOSCALER": "V2",
+        "RAY_DATA_LOW_UTIL_REQUEST_RELEASE_DELAY_S": "0",
+        "RAY_DATA_CLUSTER_UTIL_AVG_WINDOW_S": "2",
+    }
+    (only,) = one_four_one(tmp_path, [(HEAVY + LIGHT, 4)], release)
+    assert sorted(only) == IDS
+
+
+def one_four_one(folder, streams, variables=None):
+    """Run streams on a cluster that goes from one node to four and back; the ids that each gave."""
+    with autoscaling_cluster(folder, max_workers=4, idle_seconds=4) as (address, env):
+        # Ray Data asks for nodes every 10 s by default.
+        env |= {"RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2", **(variables or {})}
+        call = f"test_autoscaling.drive({address!r}, {str(folder)!r}, {streams})"
+        run_driver(call, env, folder, 150)
+    nodes, ids = json.loads((folder / "seen.json").read_text())
+    counts = [count for _, count in nodes]
+    assert (counts[0], max(counts), counts[-1]) == (1, 4, 1), nodes
+    rows = painted(folder)
+    assert len({node for _, node, _ in rows}) >= 4, "each node made images"
+    last_left = nodes[-1][0]
+    assert rows[0][0] < last_left < rows[-1][0], "images were being made all the while"
+    assert sorted(sample for _, _, sample in rows) == IDS, "each was made once"
+    return ids
+
+
+def drive(address: str, folder_name: str, streams: list[tuple[int, int]]) -> None:
+    """Stream plans of so many images through pools of so many actors, and note the live GPU nodes.
+
+    Rows take their time until four nodes have made some, and then none; those of the last batch wait
+    until one node is left.
+    """
+    import ray
+
+    from ray_synth.cluster import connect
+    from ray_synth.config import ClusterConfig
+    from ray_synth.generation.stream import image_stream
+
+    folder, ended = Path(folder_name), threading.Event()
+    nodes: list[tuple[float, int]] = []
+
+    def gpu_nodes() -> int:
+        return sum(node["Alive"] and node["Resources"].get("GPU", 0) > 0 for node in ray.nodes())
+
+    def watch() -> None:
+        while not ended.wait(POLL_S):
+            count, rows = gpu_nodes(), painted(folder)
+            if not nodes or nodes[-1][1] != count:
+                nodes.append((time.time(), count))
+                print(*nodes[-1], len(rows), flush=True)
+            if count == 4 and len({node for _, node, _ in rows[-4 * BATCH :]}) == 4:
+                (folder / "enough").touch()
+            if count == 1 and len(rows) > HEAVY:
+                (folder / "alone").touch()
+
+    def stream(images: int, pool: int) -> list[str]:
+        pace = {"seconds": 0.25, "last": IDS[HEAVY], "patience": 1.5}
+        job = painting_job(
+            folder, images, pool=pool, num_gpus=1, batch_size=BATCH, generator_kwargs=pace
+        )
+        blocks = image_stream(job).iter_batches(batch_size=None, batch_format="pyarrow")
+        ids = [sample for block in blocks for sample in block["sample_id"].to_pylist()]
+        print(time.time(), "streamed", len(ids), flush=True)
+        return ids
+
+    with connect(ClusterConfig(address=address)):
+        assert wait_for(lambda: gpu_nodes() == 1, 60)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            ids = [stream(images, pool) for images, pool in streams]
+        finally:
+            ended.set()
+            watcher.join()
+    (folder / "seen.json").write_text(json.dumps([nodes, ids]))
