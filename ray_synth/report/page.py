@@ -110,6 +110,7 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "stages": stage_times(metrics.get("seconds") or {}),
         "total_seconds": (metrics.get("seconds") or {}).get("total"),
         "aside": set_aside(metrics, arms),
+        "generation": generation_facts(metrics),
         "facts": [
             (label, value) for label, key in FACTS if (value := _dig(config, key)) is not None
         ],
@@ -270,6 +271,24 @@ def stage_times(seconds: dict[str, float]) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: row["order"])
+
+
+def generation_facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """What generation took and what its checks found, as labels and texts; what is unknown is left
+    out."""
+    facts = metrics.get("generation") or {}
+    rate = _dig(metrics, "images_per_second.generation")
+    hours = "gpu_hours" if facts.get("gpu_hours") else "cpu_hours"
+    shown = (
+        ("Images a second", rate, "{:,.1f}"),
+        ("GPU-hours" if hours == "gpu_hours" else "CPU-hours", facts.get(hours), "{:,.2f}"),
+        ("Cost", facts.get("cost") or None, "{:,.2f}"),
+        ("Mean CLIP score", facts.get("clip_score"), "{:.3f}"),
+        ("Images flagged", facts.get("flagged"), "{:,}"),
+        ("Images made with a new seed", facts.get("retried") or None, "{:,}"),
+        ("Near-duplicates in the store", facts.get("near_duplicates"), "{:,}"),
+    )
+    return [(label, form.format(value)) for label, value, form in shown if value is not None]
 
 
 def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:

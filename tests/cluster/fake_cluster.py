@@ -17,15 +17,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from painting import Painter
 
+if TYPE_CHECKING:
+    from ray_synth.generation.maker import GenerationJob
+
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = [ROOT, ROOT / "tests", ROOT / "tests/generation", ROOT / "tests/cluster"]
 OBJECT_STORE = 100 * 2**20  # bytes a node
-SMALL_NODE = {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
 
 
 class Recorder(Painter):
@@ -58,8 +60,10 @@ class Recorder(Painter):
         return image
 
 
-def painting_job(folder: Path, images: int, *, pool: int, **settings: Any) -> Any:
-    """A GenerationJob of Recorders; its store is `folder/images`."""
+def painting_job(
+    folder: Path, images: int, *, pool: dict[str, int], pace: dict[str, Any], **settings: Any
+) -> GenerationJob:
+    """A job of Recorders at a pace (seconds, last, patience); its store is `folder/images`."""
     import pyarrow as pa
     from test_store import plan_rows
 
@@ -71,12 +75,12 @@ def painting_job(folder: Path, images: int, *, pool: int, **settings: Any) -> An
 
     config = GenerationConfig(
         generator="fake_cluster:Recorder",
-        generator_kwargs={"folder": str(folder), **settings.pop("generator_kwargs")},
+        generator_kwargs={"folder": str(folder), **pace},
         width=16,
         height=16,
         image_format="png",
         checks={"policy": "off"},
-        pool={"min_size": 1, "max_size": pool},
+        pool=pool,
         **settings,
     )
     plan = pa.Table.from_pylist(plan_rows(images), schema=PLAN_SCHEMA)
@@ -208,7 +212,7 @@ def node_provider(provider_config: dict[str, Any], cluster_name: str) -> Any:
     def with_memory(*, resources: dict[str, float], **others: Any) -> Any:
         return make(memory=resources.pop("memory"), resources=resources, **others)
 
-    parameter.RayParams = with_memory
+    vars(parameter)["RayParams"] = with_memory
     return FakeMultiNodeProvider(provider_config, cluster_name)
 
 

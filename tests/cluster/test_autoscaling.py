@@ -1,7 +1,7 @@
 """A pool of generators on a cluster that grows under load and shrinks again, on fake GPU nodes.
 
-Ray Data asks the cluster for the most nodes that a stream could use, and takes nothing back before the
-stream ends; its autoscaler V2 does, when told to.
+Ray Data's default autoscaler holds its nodes until a stream ends. The one named V2 lets them go when they
+are no longer used; it wants node types that declare their memory.
 """
 
 import json
@@ -20,29 +20,28 @@ IDS = [f"{i:06d}" for i in range(HEAVY + LIGHT)]
 POLL_S = 0.25
 
 
-def test_nodes_join_under_load_and_leave_when_it_is_light(tmp_path):
-    streams = [(HEAVY, 4), (HEAVY + LIGHT, 1)]
-    first, second = one_four_one(tmp_path, streams)
-    assert sorted(first) == IDS[:HEAVY]
-    assert sorted(second) == IDS, "what was made before is read"
-
-
-@pytest.mark.slow
-def test_nodes_leave_in_the_tail_of_a_stream(tmp_path):
+def test_nodes_join_under_load_and_leave_in_the_tail_of_a_stream(tmp_path):
     release = {
         "RAY_DATA_CLUSTER_AUTOSCALER": "V2",
         "RAY_DATA_LOW_UTIL_REQUEST_RELEASE_DELAY_S": "0",
         "RAY_DATA_CLUSTER_UTIL_AVG_WINDOW_S": "2",
     }
-    (only,) = one_four_one(tmp_path, [(HEAVY + LIGHT, 4)], release)
-    assert sorted(only) == IDS
+    (streamed,) = one_four_one(tmp_path, [(HEAVY + LIGHT, 4)], release)
+    assert sorted(streamed) == IDS
 
 
-def one_four_one(folder, streams, variables=None):
+@pytest.mark.slow
+def test_nodes_leave_between_a_heavy_stream_and_a_light_one(tmp_path):
+    heavy, light = one_four_one(tmp_path, [(HEAVY, 4), (HEAVY + LIGHT, 1)], {})
+    assert sorted(heavy) == IDS[:HEAVY]
+    assert sorted(light) == IDS, "what was made before is read"
+
+
+def one_four_one(folder, streams, variables):
     """Run streams on a cluster that goes from one node to four and back; the ids that each gave."""
     with autoscaling_cluster(folder, max_workers=4, idle_seconds=4) as (address, env):
         # Ray Data asks for nodes every 10 s by default.
-        env |= {"RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2", **(variables or {})}
+        env |= {"RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2", **variables}
         call = f"test_autoscaling.drive({address!r}, {str(folder)!r}, {streams})"
         run_driver(call, env, folder, 150)
     nodes, ids = json.loads((folder / "seen.json").read_text())
@@ -85,13 +84,11 @@ def drive(address: str, folder_name: str, streams: list[tuple[int, int]]) -> Non
             if count == 1 and len(rows) > HEAVY:
                 (folder / "alone").touch()
 
-    def stream(images: int, pool: int) -> list[str]:
+    def stream(images: int, actors: int) -> list[str]:
         pace = {"seconds": 0.25, "last": IDS[HEAVY], "patience": 1.5}
-        job = painting_job(
-            folder, images, pool=pool, num_gpus=1, batch_size=BATCH, generator_kwargs=pace
-        )
-        blocks = image_stream(job).iter_batches(batch_size=None, batch_format="pyarrow")
-        ids = [sample for block in blocks for sample in block["sample_id"].to_pylist()]
+        pool = {"min_size": 1, "max_size": actors}
+        job = painting_job(folder, images, pool=pool, pace=pace, num_gpus=1, batch_size=BATCH)
+        ids = [row["sample_id"] for row in image_stream(job).iter_rows()]
         print(time.time(), "streamed", len(ids), flush=True)
         return ids
 
@@ -100,7 +97,7 @@ def drive(address: str, folder_name: str, streams: list[tuple[int, int]]) -> Non
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            ids = [stream(images, pool) for images, pool in streams]
+            ids = [stream(images, actors) for images, actors in streams]
         finally:
             ended.set()
             watcher.join()

@@ -2,8 +2,8 @@
 
 import json
 import sys
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,22 +18,20 @@ from fake_cluster import (
     wait_for,
 )
 
-from ray_synth.generation.maker import ImageMaker
+from ray_synth.generation.maker import GenerationJob, ImageMaker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes end by their session")
-BATCH, ROWS = 4, 240
+BATCH, ROWS = 8, 400
 IDS = [f"{i:06d}" for i in range(ROWS)]
-PACE = {"seconds": 0.1}
 
 
 def test_a_node_lost_in_mid_run_costs_only_the_batches_in_work(tmp_path):
     with short_folder() as temporary:
-        call = f"test_nodes.drive({str(tmp_path)!r}, {temporary!r})"
-        run_driver(call, environment(temporary), tmp_path, 120)
+        run_driver(f"test_nodes.drive({str(tmp_path)!r})", environment(temporary), tmp_path, 120)
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert sorted(seen["ids"]) == IDS, "the stream gave each row once"
 
-    store = painting_job(tmp_path, ROWS, pool=2, batch_size=BATCH, generator_kwargs=PACE).store
+    store = job(tmp_path).store
     kept = pa.concat_tables(store.read(name) for name in store.parts())
     assert sorted(kept["sample_id"].to_pylist()) == IDS, "the store holds each row once"
 
@@ -45,21 +43,24 @@ def test_a_node_lost_in_mid_run_costs_only_the_batches_in_work(tmp_path):
     # Two batches are at work in an actor: one is painted while the one before is written.
     assert len(repeated) <= 2 * BATCH and max(again.values()) <= 2, repeated
 
-    undisturbed = images_of(tmp_path / "undisturbed")
-    assert dict(zip(kept["sample_id"].to_pylist(), kept["image"].to_pylist(), strict=True)) == (
-        undisturbed
-    )
+    images = dict(zip(kept["sample_id"].to_pylist(), kept["image"].to_pylist(), strict=True))
+    assert images == undisturbed(tmp_path / "undisturbed")
 
 
-def images_of(folder: Path) -> dict[str, bytes]:
+def job(folder: Path) -> GenerationJob:
+    pool = {"min_size": 2, "max_size": 2}
+    return painting_job(folder, ROWS, pool=pool, batch_size=BATCH, pace={"seconds": 0.1})
+
+
+def undisturbed(folder: Path) -> dict[str, bytes]:
     """The encoded images of a run in this process, by their ids."""
     folder.mkdir()
     (folder / "enough").touch()
-    job = painting_job(folder, ROWS, pool=1, batch_size=BATCH, generator_kwargs=PACE)
-    return {row["sample_id"]: row["image"] for row in ImageMaker(job).chunk(0, ROWS, [])}
+    rows = ImageMaker(job(folder)).chunk(0, ROWS, [])
+    return {row["sample_id"]: row["image"] for row in rows}
 
 
-def drive(folder_name: str, temporary: str) -> None:
+def drive(folder_name: str) -> None:
     """Stream a plan on two nodes; when both have made images, kill one and let another join.
 
     Rows take their time until the one that joined has made some.
@@ -74,30 +75,23 @@ def drive(folder_name: str, temporary: str) -> None:
     small = {"object_store_memory": OBJECT_STORE}
     # Ray takes 15 s by default to notice that a node is gone.
     health = {"health_check_period_ms": 500, "health_check_failure_threshold": 3}
-    cluster = Cluster()
-    cluster.add_node(
-        num_cpus=0, temp_dir=temporary, include_dashboard=False, _system_config=health, **small
-    )
-    workers = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
-    nodes = {}
+    cluster = Cluster(shutdown_at_exit=False)  # its signal handlers want the main thread
+    cluster.add_node(num_cpus=0, include_dashboard=False, _system_config=health, **small)
+    stays, dies = (cluster.add_node(num_cpus=1, **small) for _ in range(2))
 
-    def disturb() -> None:
-        wait_for(lambda: made_by(workers[0]) >= 2 * BATCH and made_by(workers[1]) >= 2 * BATCH, 60)
-        nodes["lost"] = workers[0].node_id
-        cluster.remove_node(workers[0], allow_graceful=False)
-        joined = cluster.add_node(num_cpus=1, **small)
-        nodes["joined"] = joined.node_id
-        wait_for(lambda: made_by(joined) >= 2 * BATCH, 60)
+    def disturb() -> dict[str, str]:
+        assert wait_for(lambda: min(made_by(stays), made_by(dies)) >= BATCH, 60)
+        cluster.remove_node(dies, allow_graceful=False)
+        joins = cluster.add_node(num_cpus=1, **small)
+        joined = wait_for(lambda: made_by(joins) >= BATCH, 60)
         (folder / "enough").touch()
+        assert joined, "the node that joined made no images"
+        return {"lost": dies.node_id, "joined": joins.node_id}
 
     def made_by(worker) -> int:
         return sum(node == worker.node_id for _, node, _ in painted(folder))
 
-    job = painting_job(folder, ROWS, pool=2, batch_size=BATCH, generator_kwargs=PACE)
-    with connect(ClusterConfig(address=cluster.address)):
-        disturber = threading.Thread(target=disturb)
-        disturber.start()
-        blocks = image_stream(job).iter_batches(batch_size=None, batch_format="pyarrow")
-        ids = [sample for block in blocks for sample in block["sample_id"].to_pylist()]
-        disturber.join()
-    (folder / "seen.json").write_text(json.dumps({"ids": ids, **nodes}))
+    with connect(ClusterConfig(address=cluster.address)), ThreadPoolExecutor(1) as thread:
+        nodes = thread.submit(disturb)
+        ids = [row["sample_id"] for row in image_stream(job(folder)).iter_rows()]
+        (folder / "seen.json").write_text(json.dumps({"ids": ids, **nodes.result()}))

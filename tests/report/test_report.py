@@ -501,3 +501,17 @@ def test_a_sheet_of_nothing_says_what_there_is(judged, tmp_path):
             sheet_of(judged, **arguments)
     with pytest.raises(ValueError, match=r"no plan\.parquet"):
         sheet_of(Folder(tmp_path / "nowhere"))
+
+
+def test_generation_facts_leave_out_what_is_not_known():
+    from ray_synth.report.page import generation_facts
+
+    assert generation_facts({}) == []
+    facts = {"gpu_hours": 1.5, "cpu_hours": 3.0, "cost": 2.0, "flagged": 1234, "retried": 0}
+    shown = dict(generation_facts({"generation": facts, "images_per_second": {"generation": 7}}))
+    assert shown == {
+        "Images a second": "7.0",
+        "GPU-hours": "1.50",
+        "Cost": "2.00",
+        "Images flagged": "1,234",
+    }
