@@ -88,10 +88,11 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
     folder = runs.child(config.name)
     stages = StageLog(folder, stage_inputs(config, fingerprint(config.generation)))
     stages.check(force_stage)
-    if force_stage == "generation":
+    if force_stage in ("quality", "generation"):
         ImageStore(folder.child("images")).clear()
     if stages.record("generation") is None:
         check_generator(config.generation)
+        prompt_limit(config, *prompt_tokens(config.generation))
         ImageStore(folder.child("images")).check_writable()
     if stages.record("training") is None:
         check_recipe(config.training)
@@ -144,7 +145,7 @@ def _run_stages(run: Run, until: str, tracker: Any) -> None:
             if done_at >= 3:
                 run.stages.run("plan", lambda: write_plan(run, service))
     if done_at >= 4:
-        measure_quality(run)
+        run.stages.run("quality", lambda: measure_quality(run))
     live = run.config.training.feed != "stored"
     if done_at == 4 or (done_at > 4 and not live):
         run.stages.run("generation", lambda: generate(run))
@@ -230,7 +231,7 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
         for index, name in enumerate(run.train.class_names)
     ]
     count_tokens, limit = prompt_tokens(config.generation)
-    limit = _prompt_limit(config, count_tokens, limit)
+    limit = prompt_limit(config, count_tokens, limit)
     sources: Counter[str] = Counter()
 
     def tables() -> Iterator[pa.Table]:
@@ -253,7 +254,7 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     return {"num_synthetic": sources.total(), "context_sources": dict(sorted(sources.items()))}
 
 
-def _prompt_limit(config: Config, count_tokens: Callable[[str], int], limit: int) -> int:
+def prompt_limit(config: Config, count_tokens: Callable[[str], int], limit: int) -> int:
     """Tokens that a prompt may have. Raises ValueError where what the user gave cannot fit."""
     given = config.prompting.max_tokens
     if given and given > limit:
@@ -285,16 +286,14 @@ def choose_references(run: Run) -> dict[int, list[str]]:
     return {label: sorted(found) for label, found in ids.items()}
 
 
-def measure_quality(run: Run) -> None:
-    """Thresholds of quality from real images' own scores, kept in `quality/`; done once a plan."""
+def measure_quality(run: Run) -> dict[str, Any]:
+    """Thresholds of quality from real images' own scores, kept in `quality/`."""
     import ray
 
     checks, clip = run.config.generation.checks, run.config.meaning.clip
-    digest, folder = run.stages.digest("generation"), run.folder.child("quality")
     if checks.policy == "off" or not checks.clip:
-        return
-    if folder.exists("digest.json") and folder.read_json("digest.json") == digest:
-        return
+        return {"measured": False}
+    folder = run.folder.child("quality")
     few = select(run.train, checks.real_images_per_class, run.config.seed)
     images: dict[int, list[bytes]] = {}
     for row in read_index(few):
@@ -303,7 +302,7 @@ def measure_quality(run: Run) -> None:
     per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
     measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(_measure_quality)
     ray.get(measure.remote(images, meanings, clip, checks, per_class, folder))
-    folder.write_json("digest.json", digest)
+    return {"measured": True, "real_images": len(few)}
 
 
 def _measure_quality(

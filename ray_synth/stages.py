@@ -18,7 +18,7 @@ from ray_synth.storage import Folder
 from ray_synth.tracking import flatten
 
 log = logging.getLogger("ray_synth")
-STAGES = ("data", "meaning", "plan", "generation", "training", "evaluation")
+STAGES = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation")
 # Settings that decide how fast a stage runs and where, not what comes out of it.
 HOW = {"num_cpus", "num_gpus", "num_threads", "replicas", "pool", "max_batch_size", "batch_size"}
 
@@ -38,7 +38,8 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
         },
         "meaning": {"meaning": _without(values["meaning"], HOW)},
         "plan": {"prompting": values["prompting"], "generator": generator},
-        "generation": {"generation": {"checks": values["generation"]["checks"]}},
+        "quality": {"generation": {"checks": values["generation"]["checks"]}},
+        "generation": {},
         "training": {
             "training": _without(values["training"], HOW - {"batch_size"} | {"max_failures"})
         },

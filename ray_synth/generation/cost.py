@@ -90,11 +90,11 @@ def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> in
         How many; None where nothing was embedded, or there are too many images to compare here.
     """
     folder = run.child("quality")
-    if len(ids) > MOST_COMPARED or not folder.exists("digest.json"):
-        return None
     from ray_synth.generation.quality import find_duplicates
-    from ray_synth.generation.thresholds import load_reference
+    from ray_synth.generation.thresholds import REFERENCE_FILE, load_reference
 
+    if len(ids) > MOST_COMPARED or not folder.exists(REFERENCE_FILE):
+        return None
     made = store.table(ids, ["class_index", "embedding"])
     made = made.filter(pc.is_valid(made["embedding"]))
     order = pc.sort_indices(pc.index_in(made["sample_id"], value_set=ids.combine_chunks()))
@@ -110,7 +110,9 @@ def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> in
     )
     columns = ("sample_id", "of", "distance")
     table = {name: [getattr(item, name) for item in found] for name in columns}
-    schema = pa.schema([("sample_id", pa.string()), ("of", pa.string()), ("distance", pa.float64())])
+    schema = pa.schema(
+        [("sample_id", pa.string()), ("of", pa.string()), ("distance", pa.float64())]
+    )
     folder.write_table(DUPLICATES, pa.table(table, schema=schema))
     return len(found)
 

@@ -20,6 +20,7 @@ IDS = [f"{i:06d}" for i in range(HEAVY + LIGHT)]
 POLL_S = 0.25
 
 
+@pytest.mark.slow
 def test_nodes_join_under_load_and_leave_in_the_tail_of_a_stream(tmp_path):
     release = {
         "RAY_DATA_CLUSTER_AUTOSCALER": "V2",
@@ -43,12 +44,12 @@ def one_four_one(folder, streams, variables):
         # Ray Data asks for nodes every 10 s by default.
         env |= {"RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "2", **variables}
         call = f"test_autoscaling.drive({address!r}, {str(folder)!r}, {streams})"
-        run_driver(call, env, folder, 150)
+        run_driver(call, env, folder, 240)
     nodes, ids = json.loads((folder / "seen.json").read_text())
     counts = [count for _, count in nodes]
     assert (counts[0], max(counts), counts[-1]) == (1, 4, 1), nodes
     rows = painted(folder)
-    assert len({node for _, node, _ in rows}) >= 4, "each node made images"
+    assert (folder / "enough").exists(), "four nodes made images side by side"
     last_left = nodes[-1][0]
     assert rows[0][0] < last_left < rows[-1][0], "images were being made all the while"
     assert sorted(sample for _, _, sample in rows) == IDS, "each was made once"

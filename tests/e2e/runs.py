@@ -31,8 +31,8 @@ SMALL = [
     "training.batch_size=16",
     "training.checkpoint_every=5",
 ]
-# The same without the language model, for tests of what comes after it.
-NO_LLM = ["meaning.enabled=false", "prompting.mix={plain: 1}"]
+# The same without the language model and the quality checks, for tests of what comes after them.
+NO_LLM = ["meaning.enabled=false", "prompting.mix={plain: 1}", "generation.checks.policy=off"]
 
 
 def command(verb: str, runs: Path, *settings: str, config: Path = QUICKSTART) -> list[str]:

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from runs import SMALL, command, run
+from runs import QUICKSTART, SMALL, command
 
 from ray_synth.cli import main
 
@@ -26,6 +26,9 @@ def check_message(code: int, errors: str, says: str) -> None:
         (["generation.model=/no/such/model"], "unknown generator '/no/such/model'"),
         (["training.model=resnet5O"], "unknown timm model 'resnet5O'"),
         (["training.augment=digit"], "digits"),
+        (["generation.scheduler=EulerDiscreetScheduler"], "did you mean EulerDiscreteScheduler"),
+        (["generation.height=100"], "multiple of 8"),
+        (["runs_dir=/proc/nowhere"], "cannot write"),
         (["cluster.address=127.0.0.1:1"], "no Ray cluster to be had"),
     ],
 )
@@ -38,16 +41,30 @@ def test_bad_settings_end_at_once_with_one_message(tmp_path, capsys, settings, s
     assert time.monotonic() - started < 30
 
 
+def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
+    line = command("run", tmp_path, *SMALL, "training.num_workers=500", "cluster.num_cpus=1")
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *line[2:]])
+    error = capsys.readouterr().err
+    check_message(ended.value.code, error, "does not fit the cluster")
+    assert "training needs" in error
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("training.num_workers=500", "training needs"),
-        ("cluster.num_cpus=1", "does not fit the cluster"),
+        ("prompting.negative_prompt=" + "ugly " * 90, "negative_prompt is too long: "),
+        ("prompting.max_tokens=400", "max_tokens 400 is more than the 64 tokens"),
     ],
 )
-def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, setting, says):
-    result = run(command("run", tmp_path, *SMALL, setting), timeout=120)
-    check_message(result.returncode, result.stderr, says)
+def test_prompts_that_the_text_encoder_cannot_read_are_refused(setting, says):
+    from ray_synth.config import load_config
+    from ray_synth.generation.generator import prompt_tokens
+    from ray_synth.pipeline import prompt_limit
+
+    config = load_config(QUICKSTART, [setting])
+    with pytest.raises(ValueError, match=says):
+        prompt_limit(config, *prompt_tokens(config.generation))
 
 
 def test_an_empty_class_is_named(tmp_path, image_folder, capsys):

@@ -24,7 +24,16 @@ def test_a_run_prints_its_table_and_where_to_look(finished):
     assert "Real + synthetic" in result.stdout
     assert str(folder / "report" / "index.html") in result.stdout
     assert "mlflow ui --backend-store-uri" in result.stdout
-    for stage in ("data", "meaning", "plan", "generation", "training", "evaluation", "total"):
+    for stage in (
+        "data",
+        "meaning",
+        "plan",
+        "quality",
+        "generation",
+        "training",
+        "evaluation",
+        "total",
+    ):
         assert stage in result.stdout
 
 
@@ -37,7 +46,16 @@ def test_metrics_hold_what_is_promised(finished):
     assert (metrics["num_real"], metrics["num_synthetic"]) == (8, 64)
     assert metrics["images_per_second"]["generation"] > 0
     assert 0 <= metrics["stall_fraction"] <= 1
-    for stage in ("data", "meaning", "plan", "generation", "training", "evaluation", "total"):
+    for stage in (
+        "data",
+        "meaning",
+        "plan",
+        "quality",
+        "generation",
+        "training",
+        "evaluation",
+        "total",
+    ):
         assert metrics["seconds"][stage] >= 0
 
 
@@ -65,6 +83,44 @@ def test_every_image_is_made_once_and_says_what_made_it(finished):
     assert row["prompt"]
     assert row["gpu_seconds"] > 0
     assert json.loads(row["generator"])["num_inference_steps"] == 2
+
+
+def test_an_image_is_made_again_shown_and_exported(finished, tmp_path, capsys, monkeypatch):
+    from ray_synth.cli import main
+
+    folder = finished[0]
+    sample_id = stored_ids(folder)[0]
+
+    def call(*line):
+        with pytest.raises(SystemExit) as ended:
+            main([*line, "--run", str(folder)])
+        return ended.value.code, capsys.readouterr().out
+
+    code, said = call("regenerate", sample_id, "--out", str(tmp_path / "again.png"))
+    assert (code, "the same pixels" in said) == (0, True), said
+    assert (tmp_path / "again.png").stat().st_size > 100
+    assert call("show", "--class", "six", "--out", str(tmp_path / "sheet.png"))[0] == 0
+    code, said = call("export", str(tmp_path / "data"), "--layout", "huggingface")
+    assert code == 0
+    assert f"wrote {len(stored_ids(folder))} images of 2 classes" in said
+
+
+def test_images_are_judged_against_real_ones(finished):
+    import pyarrow.parquet as pq
+
+    rows = [r for part in (finished[0] / "images").glob("part-*") for r in _rows(pq, part)]
+    assert all(row["accepted"] for row in rows), "the default policy only flags"
+    assert all(-1 <= row["clip_score"] <= 1 and len(row["embedding"]) > 8 for row in rows)
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    flagged = sum(bool(row["reject_reason"]) for row in rows)
+    assert metrics["generation"]["flagged"] == flagged
+    assert metrics["generation"]["cpu_hours"] > 0
+
+
+def _rows(pq, part):
+    return pq.read_table(
+        part, columns=["accepted", "clip_score", "embedding", "reject_reason"]
+    ).to_pylist()
 
 
 def test_both_arms_saw_as_many_real_images(finished):
@@ -138,6 +194,7 @@ def parts(folder: Path) -> int:
     return len(list((folder / "images").glob("part-*.parquet")))
 
 
+@pytest.mark.slow  # tests/generation/test_faults.py kills drivers in the default suite
 def test_killed_in_generation_it_continues_and_makes_each_row_once(tmp_path):
     folder = tmp_path / "quickstart"
     settings = [*SMALL, *NO_LLM, "generation.num_inference_steps=12"]
