@@ -100,11 +100,11 @@ def generation(
     )
     _json(
         "generation",
-        images_per_second={k: round(v, 3) for k, v in figures.items()},
+        images_per_second={k.strip(" +"): round(v, 3) for k, v in figures.items()},
         ray_over_ours=round(figures["ray"] / figures["ours"], 4),
         ours_over_stock=round(figures["ours"] / figures["stock"], 4),
         ray_over_stock=round(figures["ray"] / figures["stock"], 4),
-        share_of_matmul_limit={k: round(v, 4) for k, v in share.items()},
+        share_of_matmul_limit={k.strip(" +"): round(v, 4) for k, v in share.items()},
         dtype=str(dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
     )

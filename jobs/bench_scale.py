@@ -178,7 +178,7 @@ def _plan_round(size: int, batch_size: int) -> dict[str, float]:
         job = GenerationJob(sleeper_config(0.05, batch_size=batch_size), plan, store)
         with connect(ClusterConfig(num_cpus=4)):
             started = time.perf_counter()
-            stream = image_stream(job, columns=["sample_id"])
+            stream = image_stream(job, columns=["sample_id"], missing_only=True)
             next(iter(stream.iter_batches(batch_size=None, batch_format="pyarrow")))
             first = time.perf_counter() - started
         return {

@@ -25,25 +25,28 @@ CHUNK_SCHEMA = pa.schema(
 )
 
 
-def image_stream(job: GenerationJob, *, columns: list[str] | None = None) -> ray.data.Dataset:
+def image_stream(
+    job: GenerationJob, *, columns: list[str] | None = None, missing_only: bool = False
+) -> ray.data.Dataset:
     """A lazily executed Ray Dataset of the plan's image rows.
 
     Args:
         columns: pass on only these columns; the store keeps all.
+        missing_only: leave out the chunks that the store holds whole.
     """
     job = _resolved(job)
-    return _stream(job, cut(job.plan, job.store, _batch_size(job)), columns)
+    chunks = cut(job.plan, job.store, _batch_size(job))
+    return _stream(job, [c for c in chunks if c.missing or not missing_only], columns)
 
 
 def make_images(job: GenerationJob) -> int:
     """Make every image of the plan that the store lacks; how many that was."""
-    job = _resolved(job)
-    chunks = [c for c in cut(job.plan, job.store, _batch_size(job)) if c.missing]
-    if chunks:
-        stream = _stream(job, chunks, ["sample_id"])
+    missing = missing_images(job)
+    if missing:
+        stream = image_stream(job, columns=["sample_id"], missing_only=True)
         for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             pass
-    return missing_rows(chunks)
+    return missing
 
 
 def missing_images(job: GenerationJob) -> int:
