@@ -105,10 +105,10 @@ def cut(plan: Plan, store: ImageStore, batch_size: int) -> list[Chunk]:
     others = listed.difference(names)
     elsewhere = store.locate(others) if others else {}
     ids_of = plan.ids(batch_size) if elsewhere else repeat([])
-    chunks = []
+    rows, chunks = len(plan), []
     for number, (name, ids) in enumerate(zip(names, ids_of, strict=False)):
         start = number * batch_size
-        stop = min(start + batch_size, len(plan))
+        stop = min(start + batch_size, rows)
         if name in listed:
             chunks.append(Chunk(start, stop, (name,), 0))
         else:

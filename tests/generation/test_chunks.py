@@ -75,11 +75,12 @@ def test_finished_chunks_are_known_without_opening_a_file(tmp_path, monkeypatch)
     assert [chunk.missing for chunk in chunks] == [0, 4, 0]
 
 
-@given(st.integers(0, 300), st.integers(1, 50))
-def test_blocks_hold_every_chunk_once_and_in_order(count, most):
+@pytest.mark.parametrize("count", [0, 1, 2000, 2001, 70_000])
+def test_blocks_hold_every_chunk_once_and_in_order(count):
     from ray_synth.generation.chunks import Chunk
+    from ray_synth.generation.stream import BLOCKS, MOST_CHUNKS_A_BLOCK
 
-    chunks = [Chunk(i, i + 1, (), 1) for i in range(count)]
-    blocks = chunk_blocks(chunks, most)
-    assert len(blocks) <= most
+    blocks = chunk_blocks([Chunk(i, i + 1, (), 1) for i in range(count)])
     assert [start for block in blocks for start in block["start"].to_pylist()] == list(range(count))
+    assert len(blocks) <= max(BLOCKS, count / MOST_CHUNKS_A_BLOCK + 1)
+    assert all(block.num_rows <= MOST_CHUNKS_A_BLOCK for block in blocks)
