@@ -168,6 +168,11 @@ class QualityConfig(Section):
     )
     real_images_per_class: Positive = Field(32, description="real images that set the thresholds")
 
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, policy: Any) -> Any:
+        return "off" if policy is False else policy  # YAML reads a bare off as false
+
 
 class GenerationConfig(Section):
     """The off-the-shelf image generator and the pool that runs it."""

@@ -92,3 +92,8 @@ def test_batch_is_cut_by_real_fraction():
     uneven = {"steps": 1, "batch_size": 10, "real_fraction": 0.33}
     training = parse_config({**MINIMAL, "training": uneven}).training
     assert (training.num_real, training.num_synth) == (3, 7)
+
+
+def test_off_without_quotes_is_a_policy():
+    config = load_config("jobs/configs/quickstart.yaml", ["generation.checks.policy=off"])
+    assert config.generation.checks.policy == "off"
