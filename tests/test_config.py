@@ -95,5 +95,5 @@ def test_batch_is_cut_by_real_fraction():
 
 
 def test_off_without_quotes_is_a_policy():
-    config = load_config("jobs/configs/quickstart.yaml", ["generation.checks.policy=off"])
+    config = load_config(ROOT / "jobs/configs/quickstart.yaml", ["generation.checks.policy=off"])
     assert config.generation.checks.policy == "off"

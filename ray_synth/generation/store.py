@@ -163,7 +163,11 @@ def patiently(work: Callable[[], T], seconds: float | None = None) -> T:
     """
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(
-            lambda error: isinstance(error, OSError) and error.errno not in HOPELESS
+            lambda error: (
+                isinstance(error, OSError)
+                and not isinstance(error, FileNotFoundError | PermissionError)
+                and error.errno not in HOPELESS
+            )
         ),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
         stop=tenacity.stop_after_delay(PATIENCE_S if seconds is None else seconds),

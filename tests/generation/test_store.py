@@ -1,5 +1,7 @@
 """The store: parts are whole, named by content, and joined back to the plan."""
 
+import time
+
 import pyarrow as pa
 import pytest
 from conftest import encoded
@@ -56,10 +58,14 @@ def test_made_and_missing_always_add_up_to_the_plan(tmp_path_factory, sizes, ran
         batch = random.sample(rows, size)
         store.write(made(batch))
         written |= {row["sample_id"] for row in batch}
-    missing = store.missing(plan)["sample_id"].to_pylist()
-    assert missing == [row["sample_id"] for row in rows if row["sample_id"] not in written]
+    assert set(store.locate()) == written
     found = [row["sample_id"] for row in store.rows(plan, ["seed"])]
     assert sorted(found) == sorted(written), "each made row once, although parts may overlap"
+    table = store.table(plan["sample_id"], ["seed"])
+    assert sorted(table["sample_id"].to_pylist()) == sorted(written)
+    assert dict(zip(table["sample_id"].to_pylist(), table["seed"].to_pylist(), strict=True)) == {
+        row["sample_id"]: row["seed"] for row in rows if row["sample_id"] in written
+    }
 
 
 def test_a_batch_written_twice_is_one_part(tmp_path):
@@ -81,5 +87,7 @@ def test_a_half_written_part_is_not_there(tmp_path):
     store = ImageStore(Folder(tmp_path))
     (tmp_path / ".part-abc.parquet.1234.tmp").write_bytes(b"PAR1")
     assert store.parts() == []
+    started = time.monotonic()
     with pytest.raises(FileNotFoundError):
         store.read("part-abc.parquet")
+    assert time.monotonic() - started < 5, "what is missing is not waited for"
