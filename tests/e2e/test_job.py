@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -56,9 +57,14 @@ def cluster():
 
 def submit(env, *arguments):
     line = [RAY, "job", "submit", "--working-dir", ".", "--", "python", "jobs/run.py", *arguments]
-    return subprocess.run(
-        line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False
-    )
+    for _ in range(20):
+        result = subprocess.run(
+            line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False
+        )
+        if "No available agent to submit job" not in result.stdout + result.stderr:
+            break
+        time.sleep(3)  # the head is up before its job agent is
+    return result
 
 
 def test_a_submitted_job_ends_with_its_exit_code(cluster, tmp_path):

@@ -88,7 +88,7 @@ def test_a_driver_killed_at_random_moments_leaves_each_row_once(tmp_path):
 @pytest.mark.slow
 def test_a_driver_killed_20_times_leaves_what_an_undisturbed_run_leaves(tmp_path):
     """The real embedded model, in a pool of two."""
-    plan, rng = table(400), random.Random(11)
+    plan, rng = table(800), random.Random(11)
     Folder(tmp_path).write_table("plan.parquet", plan)
     config = GenerationConfig(
         model="embedded",
@@ -102,7 +102,7 @@ def test_a_driver_killed_20_times_leaves_what_an_undisturbed_run_leaves(tmp_path
         pool=PoolConfig(min_size=1, max_size=2),
         checks=QualityConfig(policy="off"),
     )
-    assert kill_until_done(str(tmp_path), config, kills=20, seconds=(5, 20), rng=rng) == 20
+    assert kill_until_done(str(tmp_path), config, kills=20, seconds=(5, 16), rng=rng) == 20
     made = images(ImageStore(Folder(tmp_path).child("images")))
     assert made == undisturbed(config, plan, tmp_path / "undisturbed")
 
