@@ -36,6 +36,7 @@ def cluster():
             RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
             f"--dashboard-port={dashboard}", f"--temp-dir={temporary}",
             f"--ray-client-server-port={free_port()}",
+            f"--dashboard-agent-listen-port={free_port()}",
         ],
         env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
