@@ -154,7 +154,7 @@ def _plan_round(size: int, batch_size: int) -> dict[str, float]:
     from ray_synth.generation.chunks import PlanFile, cut
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore, part_name
-    from ray_synth.generation.stream import image_stream
+    from ray_synth.generation.stream import image_stream, missing_chunks
     from ray_synth.storage import Folder
 
     sys.path.insert(0, str(Path(__file__).parent))
@@ -178,7 +178,7 @@ def _plan_round(size: int, batch_size: int) -> dict[str, float]:
         job = GenerationJob(sleeper_config(0.05, batch_size=batch_size), plan, store)
         with connect(ClusterConfig(num_cpus=4)):
             started = time.perf_counter()
-            stream = image_stream(job, columns=["sample_id"], missing_only=True)
+            stream = image_stream(job, chunks=missing_chunks(job), columns=["sample_id"])
             next(iter(stream.iter_batches(batch_size=None, batch_format="pyarrow")))
             first = time.perf_counter() - started
         return {

@@ -31,7 +31,7 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
-from ray_synth.generation.chunks import PlanFile
+from ray_synth.generation.chunks import PlanFile, missing_rows
 from ray_synth.generation.generator import check_generator, fingerprint, prompt_tokens
 from ray_synth.generation.maker import GenerationJob, write_references
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
@@ -92,8 +92,9 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
         ImageStore(folder.child("images")).clear()
     if stages.record("generation") is None:
         check_generator(config.generation)
-        prompt_limit(config, *prompt_tokens(config.generation))
         ImageStore(folder.child("images")).check_writable()
+    if stages.record("plan") is None:
+        prompt_limit(config, *prompt_tokens(config.generation))
     if stages.record("training") is None:
         check_recipe(config.training)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
@@ -339,13 +340,14 @@ def _measure_quality(
 def generate(run: Run) -> dict[str, Any]:
     """Make what the store lacks of the plan."""
     from ray_synth.generation.cost import cost_note, store_facts
-    from ray_synth.generation.stream import make_images, missing_images
+    from ray_synth.generation.stream import make_images, missing_chunks
 
     board = make_board()
-    missing = missing_images(run.generation_job())
-    bars = {"images": Bar("generation", missing, "images")} if missing else {}
+    job = run.generation_job(board)
+    chunks = missing_chunks(job)
+    bars = {"images": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
     with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
-        made = make_images(run.generation_job(board))
+        made = make_images(job, chunks)
     return {"made_in_this_stage": made, **store_facts(run.config, run.folder, run.store)}
 
 

@@ -155,16 +155,19 @@ def watch(
 
     stop = threading.Event()
 
+    def draw(counts: dict[str, float]) -> None:
+        for name, bar in bars.items():
+            if name in counts:
+                note = notes[name](counts) if notes and name in notes else ""
+                bar.update(int(counts[name]), note)
+
     def poll() -> None:
         while not stop.wait(seconds):
             try:
                 counts = ray.get(board.counts.remote(), timeout=5)
             except Exception:
                 continue  # a slow or lost board must not end the run
-            for name, bar in bars.items():
-                if name in counts:
-                    note = notes[name](counts) if notes and name in notes else ""
-                    bar.update(int(counts[name]), note)
+            draw(counts)
 
     thread = threading.Thread(target=poll, daemon=True)
     for bar in bars.values():
@@ -180,7 +183,6 @@ def watch(
             counts = ray.get(board.counts.remote(), timeout=5)
         except Exception:
             counts = {}
-        for name, bar in bars.items():
-            note = notes[name](counts) if notes and name in notes else ""
-            bar.update(int(counts.get(name, bar.done)), note)
+        draw(counts)
+        for bar in bars.values():
             bar.__exit__(*with_error)

@@ -37,7 +37,11 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
             "data": {key: data[key] for key in ("train", "class_names", "max_pixels")},
         },
         "meaning": {"meaning": _without(values["meaning"], HOW)},
-        "plan": {"prompting": values["prompting"], "generator": generator},
+        "plan": {
+            "prompting": values["prompting"],
+            "generator": generator,
+            "generation": {"reference": values["generation"]["reference"]},
+        },
         "quality": {"generation": {"checks": values["generation"]["checks"]}},
         "generation": {},
         "training": {

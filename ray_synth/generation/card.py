@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import yaml
 
 from ray_synth.config import Config, parse_config
-from ray_synth.generation.cost import hours_and_cost, reason_kind
+from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
 from ray_synth.generation.slices import count_by
 from ray_synth.generation.store import ImageStore
 from ray_synth.storage import Folder
@@ -166,15 +166,12 @@ def cost(run_folder: Folder, facts: pa.Table, config: Config | None) -> dict[str
         `seconds` of generator actors and `images` made; `gpu_hours`, `cpu_hours` and `cost` as
         `cost.hours_and_cost` has them, 0 where the config is not known.
     """
-    # Images that were rejected and made again with a new seed lie beside the store.
-    again = ImageStore(run_folder.child("images/rejected"))
-    earlier = [again.read(name, ["gpu_seconds"])["gpu_seconds"] for name in again.parts()]
-    columns = [facts["gpu_seconds"], *earlier]
-    seconds = sum(pc.sum(column).as_py() or 0.0 for column in columns)
+    earlier = earlier_attempts(ImageStore(run_folder.child("images")))
+    seconds = (pc.sum(facts["gpu_seconds"]).as_py() or 0.0) + sum(earlier)
     nothing = {"gpu_hours": 0.0, "cpu_hours": 0.0, "cost": 0.0}
     return {
         "seconds": seconds,
-        "images": sum(map(len, columns)),
+        "images": len(facts) + len(earlier),
         **(hours_and_cost(config, seconds) if config else nothing),
     }
 

@@ -55,8 +55,7 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
     assert made.num_rows == plan.num_rows, (
         f"{plan.num_rows} rows planned, {made.num_rows} in the store"
     )
-    again = store.rejected.table(plan["sample_id"], ["gpu_seconds"])
-    seconds = sum(pc.sum(table["gpu_seconds"]).as_py() or 0.0 for table in (made, again))
+    seconds = pc.sum(made["gpu_seconds"]).as_py() + sum(earlier_attempts(store))
     accepted = pc.sum(made["accepted"]).as_py() or 0
     reasons = Counter(
         reason_kind(reason)
@@ -79,6 +78,12 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
     }
 
 
+def earlier_attempts(store: ImageStore) -> list[float]:
+    """The actor seconds of each attempt that was rejected and made again."""
+    parts = store.rejected.tables(store.rejected.parts(), ["gpu_seconds"])
+    return [seconds for _, table in parts for seconds in table["gpu_seconds"].to_pylist()]
+
+
 def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> int | None:
     """Find near-duplicates over the whole store, and list them in `quality/duplicates.parquet`.
 
@@ -97,8 +102,6 @@ def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> in
         return None
     made = store.table(ids, ["class_index", "embedding"])
     made = made.filter(pc.is_valid(made["embedding"]))
-    order = pc.sort_indices(pc.index_in(made["sample_id"], value_set=ids.combine_chunks()))
-    made = made.take(order)
     if not made.num_rows:
         return None
     embeddings = np.stack([np.asarray(row, np.float16) for row in made["embedding"].to_numpy()])

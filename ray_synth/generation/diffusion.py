@@ -200,6 +200,8 @@ class DiffusionGenerator:
         """
         import torch
 
+        from ray_synth.data.images import encode_array
+
         with _one_at_a_time("compile"):
             for name in DENOISERS:
                 part = getattr(self.pipeline, name, None)
@@ -208,7 +210,8 @@ class DiffusionGenerator:
             vae = getattr(self.pipeline, "vae", None)
             if vae is not None:
                 vae.decode = torch.compile(vae.decode, dynamic=False)
-            blank = {"prompt": "", "negative_prompt": "", "seed": 0, "reference_image": BLANK_PNG}
+            gray = encode_array(np.full((8, 8, 3), 127, np.uint8))
+            blank = {"prompt": "", "negative_prompt": "", "seed": 0, "reference_image": gray}
             try:
                 self._batch([blank])
             except torch.OutOfMemoryError:
@@ -390,12 +393,3 @@ def _one_at_a_time(what: str) -> Iterator[None]:
     user = os.getuid() if hasattr(os, "getuid") else 0
     with FileLock(Path(tempfile.gettempdir()) / f"ray-synth-{user}-{what}.lock"):
         yield
-
-
-def _blank_png() -> bytes:
-    from ray_synth.data.images import encode_array
-
-    return encode_array(np.full((8, 8, 3), 127, np.uint8))
-
-
-BLANK_PNG = _blank_png()

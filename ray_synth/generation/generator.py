@@ -109,13 +109,14 @@ def generate_all(
 ) -> list[tuple[Image.Image | None, str]]:
     """(image, reason) of each row: one bad row never costs the others.
 
-    Where a batch raises, it is halved until the row that raises is alone.
+    Where a batch raises, it is halved until the row that raises is alone. The reason is a `Failure`
+    where the generator said it, and a plain text where it raised.
 
     Raises:
-        RuntimeError: every row of a batch fails by itself, so it is not the rows that are bad.
+        RuntimeError: every row of a batch raises by itself, so it is not the rows that are bad.
     """
     results = _halving(generator, rows)
-    errors = [reason for image, reason in results if image is None and ": " in reason]
+    errors = [reason for image, reason in results if raised(image, reason)]
     if len(rows) > 1 and len(errors) == len(rows):
         raise RuntimeError(f"the generator fails on all of {len(rows)} rows: {errors[0]}")
     return results
@@ -130,7 +131,12 @@ def _halving(generator: ImageGenerator, rows: list[Row]) -> list[tuple[Image.Ima
             return [(None, f"{type(error).__name__}: {str(error)[:500]}")]
         middle = len(rows) // 2
         return _halving(generator, rows[:middle]) + _halving(generator, rows[middle:])
-    return [(None, str(item)) if isinstance(item, str) else (item, "") for item in made]
+    return [(None, Failure(item)) if isinstance(item, str) else (item, "") for item in made]
+
+
+def raised(image: Image.Image | None, reason: str) -> bool:
+    """Whether a row of `generate_all` made its generator raise; another seed would not help it."""
+    return image is None and not isinstance(reason, Failure)
 
 
 def provenance(generator: ImageGenerator, config: GenerationConfig, digest: str) -> str:

@@ -22,6 +22,7 @@ from ray_synth.generation.generator import (
     generate_all,
     generator_class,
     provenance,
+    raised,
 )
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
 from ray_synth.storage import Folder
@@ -37,7 +38,7 @@ class GenerationJob:
     """What a pool of makers works on, by value.
 
     Attributes:
-        config: the generation section; its `batch_size` is a number (see `probe.resolve`).
+        config: the generation section; what it leaves "auto" is settled by `stream.settled`.
         plan: the rows to make.
         store: where they are kept.
         run: the run's folder, with the real images that guide (`references.parquet`) and the
@@ -93,20 +94,21 @@ class ImageMaker:
         self._load()
         checks = self.job.config.checks
         retries = checks.retries if checks.policy == "retry" else 0
-        done: dict[str, Row] = {}
-        todo = rows
-        for attempt in range(retries + 1):
-            made = self._attempt(todo, attempt)
-            done |= {row["sample_id"]: row for row in made}
-            again = [row for row in made if not row["accepted"]] if attempt < retries else []
+        made, again = self._attempt(rows, 0)
+        done = {row["sample_id"]: row for row in made}
+        earlier: list[Row] = []
+        for attempt in range(1, retries + 1):
             if not again:
                 break
-            self.store.rejected.write(again)
-            failed = {row["sample_id"] for row in again}
-            todo = [row for row in todo if row["sample_id"] in failed]
+            earlier += [done[row["sample_id"]] for row in again]
+            made, again = self._attempt(again, attempt)
+            done |= {row["sample_id"]: row for row in made}
+        if earlier:
+            self.store.rejected.write(earlier)
         return [done[row["sample_id"]] for row in rows]
 
-    def _attempt(self, rows: list[Row], attempt: int) -> list[Row]:
+    def _attempt(self, rows: list[Row], attempt: int) -> tuple[list[Row], list[Row]]:
+        """The image rows of plan rows, and those plan rows that another seed may help."""
         inputs = [
             {**row, "seed": attempt_seed(row["seed"], attempt), **self._reference(row)}
             for row in rows
@@ -121,10 +123,16 @@ class ImageMaker:
                 "gpu_seconds": seconds,
             }
         verdicts = self._judge_all(rows, [image for image, _ in results])
-        return [
+        made = [
             self._row({**row, **facts}, image, reason, verdict)
             for row, (image, reason), verdict in zip(rows, results, verdicts, strict=True)
         ]
+        again = [
+            row
+            for row, new, result in zip(rows, made, results, strict=True)
+            if not new["accepted"] and not raised(*result)
+        ]
+        return made, again
 
     def _row(
         self, row: Row, image: Image.Image | None, reason: str, verdict: Verdict | None
@@ -142,7 +150,7 @@ class ImageMaker:
             "clip_score": verdict.clip_score if verdict else None,
             "embedding": verdict.embedding if verdict else None,
             "accepted": image is not None and (not fault or config.checks.policy == "flag"),
-            "reject_reason": reason or fault,
+            "reject_reason": str(reason) or fault,
         }
 
     def _load(self) -> None:

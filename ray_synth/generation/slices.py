@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,8 +39,7 @@ def scan(folder: Folder) -> pa.Table:
         )
     planned = folder.read_table("plan.parquet", ["sample_id"])["sample_id"].combine_chunks()
     store = ImageStore(folder.child("images"))
-    with ThreadPoolExecutor(16) as pool:
-        tables = list(pool.map(lambda name: _facts(store, name), store.parts()))
+    tables = [_facts(name, table) for name, table in store.tables(store.parts(), FACTS)]
     table = pa.concat_tables(tables) if tables else None
     if table is not None:
         table = table.append_column("rank", pc.index_in(table["sample_id"], value_set=planned))
@@ -54,8 +52,7 @@ def scan(folder: Folder) -> pa.Table:
     return table.take(np.sort(first)).unify_dictionaries().combine_chunks()
 
 
-def _facts(store: ImageStore, name: str) -> pa.Table:
-    table = store.read(name, FACTS)
+def _facts(name: str, table: pa.Table) -> pa.Table:
     table = table.append_column("part", pa.array([name] * table.num_rows, pa.string()))
     for at, field in enumerate(table.schema):
         if field.type == pa.string() and field.name != "sample_id":

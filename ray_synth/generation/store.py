@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import tenacity
@@ -23,7 +24,8 @@ from ray_synth.storage import Folder
 
 log = logging.getLogger("ray_synth")
 PATIENCE_S = 600  # how long a storage that does not answer is waited for
-HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+READ_AHEAD = 16  # parts
+HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 T = TypeVar("T")
 PLAN_FIELDS = [
     pa.field("sample_id", pa.string()),
@@ -106,7 +108,7 @@ class ImageStore:
         """sample_id -> part, read from the parts given, or from all."""
         names = sorted(self.parts() if parts is None else parts)
         found: dict[str, str] = {}
-        for name, table in self._tables(names, ["sample_id"]):
+        for name, table in self.tables(names, ["sample_id"]):
             found.update(dict.fromkeys(table["sample_id"].to_pylist(), name))
         return found
 
@@ -120,31 +122,25 @@ class ImageStore:
                     yield row
 
     def table(self, sample_ids: pa.ChunkedArray, columns: list[str]) -> pa.Table:
-        """Columns of the made rows of a plan, each row once; for small columns of large stores."""
-        tables = list(self._planned(sample_ids, columns))
-        if not tables:
-            schema = pa.schema([IMAGE_SCHEMA.field(name) for name in ("sample_id", *columns)])
-            return schema.empty_table()
-        whole = pa.concat_tables(tables)
-        if pc.count_distinct(whole["sample_id"]).as_py() < whole.num_rows:
-            first = pa.table({"id": whole["sample_id"], "at": pa.array(range(whole.num_rows))})
-            at = first.group_by("id").aggregate([("at", "min")])["at_min"]
-            whole = whole.take(at.combine_chunks().sort())
-        return whole
+        """Columns of the made rows of a plan, each once and in its order; for small columns."""
+        schema = pa.schema([IMAGE_SCHEMA.field(name) for name in ("sample_id", *columns)])
+        whole = pa.concat_tables([schema.empty_table(), *self._planned(sample_ids, columns)])
+        rank = pc.index_in(whole["sample_id"], value_set=sample_ids.combine_chunks())
+        _, first = np.unique(rank.to_numpy(), return_index=True)
+        return whole.take(first)
 
     def _planned(self, ids: pa.ChunkedArray, columns: list[str]) -> Iterator[pa.Table]:
         value_set = pa.chunked_array(ids.chunks, type=pa.string()).combine_chunks()
         wanted = list(dict.fromkeys(["sample_id", *columns]))
-        for _, table in self._tables(self.parts(), wanted):
+        for _, table in self.tables(self.parts(), wanted):
             mask = pc.is_in(table["sample_id"], value_set=value_set)
             yield table if pc.all(mask).as_py() else table.filter(mask)
 
-    def _tables(self, names: list[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
-        """Parts in order, a few read ahead."""
-        ahead = 64
-        with ThreadPoolExecutor(16) as pool:
-            for at in range(0, len(names), ahead):
-                some = names[at : at + ahead]
+    def tables(self, names: list[str], columns: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        """(name, table) of parts in the order given, a few read ahead."""
+        with ThreadPoolExecutor(READ_AHEAD) as pool:
+            for at in range(0, len(names), READ_AHEAD):
+                some = names[at : at + READ_AHEAD]
                 yield from zip(
                     some, pool.map(lambda name: self.read(name, columns), some), strict=True
                 )
@@ -156,8 +152,8 @@ def part_name(sample_ids: list[str]) -> str:
     return f"part-{digest}.parquet"
 
 
-def patiently(work: Callable[[], T], seconds: float | None = None) -> T:
-    """Do some input or output; a storage that does not answer is tried again for `seconds`.
+def patiently(work: Callable[[], T]) -> T:
+    """Do some input or output; a storage that does not answer is tried again for `PATIENCE_S`.
 
     A full disk, a missing file or a forbidden one is raised at once: waiting would not mend it.
     """
@@ -170,7 +166,7 @@ def patiently(work: Callable[[], T], seconds: float | None = None) -> T:
             )
         ),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        stop=tenacity.stop_after_delay(PATIENCE_S if seconds is None else seconds),
+        stop=tenacity.stop_after_delay(PATIENCE_S),
         before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
         reraise=True,
     )

@@ -7,11 +7,10 @@ it, so that running a stream again makes nothing twice.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from ray_synth.config import GenerationConfig
 from ray_synth.generation.chunks import Chunk, cut, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 
@@ -30,45 +29,24 @@ CHUNK_SCHEMA = pa.schema(
 
 
 def image_stream(
-    job: GenerationJob, *, columns: list[str] | None = None, missing_only: bool = False
+    job: GenerationJob, *, chunks: list[Chunk] | None = None, columns: list[str] | None = None
 ) -> ray.data.Dataset:
-    """A lazily executed Ray Dataset of the plan's image rows.
+    """A lazily executed Ray Dataset of a plan's image rows.
 
     Args:
+        chunks: only these; default: all of the plan.
         columns: pass on only these columns; the store keeps all.
-        missing_only: leave out the chunks that the store holds whole.
     """
-    job = _resolved(job)
-    chunks = cut(job.plan, job.store, _batch_size(job))
-    return _stream(job, [c for c in chunks if c.missing or not missing_only], columns)
-
-
-def make_images(job: GenerationJob) -> int:
-    """Make every image of the plan that the store lacks; how many that was."""
-    missing = missing_images(job)
-    if missing:
-        stream = image_stream(job, columns=["sample_id"], missing_only=True)
-        for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-            pass
-    return missing
-
-
-def missing_images(job: GenerationJob) -> int:
-    """How many images of the plan the store lacks."""
-    from ray_synth.generation.probe import recorded_batch_size
-
-    size = recorded_batch_size(job.config, job.store)
-    return len(job.plan) if size is None else missing_rows(cut(job.plan, job.store, size))
-
-
-def _stream(job: GenerationJob, chunks: list[Chunk], columns: list[str] | None) -> ray.data.Dataset:
     import ray.data
 
+    job = settled(job)
     config = job.config
+    if chunks is None:
+        chunks = _cut(job)
     calls = 2 if config.overlap else 1
     made = ray.data.from_arrow(chunk_blocks(chunks)).map_batches(
         ImageMaker,
-        fn_constructor_kwargs={"job": _with_compile(job)},
+        fn_constructor_kwargs={"job": job},
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -86,6 +64,30 @@ def _stream(job: GenerationJob, chunks: list[Chunk], columns: list[str] | None) 
     return made.select_columns(columns) if columns else made
 
 
+def make_images(job: GenerationJob, chunks: list[Chunk] | None = None) -> int:
+    """Make every image of the plan that the store lacks; how many that was.
+
+    Args:
+        chunks: what `missing_chunks` found, where the caller has asked.
+    """
+    chunks = missing_chunks(job) if chunks is None else chunks
+    if chunks:
+        stream = image_stream(job, chunks=chunks, columns=["sample_id"])
+        for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            pass
+    return missing_rows(chunks)
+
+
+def missing_chunks(job: GenerationJob) -> list[Chunk]:
+    """The chunks of the plan that the store does not hold whole."""
+    return [chunk for chunk in _cut(settled(job)) if chunk.missing]
+
+
+def _cut(job: GenerationJob) -> list[Chunk]:
+    assert isinstance(job.config.batch_size, int)
+    return cut(job.plan, job.store, job.config.batch_size)
+
+
 def chunk_blocks(chunks: list[Chunk]) -> list[pa.Table]:
     """The chunks as tables, one a task."""
     table = pa.table(
@@ -100,30 +102,21 @@ def chunk_blocks(chunks: list[Chunk]) -> list[pa.Table]:
     return [table.slice(at, rows) for at in range(0, max(1, len(chunks)), rows)]
 
 
-def _resolved(job: GenerationJob) -> GenerationJob:
-    """The job with a batch size that is a number."""
-    if job.config.batch_size != "auto":
-        return job
+def settled(job: GenerationJob) -> GenerationJob:
+    """The job with `batch_size` and `compile` settled where they are "auto".
+
+    By the whole plan and once for a store: what is left after an interruption is made as the rest was.
+    """
+    from ray_synth.generation.diffusion import wants_compile
     from ray_synth.generation.probe import find_batch_size
 
-    size = find_batch_size(job.config, job.store)
-    return replace(job, config=_with(job.config, batch_size=size))
-
-
-def _with_compile(job: GenerationJob) -> GenerationJob:
-    """`compile: auto` resolved, by the images of the whole plan that each actor of the pool makes:
-    what is left after an interruption is made as the rest was."""
-    from ray_synth.generation.diffusion import wants_compile
-
-    images = len(job.plan) // job.config.pool.max_size
-    wanted = wants_compile(job.config, num_images=images, on_gpu=job.config.num_gpus > 0)
-    return replace(job, config=_with(job.config, compile=wanted))
-
-
-def _with(config: GenerationConfig, **changes: Any) -> GenerationConfig:
-    return config.model_copy(update=changes)
-
-
-def _batch_size(job: GenerationJob) -> int:
-    assert isinstance(job.config.batch_size, int)
-    return job.config.batch_size
+    config = job.config
+    changes = {
+        "batch_size": find_batch_size(config, job.store),
+        "compile": wants_compile(
+            config,
+            num_images=len(job.plan) // config.pool.max_size,
+            on_gpu=config.num_gpus > 0,
+        ),
+    }
+    return replace(job, config=config.model_copy(update=changes))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -48,11 +47,9 @@ def choose_examples(
     parts = store.parts()[:max_parts]
     if not parts:
         return []
-    with ThreadPoolExecutor(16) as pool:
-        tables = list(pool.map(lambda name: store.read(name, LABELS), parts))
     cells: dict[tuple[int, str], list[tuple[str, str]]] = {}
     names: dict[int, str] = {}
-    for part, table in zip(parts, tables, strict=True):
+    for part, table in store.tables(parts, LABELS):
         for row in table.to_pylist():
             if row["accepted"]:
                 names[row["class_index"]] = row["class_name"]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from runs import NO_LLM, ROOT, SMALL, command, planned_ids, run, stored_ids
 
+TIMED = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation", "total")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -24,16 +26,7 @@ def test_a_run_prints_its_table_and_where_to_look(finished):
     assert "Real + synthetic" in result.stdout
     assert str(folder / "report" / "index.html") in result.stdout
     assert "mlflow ui --backend-store-uri" in result.stdout
-    for stage in (
-        "data",
-        "meaning",
-        "plan",
-        "quality",
-        "generation",
-        "training",
-        "evaluation",
-        "total",
-    ):
+    for stage in TIMED:
         assert stage in result.stdout
 
 
@@ -46,16 +39,7 @@ def test_metrics_hold_what_is_promised(finished):
     assert (metrics["num_real"], metrics["num_synthetic"]) == (8, 64)
     assert metrics["images_per_second"]["generation"] > 0
     assert 0 <= metrics["stall_fraction"] <= 1
-    for stage in (
-        "data",
-        "meaning",
-        "plan",
-        "quality",
-        "generation",
-        "training",
-        "evaluation",
-        "total",
-    ):
+    for stage in TIMED:
         assert metrics["seconds"][stage] >= 0
 
 

@@ -15,6 +15,7 @@ import pytest
 from forwarder import Forwarder
 from test_app import free_port
 from test_store import plan_rows
+from tiny import embedded
 
 from ray_synth.cli import explain
 from ray_synth.config import GenerationConfig, PoolConfig, QualityConfig
@@ -90,17 +91,12 @@ def test_a_driver_killed_20_times_leaves_what_an_undisturbed_run_leaves(tmp_path
     """The real embedded model, in a pool of two."""
     plan, rng = table(800), random.Random(11)
     Folder(tmp_path).write_table("plan.parquet", plan)
-    config = GenerationConfig(
-        model="embedded",
+    config = embedded(
         width=64,
         height=64,
         num_inference_steps=2,
-        guidance_scale=1.0,
-        batch_size=4,
-        num_cpus=0.5,
         num_threads=1,
         pool=PoolConfig(min_size=1, max_size=2),
-        checks=QualityConfig(policy="off"),
     )
     assert kill_until_done(str(tmp_path), config, kills=20, seconds=(5, 16), rng=rng) == 20
     made = images(ImageStore(Folder(tmp_path).child("images")))

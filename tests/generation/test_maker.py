@@ -11,7 +11,8 @@ from test_store import plan_rows
 from ray_synth.config import GenerationConfig, QualityConfig
 from ray_synth.data.images import decode_image
 from ray_synth.generation.chunks import PlanTable
-from ray_synth.generation.generator import fingerprint, generate_all, generator_class
+from ray_synth.generation.cost import earlier_attempts
+from ray_synth.generation.generator import Failure, fingerprint, generate_all, generator_class
 from ray_synth.generation.maker import GenerationJob, ImageMaker, attempt_seed, write_references
 from ray_synth.generation.store import IMAGE_SCHEMA, PLAN_SCHEMA, ImageStore
 from ray_synth.storage import Folder
@@ -114,6 +115,42 @@ def test_retry_takes_new_seeds_and_keeps_what_it_rejected(tmp_path):
     assert len(made.store.parts()) == 1, "rejected attempts are no parts of the store"
     repeated = Painter(made.job.config).generate([{**once, "seed": attempt_seed(once["seed"], 1)}])
     assert (np.asarray(repeated[0]) == np.asarray(decode_image(out[2]["image"]))).all()
+
+
+def test_rows_that_fail_alike_in_every_attempt_are_all_kept(tmp_path):
+    rows = plan_rows(4)
+    blank = [attempt_seed(row["seed"], attempt) for row in rows[:2] for attempt in range(3)]
+    made = maker(tmp_path, rows, config("retry", blank_seeds=blank))
+    made.chunk(0, 4, [])
+    kept = [row for name in made.store.rejected.parts() for row in _read(made, name)]
+    ids = [row["sample_id"] for row in rows[:2]]
+    assert sorted((row["sample_id"], row["attempt"]) for row in kept) == [
+        (sample_id, attempt) for sample_id in ids for attempt in (0, 1)
+    ]
+    assert len(earlier_attempts(made.store)) == 4, "each attempt is paid for"
+
+
+def test_rows_that_raise_are_not_tried_again_and_end_nothing(tmp_path):
+    """Two of them: another attempt would see no other rows, as if the generator were broken."""
+    rows = plan_rows(4)
+    for row in rows[1:3]:
+        row["prompt"] = "cursed"
+    made = maker(tmp_path, rows, config("retry", fail="cursed"))
+    assert [row["accepted"] for row in made.chunk(0, 4, [])] == [True, False, False, True]
+    assert made.store.rejected.parts() == []
+
+
+class Refusing(Painter):
+    """Says why it makes no image, with a colon, as an exception's text has it."""
+
+    def generate(self, rows):
+        return [Failure("policy: not this one") for _ in rows]
+
+
+def test_a_batch_of_refusals_is_no_broken_generator(tmp_path):
+    settings = config().model_copy(update={"generator": "test_maker:Refusing"})
+    rows = maker(tmp_path, plan_rows(2), settings).chunk(0, 2, [])
+    assert [row["reject_reason"] for row in rows] == ["policy: not this one"] * 2
 
 
 def _read(made, name):

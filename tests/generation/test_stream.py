@@ -6,24 +6,15 @@ import signal
 import pyarrow as pa
 import pytest
 from test_store import plan_rows
+from tiny import embedded
 
-from ray_synth.config import GenerationConfig
 from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.generation.stream import image_stream, make_images
 from ray_synth.storage import Folder
 
-CONFIG = GenerationConfig(
-    model="embedded",
-    width=32,
-    height=32,
-    num_inference_steps=1,
-    guidance_scale=1.0,
-    batch_size=4,
-    num_cpus=0.5,
-    checks={"policy": "off"},
-)
+CONFIG = embedded()
 
 
 def table(count):

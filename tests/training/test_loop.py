@@ -3,8 +3,9 @@
 import pyarrow as pa
 import pytest
 from test_store import plan_rows
+from tiny import embedded
 
-from ray_synth.config import GenerationConfig, SourceConfig, TrainingConfig
+from ray_synth.config import SourceConfig, TrainingConfig
 from ray_synth.data.dataset import load_index, select
 from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
@@ -15,16 +16,7 @@ from ray_synth.training.loop import TrainJob, total_steps
 from ray_synth.training.trainer import run_training
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-GENERATION = GenerationConfig(
-    model="embedded",
-    width=32,
-    height=32,
-    num_inference_steps=1,
-    guidance_scale=1.0,
-    batch_size=8,
-    num_cpus=0.5,
-    checks={"policy": "off"},
-)
+GENERATION = embedded(batch_size=8)
 
 
 def train(folder: Folder, name: str, **settings) -> dict:
