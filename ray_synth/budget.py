@@ -49,7 +49,7 @@ def demands(config: Config) -> dict[str, list[Demand]]:
         generation.num_gpus,
     )
     workers = Demand(
-        "training.num_workers", training.num_workers, training.num_cpus, training.num_gpus
+        "training.num_workers", training.min_workers, training.num_cpus, training.num_gpus
     )
     stages = {
         "meaning": [

@@ -217,47 +217,83 @@ class GenerationConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """A timm optimizer and its cosine schedule."""
+    """A timm optimizer and its schedule."""
 
-    name: str = "adamw"
+    name: str = Field("adamw", description="any of timm's optimizers")
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    momentum: Fraction = 0.9
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="learning rates fall by this factor a layer, towards the input"
+    )
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm's")
+    schedule: Literal["cosine", "step", "multistep", "poly", "tanh", "constant"] = "cosine"
+    schedule_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="decay_milestones, decay_rate, ... (in steps)"
+    )
     warmup_fraction: Fraction = 0.05
     min_lr_fraction: Fraction = 0.01
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
 
 
 class TrainingConfig(Section):
     """The classifier and how it is trained (paper, section 3.3)."""
 
+    recipe: str | None = Field(
+        None, description="a named recipe, or a YAML file: defaults for what is not given here"
+    )
     model: str = Field("resnet50", description="any timm model name")
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     pretrained: bool = False
     checkpoint: str | None = Field(None, description="a local safetensors file to start from")
     image_size: Positive = 224
     augment: str | dict[str, Any] = Field("imagenet", description="a policy, or its settings")
+    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="alpha, within one domain")
+    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="alpha, within one domain")
+    repeated_augmentation: Positive = Field(
+        1, description="draw each real image this many times, augmented anew"
+    )
     feed: Literal["live", "lockstep", "stored"] = "live"
     dual_bn: bool = True
+    dual_layer_norm: bool = Field(False, description="twins for LayerNorm as well (ours)")
     steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
     epochs: Positive | None = Field(None, description="passes over the real images")
     batch_size: Annotated[int, Field(ge=2)] = Field(256, description="real + synthetic, a worker")
+    accumulate_steps: Positive = Field(1, description="batches an optimizer step")
     real_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of each batch")
     lambda_synth: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of L_synth")
+    lambda_end: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="go linearly from lambda_synth to this over the run"
+    )
+    class_balance: Fraction = Field(
+        0.0, description="draw classes by their counts (0) to equally often (1)"
+    )
     label_smoothing: Fraction = 0.0
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="test an exponential moving average of the weights"
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: Dtype = "auto"
+    channels_last: bool = True
+    compile: bool = Field(False, description="torch.compile of the classifier")
     baseline: bool = Field(True, description="also train on real images alone, same recipe")
     warmup_images: Positive | None = Field(None, description="live: default, two batches")
     reservoir_images: Positive = Field(20_000, description="live: images kept for replay, a worker")
+    reservoir_mb: Positive = Field(
+        2_048, description="live: of which in memory; the rest lies in a temporary file"
+    )
     cache_images: Annotated[int, Field(ge=0)] = Field(
         50_000, description="real images a worker keeps in memory; larger shards are streamed"
     )
+    decode_workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="processes a worker for random crops and RandAugment; 0: one thread"
+    )
     checkpoint_every: Positive = 500
     log_every: Positive = 10
-    num_workers: Positive = 1
+    num_workers: Positive | tuple[Positive, Positive] = Field(
+        1, description="workers, or [fewest, most] on a cluster that shrinks and grows"
+    )
     num_cpus: Annotated[float, Field(gt=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
     num_threads: Positive | None = None
@@ -272,7 +308,24 @@ class TrainingConfig(Section):
                 f"batch_size {self.batch_size} with real_fraction {self.real_fraction} leaves no "
                 "room for both real and synthetic images"
             )
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers wants [fewest, most], got {self.num_workers}")
+        if (self.mixup or self.cutmix) and (self.num_real % 2 or self.num_synth % 2):
+            raise ValueError(
+                f"mixup and cutmix pair the images of a domain: {self.num_real} real and "
+                f"{self.num_synth} synthetic images a batch must both be even"
+            )
         return self
+
+    @property
+    def min_workers(self) -> int:
+        """Workers without which training does not start."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Workers at most."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @property
     def num_real(self) -> int:

@@ -69,7 +69,7 @@ def total_steps(config: TrainingConfig, num_real_images: int) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    per_epoch = max(1, num_real_images // (config.num_real * config.num_workers))
+    per_epoch = max(1, num_real_images // (config.num_real * config.max_workers))
     return config.epochs * per_epoch
 
 
@@ -316,7 +316,7 @@ def _export(job: TrainJob, model: Any, history: dict[str, Any], synthetic: Any) 
         "image_size": config.image_size,
         "bns": bns,
         "steps": job.steps,
-        "real_images_seen": job.steps * config.num_real * config.num_workers,
+        "real_images_seen": job.steps * config.num_real * config.max_workers,
         "seconds": seconds,
         "stall_fraction": history["stalled"] / seconds if seconds else 0.0,
         "corrupt": history["corrupt"],
