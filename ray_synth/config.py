@@ -277,6 +277,7 @@ class TrainingConfig(Section):
     dtype: Dtype = "auto"
     channels_last: bool = True
     compile: bool = Field(False, description="torch.compile of the classifier")
+    sync_bn: bool = Field(False, description="BN statistics over all workers (on GPUs)")
     baseline: bool = Field(True, description="also train on real images alone, same recipe")
     warmup_images: Positive | None = Field(None, description="live: default, two batches")
     reservoir_images: Positive = Field(20_000, description="live: images kept for replay, a worker")
@@ -342,6 +343,9 @@ class EvaluationConfig(Section):
     """How trained models are tested."""
 
     batch_size: Positive = 256
+    bns: list[Literal["main", "aux", "average"]] = Field(
+        ["main", "aux"], description="of a dual-BN model, tested one by one"
+    )
     restrict_to_test_classes: bool = Field(
         True, description="where a test set has only some classes, choose among those"
     )

@@ -354,7 +354,7 @@ def generate(run: Run) -> dict[str, Any]:
 def train(run: Run, tracker: Any) -> dict[str, Any]:
     """Train the real-only baseline and the mixed model; the latter while images are being made."""
     from ray_synth.generation.cost import cost_note
-    from ray_synth.training.loop import TrainJob, total_steps
+    from ray_synth.training.job import TrainJob, total_steps
     from ray_synth.training.trainer import run_training
 
     config, training = run.config, run.config.training

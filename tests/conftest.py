@@ -18,7 +18,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parents[1]
 # Processes that tests start, Ray's workers among them, must find the tests' plug-in generators.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(ROOT), str(ROOT / "tests" / "generation"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    [
+        str(ROOT),
+        *(str(ROOT / "tests" / name) for name in ("", "generation", "training")),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Predictor:
         folder: the run directory.
         arms: names of `models/<arm>.json`.
         allowed: test set -> class indices to choose among.
+        bns: which of a dual-BN model's exports are tested.
     """
 
     def __init__(
@@ -34,13 +36,15 @@ class Predictor:
         arms: list[str],
         max_pixels: int,
         allowed: dict[str, np.ndarray] | None = None,
+        bns: Sequence[str] = ("main", "aux"),
     ) -> None:
         import torch
         from safetensors.torch import load
 
         from ray_synth.device import pick_device
         from ray_synth.training import recipe
-        from ray_synth.training.feed import Decoder
+        from ray_synth.training.augmentation import eval_transform
+        from ray_synth.training.decoder import Decoder
 
         self.allowed = allowed or {}
         self.device = pick_device("auto")
@@ -49,7 +53,7 @@ class Predictor:
         self.models: dict[str, Any] = {}
         for arm in arms:
             card = folder.read_json(f"models/{arm}.json")
-            for bn in card["bns"]:
+            for bn in [bn for bn in card["bns"] if bn in bns or len(card["bns"]) == 1]:
                 model = recipe.build_model(
                     card["model"],
                     num_classes=len(card["class_names"]),
@@ -58,7 +62,12 @@ class Predictor:
                 model.load_state_dict(load(folder.read_bytes(f"models/{arm}.{bn}.safetensors")))
                 name = arm if card["bns"] == ["main"] and arm == "real_only" else f"{arm}.{bn}"
                 self.models[name] = model.eval().to(self.device)
-            self.transform = recipe.eval_transform(card["image_size"])
+            self.transform = eval_transform(
+                card["image_size"],
+                mean=card["mean"],
+                std=card["std"],
+                interpolation=card["interpolation"],
+            )
         self.decoder = Decoder(self.transform, max_pixels)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -78,8 +87,8 @@ class Predictor:
         }
         images = None
         if good:
-            tensors, _ = self.decoder.batch([item for item in items if item is not None])
-            images = self.transform.batch(tensors.to(self.device))
+            batch_of = self.decoder.batch([item for item in items if item is not None])
+            images = self.transform.batch(batch_of.images.to(self.device))
         for name, model in self.models.items():
             right = np.zeros((count, 2), dtype=bool)
             if images is not None:
@@ -131,6 +140,7 @@ def evaluate(
                 "arms": arms,
                 "max_pixels": max_pixels,
                 "allowed": allowed,
+                "bns": config.bns,
             },
             batch_size=config.batch_size,
             compute=ray.data.ActorPoolStrategy(size=config.num_actors),

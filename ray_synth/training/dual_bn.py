@@ -24,7 +24,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ class DualBatchNorm(nn.Module):
     `nn.SyncBatchNorm.convert_sync_batchnorm` (which knows nothing of them) cannot lose them.
     """
 
-    def __init__(self, norm: _BatchNorm, split: DomainSplit) -> None:
+    def __init__(self, norm: nn.Module, split: DomainSplit) -> None:
         super().__init__()
         self.drop = _take_child(norm, "drop")
         self.act = _take_child(norm, "act")
@@ -110,12 +110,16 @@ class DualBatchNorm(nn.Module):
             return self.main(x)
         if num_real == 0:
             return self.aux(x)
-        cut = num_real * rows_per_image
-        return torch.cat([self.main(x[:cut]), self.aux(x[cut:])])
+        # split, not two slices: its backward is one cat, where slices would each fill a whole tensor.
+        real, synth = x.split([num_real * rows_per_image, num_synth * rows_per_image])
+        return torch.cat([self.main(real), self.aux(synth)])
 
 
-def convert_dual_bn(model: nn.Module) -> nn.Module:
+def convert_dual_bn(model: nn.Module, *, layer_norm: bool = False) -> nn.Module:
     """Give every BatchNorm layer of `model` an auxiliary twin; in place.
+
+    With `layer_norm`, LayerNorm and RmsNorm layers get one as well: their statistics are of one image
+    each, so what is split is the affine part. An option of ours, not of the paper.
 
     In eval mode the converted model computes what `model` did. BatchNorm layers that are already
     dual stay as they are; a model without BatchNorm is returned unchanged, with one warning.
@@ -129,21 +133,23 @@ def convert_dual_bn(model: nn.Module) -> nn.Module:
     inside_dual = {twin for dual in already for twin in (dual.main, dual.aux)}
     twins: dict[nn.Module, DualBatchNorm] = {}  # a layer that is used twice is split once
 
-    def dual(norm: _BatchNorm) -> DualBatchNorm:
+    kinds: Any = (_BatchNorm, *_layer_norms()) if layer_norm else _BatchNorm
+
+    def dual(norm: nn.Module) -> DualBatchNorm:
         if norm not in twins:
             twins[norm] = DualBatchNorm(norm, split)
         return twins[norm]
 
-    if isinstance(model, _BatchNorm):
+    if isinstance(model, kinds):
         return dual(model)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, _BatchNorm) and child not in inside_dual:
+            if child is not None and isinstance(child, kinds) and child not in inside_dual:
                 setattr(parent, name, dual(child))
     if not twins and not already:
         logger.warning(
             "%s has no BatchNorm layer: there is nothing to split, real and synthetic images are "
-            "normalised alike",
+            "normalised alike (training.dual_layer_norm splits LayerNorm layers)",
             type(model).__name__,
         )
     return model
@@ -217,6 +223,54 @@ def export_aux(model: nn.Module) -> dict[str, Tensor]:
     return _export(model, keep="aux", leave="main")
 
 
+def export_average(model: nn.Module) -> dict[str, Tensor]:
+    """As `export_main`, with BNs that give the mean of both twins' outputs in eval mode.
+
+    At test time each twin is an affine map a channel, and so is their mean: it is folded into one
+    plain BN. Equal to `use_bn(model, "average")` but for rounding.
+
+    Raises:
+        ValueError: for BNs without running statistics, which have no map of their own.
+    """
+    exported = {key: value.clone() for key, value in export_main(model).items()}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, DualBatchNorm):
+            prefix = f"{name}." if name else ""
+            for key, value in _average(layer, prefix).items():
+                exported[prefix + key] = value
+    return exported
+
+
+def _average(layer: DualBatchNorm, prefix: str) -> dict[str, Tensor]:
+    """The state of one norm that gives the mean of both twins."""
+    kept, other = layer.main.state_dict(), layer.aux.state_dict()
+    if not isinstance(layer.main, _BatchNorm):
+        return {key: (kept[key] + other[key]) / 2 for key in kept}
+    if "running_var" not in kept:
+        raise ValueError(f"{prefix}: a BatchNorm without running statistics cannot be averaged")
+    eps = layer.main.eps
+    one, zero = torch.ones(()), torch.zeros(())
+    scales, shifts = [], []
+    for state in (kept, other):
+        scale = state.get("weight", one).double() * (state["running_var"].double() + eps).rsqrt()
+        scales.append(scale)
+        shifts.append(state.get("bias", zero).double() - state["running_mean"].double() * scale)
+    scale, shift = (scales[0] + scales[1]) / 2, (shifts[0] + shifts[1]) / 2
+    mean, var = kept["running_mean"].double(), kept["running_var"].double()
+    if "weight" in kept:
+        folded = {"weight": scale * (var + eps).sqrt(), "bias": shift + mean * scale}
+    else:  # the statistics themselves must carry the map
+        folded = {"running_var": scale**-2 - eps, "running_mean": -shift / scale}
+    return {key: value.to(kept[key].dtype) for key, value in folded.items()}
+
+
+def _layer_norms() -> tuple[type[nn.Module], ...]:
+    """The norm layers of one image that timm's models are built from."""
+    from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+
+    return (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)
+
+
 def _export(model: nn.Module, *, keep: str, leave: str) -> dict[str, Tensor]:
     # remove_duplicate=False: a layer used twice has its keys under both of its names.
     layers = [
@@ -235,7 +289,7 @@ def _export(model: nn.Module, *, keep: str, leave: str) -> dict[str, Tensor]:
     return exported
 
 
-def _take_child(norm: _BatchNorm, name: str) -> nn.Module:
+def _take_child(norm: nn.Module, name: str) -> nn.Module:
     """Move the child module `name` (`act` or `drop`) out of `norm`, leaving an identity."""
     child = norm._modules.get(name)
     if child is None:

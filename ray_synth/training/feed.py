@@ -1,7 +1,7 @@
 """What a training worker eats: batches of decoded images, one feed a domain.
 
-Rows `{image: encoded bytes, class_index}` in; `(images (n, 3, size, size) uint8, labels (n,) int64)`
-out. Decoding happens in the feed's threads, never in the training thread.
+Rows `{image: encoded bytes, class_index}` in; a `Batch` of (n, 3, size, size) uint8 images a step out.
+`batch` is called in the prefetcher's thread, never in the training thread.
 
     CachedFeed    rows in memory, shuffled anew each epoch: small real sets, finished small stores
     StreamedFeed  an endless stream of epochs through a shuffle buffer: large sets
@@ -11,82 +11,45 @@ out. Decoding happens in the feed's threads, never in the training thread.
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import cycle, islice
-from typing import Any, Protocol
+from functools import lru_cache
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ray_synth.data.images import decode_image
-from ray_synth.training.recipe import ImageTransform
+from ray_synth.training.decoder import Batch, Decoder, Item, Row
+from ray_synth.training.recipe import balanced_weights
+from ray_synth.training.reservoir import Reservoir
 
-log = logging.getLogger("ray_synth")
-Row = dict[str, Any]
-Batch = tuple[Tensor, Tensor]
-
-
-class Decoder:
-    """Encoded bytes to (3, size, size) uint8, in two halves.
-
-    Where the transform has no randomness before batching, images are kept ready for use (`keep` does
-    the work); else they are kept encoded and cropped anew at each draw (`draw` does the work).
-    Corrupt images are counted and named once.
-    """
-
-    def __init__(self, transform: ImageTransform, max_pixels: int = 50_000_000) -> None:
-        random = transform.augmentation
-        self.ready = random.crop_scale is None and not random.rand_augment
-        self.transform, self.max_pixels = transform, max_pixels
-        self.corrupt: list[str] = []
-
-    def keep(self, row: Row) -> tuple[Any, int] | None:
-        """The form in which a row is held in memory; None where it cannot be decoded."""
-        try:
-            form = self._decode(row["image"]) if self.ready else row["image"]
-            return form, int(row["class_index"])
-        except ValueError as error:
-            self._set_aside(row, error)
-            return None
-
-    def draw(self, form: Any) -> Tensor:
-        """(3, size, size) uint8 from what `keep` gave."""
-        return form if self.ready else self._decode(form)
-
-    def batch(self, items: list[tuple[Any, int]]) -> Batch:
-        return (
-            torch.stack([self.draw(form) for form, _ in items]),
-            torch.tensor([label for _, label in items], dtype=torch.int64),
-        )
-
-    def _decode(self, data: bytes) -> Tensor:
-        pixels = np.array(decode_image(data, max_pixels=self.max_pixels))
-        return self.transform.prepare(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
-
-    def _set_aside(self, row: Row, error: ValueError) -> None:
-        name = str(row.get("image_id") or row.get("sample_id") or "an image")
-        self.corrupt.append(name)
-        log.warning("set aside %s: %s", name, error)
+MEMORY_BYTES = 2 << 30
 
 
 class Feed(Protocol):
-    """A source of batches; `step` is the number of the training step."""
+    """A source of batches; `step` is the number of the batch."""
 
     def batch(self, step: int) -> Batch: ...
 
     def close(self) -> None: ...
 
 
+def derived_seed(*numbers: int) -> int:
+    """A seed below 2^63 for each tuple of non-negative numbers, unrelated for neighbouring ones."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 class CachedFeed:
     """Rows in memory. Batch `step` is a function of (seed, step) alone, so resuming needs no state.
 
-    The epochs' permutations are laid end to end and cut into batches; rank r of w takes every w-th.
+    The epochs' orders are laid end to end and cut into batches; rank r of w takes every w-th.
+
+    Args:
+        balance: 0 draws each image once an epoch; 1 draws all classes equally often, so that images
+            of rare classes come several times and of frequent ones not in every epoch.
+        repeats: each image is drawn this many times in a row, augmented anew (repeated augmentation,
+            arXiv 1901.09335).
     """
 
     def __init__(
@@ -98,31 +61,51 @@ class CachedFeed:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        balance: float = 0.0,
+        repeats: int = 1,
     ) -> None:
-        kept = (decoder.keep(row) for row in rows)
-        self.items = [item for item in kept if item is not None]
+        self.items = decoder.keep_all(rows)
         if not self.items:
             raise ValueError("no image to train on could be decoded")
         self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats
+        labels = np.array([item.label for item in self.items])
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(labels, seed, epoch, balance))
 
     def batch(self, step: int) -> Batch:
         first = (step * self.world_size + self.rank) * self.batch_size
-        positions = epoch_positions(first, self.batch_size, len(self.items), self.seed)
-        return self.decoder.batch([self.items[at] for at in positions])
+        items = []
+        for number in range(first, first + self.batch_size):
+            epoch, at = divmod(number // self.repeats, len(self.items))
+            items.append(self.items[self._order(epoch)[at]])
+        return self.decoder.batch(items, derived_seed(self.seed, step, self.rank))
 
     def close(self) -> None:
         pass
 
 
-def epoch_positions(first: int, count: int, length: int, seed: int) -> list[int]:
-    """Entries first..first+count of the endless row of shuffled epochs over `length` items."""
-    positions: list[int] = []
-    while len(positions) < count:
-        epoch, offset = divmod(first + len(positions), length)
-        order = np.random.default_rng((seed, epoch)).permutation(length)
-        positions += order[offset : offset + count - len(positions)].tolist()
-    return positions
+def epoch_order(labels: np.ndarray, seed: int, epoch: int, balance: float = 0.0) -> np.ndarray:
+    """Positions of one epoch's images, as many as there are labels; a function of its arguments.
+
+    Args:
+        labels: (n,) class indices.
+        balance: see `CachedFeed`; with 0, a permutation.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    count = len(labels)
+    if balance == 0.0:
+        return rng.permutation(count)
+    wanted = rng.choice(
+        np.arange(labels.max() + 1), count, p=balanced_weights(np.bincount(labels), balance)
+    )
+    order = np.empty(count, dtype=np.int64)
+    for label in np.unique(wanted):
+        places = np.flatnonzero(wanted == label)
+        # Whole shuffles of the class one after the other: no image is far ahead of the others.
+        mine = np.flatnonzero(labels == label)
+        rounds = [rng.permutation(mine) for _ in range(-(-len(places) // len(mine)))]
+        order[places] = np.concatenate(rounds)[: len(places)]
+    return order
 
 
 class StreamedFeed:
@@ -131,6 +114,7 @@ class StreamedFeed:
     Args:
         epoch: gives the rows of one epoch, by its number.
         buffer: images the shuffle buffer holds.
+        repeats: see `CachedFeed`.
     """
 
     def __init__(
@@ -141,14 +125,16 @@ class StreamedFeed:
         batch_size: int,
         seed: int,
         buffer: int,
+        repeats: int = 1,
     ) -> None:
-        self.decoder, self.batch_size = decoder, batch_size
-        self._items = self._shuffled(epoch, np.random.default_rng(seed), max(buffer, batch_size))
+        self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
+        shuffled = self._shuffled(epoch, np.random.default_rng(seed), max(buffer, batch_size))
+        self._items = (item for item in shuffled for _ in range(repeats))
 
     def _shuffled(
         self, epoch: Callable[[int], Iterable[Row]], rng: np.random.Generator, buffer: int
-    ) -> Iterator[tuple[Any, int]]:
-        held: list[tuple[Any, int]] = []
+    ) -> Iterator[Item]:
+        held: list[Item] = []
         number = 0
         while True:
             seen = 0
@@ -165,27 +151,31 @@ class StreamedFeed:
                 yield item
             if not seen:
                 raise ValueError("no image to train on could be decoded")
-            rng.shuffle(held)
-            yield from held
+            # Not rng.shuffle, which would turn the items into rows of an array.
+            yield from (held[at] for at in rng.permutation(len(held)))
             held, number = [], number + 1
 
     def batch(self, step: int) -> Batch:
-        return self.decoder.batch([next(self._items) for _ in range(self.batch_size)])
+        items = list(islice(self._items, self.batch_size))
+        return self.decoder.batch(items, derived_seed(self.seed, step))
 
     def close(self) -> None:
-        self._items.close()  # type: ignore[attr-defined]
+        pass
 
 
 class LiveFeed:
     """Synthetic images while they are being made: fresh ones first, then replays from a reservoir.
 
     A thread drains the stream. After `warmup` images `batch` never waits: when the generator is
-    slow, images are drawn again (a slow generator costs freshness, not GPU time).
+    slow, images are drawn again, all classes equally often (a slow generator costs freshness, not GPU
+    time). When it is fast, no image makes room for another before it was used once: a reservoir full
+    of unused images holds the stream back.
 
     Args:
         stream: image rows, ended by exhaustion; rows not accepted are passed over.
         warmup: images to wait for before the first batch.
-        capacity: images kept for replay; beyond it a used image makes room.
+        capacity: images held, unused ones included; beyond it a used image makes room.
+        memory_bytes: what is held in memory; the rest is spilled to a temporary file.
     """
 
     def __init__(
@@ -197,12 +187,16 @@ class LiveFeed:
         warmup: int,
         capacity: int,
         seed: int,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self.decoder, self.batch_size, self.capacity = decoder, batch_size, capacity
+        self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
         self.warmup = max(warmup, 1)
-        self.fresh: deque[tuple[Any, int]] = deque()
-        self.used: list[tuple[Any, int]] = []
-        self.arrived = self.replayed = 0
+        # Less than a batch more than the warm-up, and a full reservoir could wait for its own user.
+        self.capacity = max(capacity, self.warmup + batch_size)
+        self.images = Reservoir(memory_bytes)
+        self.fresh: deque[int] = deque()
+        self.used: dict[int, list[int]] = {}  # by class
+        self.arrived = self.replayed = self.num_used = 0
         self._rng = np.random.default_rng(seed)
         self._changed = threading.Condition()
         self._ended = self._closed = False
@@ -215,10 +209,12 @@ class LiveFeed:
             for row in stream:
                 item = self.decoder.keep(row) if row.get("accepted", True) else None
                 with self._changed:
+                    if item is not None and not self._closed:
+                        self._changed.wait_for(self._make_room)
                     if self._closed:
                         return
                     if item is not None:
-                        self.fresh.append(item)
+                        self.fresh.append(self.images.put(item))
                         self.arrived += 1
                         self._changed.notify_all()
         except BaseException as error:
@@ -227,6 +223,19 @@ class LiveFeed:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+    def _make_room(self) -> bool:
+        """Whether another image may come in; a used one of the fullest class goes for it."""
+        if self._closed or len(self.images) < self.capacity:
+            return True
+        if not self.num_used:
+            return False
+        keys = max(self.used.values(), key=len)
+        at = int(self._rng.integers(len(keys)))
+        keys[at], keys[-1] = keys[-1], keys[at]
+        self.images.drop(keys.pop())
+        self.num_used -= 1
+        return True
 
     def batch(self, step: int) -> Batch:
         with self._changed:
@@ -237,24 +246,26 @@ class LiveFeed:
                 raise self._error
             if not self.arrived:
                 raise ValueError("no synthetic image was accepted: nothing to train on")
-            taken = [self.fresh.popleft() for _ in range(min(self.batch_size, len(self.fresh)))]
-            self._retire(taken)
-            missing = self.batch_size - len(taken)
-            self.replayed += missing
-            taken += [self.used[i] for i in self._rng.integers(len(self.used), size=missing)]
-        return self.decoder.batch(taken)
+            keys = [self.fresh.popleft() for _ in range(min(self.batch_size, len(self.fresh)))]
+            for key in keys:
+                self.used.setdefault(self.images.label(key), []).append(key)
+            self.num_used += len(keys)
+            keys += self._replays(self.batch_size - len(keys))
+            items = [self.images.get(key) for key in keys]
+            self._changed.notify_all()
+        return self.decoder.batch(items, derived_seed(self.seed, step))
 
-    def _retire(self, items: list[tuple[Any, int]]) -> None:
-        for item in items:
-            if len(self.used) < self.capacity:
-                self.used.append(item)
-            else:
-                self.used[int(self._rng.integers(self.capacity))] = item
+    def _replays(self, count: int) -> list[int]:
+        classes = [keys for keys in self.used.values() if keys]
+        self.replayed += count
+        drawn = (classes[at] for at in self._rng.integers(len(classes), size=count))
+        return [keys[int(self._rng.integers(len(keys)))] for keys in drawn]
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self.images.close()
 
 
 class LockstepFeed:
@@ -263,75 +274,37 @@ class LockstepFeed:
     Args:
         stream: image rows of the whole plan, in order; those made before a restart come from the
             store, and are passed over up to `start_step`.
+        memory_bytes: see `LiveFeed`.
     """
 
     def __init__(
-        self, stream: Iterable[Row], decoder: Decoder, *, batch_size: int, start_step: int = 0
+        self,
+        stream: Iterable[Row],
+        decoder: Decoder,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self.decoder, self.batch_size = decoder, batch_size
+        self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
+        self.images = Reservoir(memory_bytes)
         self._items = islice(self._in_order(stream), start_step * batch_size, None)
 
-    def _in_order(self, stream: Iterable[Row]) -> Iterator[tuple[Any, int]]:
-        kept: list[tuple[Any, int]] = []
+    def _in_order(self, stream: Iterable[Row]) -> Iterator[Item]:
         for row in stream:
             item = self.decoder.keep(row) if row.get("accepted", True) else None
             if item is not None:
-                kept.append(item)
+                self.images.put(item)
                 yield item
-        if not kept:
+        if not self.images:
             raise ValueError("no synthetic image was accepted: nothing to train on")
-        yield from cycle(kept)
+        while True:
+            yield from (self.images.get(key) for key in range(len(self.images)))
 
     def batch(self, step: int) -> Batch:
-        return self.decoder.batch([next(self._items) for _ in range(self.batch_size)])
+        items = list(islice(self._items, self.batch_size))
+        return self.decoder.batch(items, derived_seed(self.seed, step))
 
     def close(self) -> None:
-        pass
-
-
-class Prefetcher:
-    """Runs feeds in a thread, a few steps ahead, and measures what the training thread waited.
-
-    Args:
-        feeds: the domains' feeds, real first; their batches are concatenated in this order.
-        start: first training step.
-    """
-
-    def __init__(self, feeds: list[Feed], *, start: int, depth: int = 3) -> None:
-        self.feeds = feeds
-        self.waited = 0.0
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(start,), daemon=True)
-        self._thread.start()
-
-    def _run(self, step: int) -> None:
-        try:
-            while not self._stop.is_set():
-                parts = [feed.batch(step) for feed in self.feeds]
-                images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-                self._put((images, labels))
-                step += 1
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def next(self) -> Batch:
-        """The next step's images and labels; adds the time it had to wait to `waited`."""
-        started = time.perf_counter()
-        item = self._queue.get()
-        self.waited += time.perf_counter() - started
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def close(self) -> None:
-        self._stop.set()
-        for feed in self.feeds:
-            feed.close()
+        self.images.close()

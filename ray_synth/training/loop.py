@@ -1,213 +1,172 @@
 """The Ray Train worker: real + synthetic batches in, a trained model and its curves out.
 
-One job trains one arm: `mixed` (real and synthetic) or `real_only` (the same recipe, the same number
-of real images seen, no synthetic ones). Rank 0 writes `models/<arm>*.safetensors` and
-`models/<arm>.json` in the run directory.
+One job trains one arm: real and synthetic images, or the same recipe and the same number of real images
+seen without synthetic ones. Rank 0 writes `models/<arm>*.safetensors` and `models/<arm>.json`.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ray_synth.config import TrainingConfig
-from ray_synth.data.dataset import Index, read_index
-from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-STATE_FILE = "state.pt"
+from ray_synth.data.dataset import read_index
+from ray_synth.training.job import TrainJob
 
 
-@dataclass(frozen=True)
-class TrainJob:
-    """All that a worker needs, by value.
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """The `train_loop_per_worker`; `settings` holds a TrainJob under `job`.
 
-    Attributes:
-        arm: `mixed` or `real_only`.
-        steps: optimizer steps; each sees num_real real images a worker, in both arms.
-        real: the index of real training images, or None where they are streamed by Ray Data.
-        num_synthetic: rows of the run's plan; 0 in `real_only`.
-        tracking: MLflow's uri and run id, or None.
-        board: the progress board's handle.
+    Returns:
+        `{"error": message}` where training had to stop for a reason that trying again would not
+        mend (Ray Train would retry what is raised), else `{}`.
     """
-
-    arm: str
-    config: TrainingConfig
-    steps: int
-    class_names: tuple[str, ...]
-    seed: int
-    folder: Folder
-    real: Index | None
-    max_pixels: int
-    num_synthetic: int = 0
-    tracking: dict[str, str] | None = None
-    board: Any = None
-
-    @property
-    def store(self) -> ImageStore:
-        return ImageStore(self.folder.child("images"))
-
-    def read_plan(self) -> pa.Table:
-        return self.folder.read_table("plan.parquet")
-
-    @property
-    def reads_store(self) -> bool:
-        """Whether each worker loads the finished store itself, small as it is."""
-        return self.config.feed == "stored" and self.num_synthetic <= self.config.cache_images
-
-
-def total_steps(config: TrainingConfig, num_real_images: int) -> int:
-    """Steps of a run: given, or the real epochs' (at least one each)."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    per_epoch = max(1, num_real_images // (config.num_real * config.max_workers))
-    return config.epochs * per_epoch
-
-
-def train_worker(settings: dict[str, Any]) -> None:
-    """The `train_loop_per_worker`; `settings` holds a TrainJob under `job`."""
     import ray.train
     import ray.train.torch
-    import torch
 
-    from ray_synth.device import pick_dtype
-    from ray_synth.training import recipe
-    from ray_synth.training.dual_bn import convert_dual_bn, domain_split
-    from ray_synth.training.feed import Prefetcher
+    from ray_synth.training.export import export_models
+    from ray_synth.training.learner import Learner
+    from ray_synth.training.prefetch import Prefetcher
 
     job: TrainJob = settings["job"]
-    config = job.config
-    context = ray.train.get_context()
-    rank, mixed = context.get_world_rank(), job.arm == "mixed"
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
-    torch.manual_seed(job.seed)
-    model = recipe.build_model(
-        config.model,
-        num_classes=len(job.class_names),
-        pretrained=config.pretrained,
-        checkpoint=config.checkpoint,
-        model_kwargs=config.model_kwargs,
-    )
-    if mixed and config.dual_bn:
-        convert_dual_bn(model)
-    model = model.to(device)
-    ema = recipe.build_ema(model, config.ema_decay) if config.ema_decay else None
-    optimizer = recipe.build_optimizer(
-        model, config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay
-    )
-    schedule = recipe.build_schedule(
-        optimizer,
-        steps=job.steps,
-        warmup_steps=min(int(job.steps * config.optimizer.warmup_fraction), job.steps - 1),
-        min_lr=config.optimizer.lr * config.optimizer.min_lr_fraction,
-    )
-    state = _State(model, optimizer, ema)
-    history = state.restore()
+    config, context = job.config, ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    learner = Learner(job, ray.train.torch.get_device(), rank, world_size)
+    history = _restore(learner)
     start = history["step"]
-    transform = recipe.train_transform(config.image_size, config.augment)
-    torch.manual_seed((job.seed + 1) * 1_000_003 + start * 1009 + rank)
-    wrapped = ray.train.torch.prepare_model(model, move_to_device=False)
-    num_real, num_synth = config.num_real, config.num_synth if mixed else 0
-    dtype = pick_dtype(config.dtype, device.type) if device.type == "cuda" else torch.float32
-    feeds, decoder = _feeds(job, transform, start)
-    prefetcher = Prefetcher(feeds, start=start)
+    feeds, decoder = _feeds(job, learner.transform, start)
+    prefetcher = Prefetcher(
+        feeds,
+        start=start * config.accumulate_steps,
+        finish=learner.finish,
+        device=learner.device,
+    )
     tracker = _tracker(job) if rank == 0 else None
+    watch = LossWatch()
     waited_before = loop_started = 0.0
-    model.train()
     try:
         for step in range(start, job.steps):
-            images, labels = prefetcher.next()
+            batches = [prefetcher.next() for _ in range(config.accumulate_steps)]
             if step == start:  # from here on, waiting is a stall
                 loop_started, waited_before = time.perf_counter(), prefetcher.waited
-            images = images.to(device, non_blocking=True)
-            labels = labels.to(device, non_blocking=True)
-            with (
-                torch.autocast(device.type, dtype, enabled=dtype is not torch.float32),
-                domain_split(model, num_real, num_synth),
-            ):
-                logits = wrapped(transform.batch(images))
-            loss, loss_real, loss_synth = recipe.mixed_loss(
-                logits.float(), labels, num_real, config.lambda_synth, config.label_smoothing
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.optimizer.clip_grad_norm:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad_norm)
-            optimizer.step()
-            schedule.step_update(step + 1)
-            if ema:
-                ema.update(model, step)
+            loss, sums = learner.step(step, batches)
+            watch.add(step, loss, [name for batch in batches for name in batch.names])
             done = step + 1
+            saves = done == job.steps or done % config.checkpoint_every == 0
+            if saves or done % config.log_every == 0:
+                bad = watch.first_bad(world_size)
+                if bad is not None:
+                    return {"error": _diverged(job, history["step"], *bad)}
             if done % config.log_every == 0 or done == job.steps:
-                hits = (logits.argmax(1) == labels).float()
-                point = {
-                    "loss": loss.item(),
-                    "loss_real": loss_real.item(),
-                    "train_top1_real": hits[:num_real].mean().item(),
-                }
-                if mixed:
-                    point["loss_synth"] = loss_synth.item()
-                    point["train_top1_synth"] = hits[num_real:].mean().item()
+                point = _point(sums, learner.weight(step), world_size)
                 history["curve"].append({"step": done, **point})
                 if tracker:
                     tracker(point, done)
                 if rank == 0 and job.board is not None:
                     job.board.put.remote(f"steps/{job.arm}", done)
-            if done == job.steps or done % config.checkpoint_every == 0:
-                seconds = time.perf_counter() - loop_started
-                history["seconds"] += seconds
+            history["real_images_seen"] += config.num_real * world_size * config.accumulate_steps
+            if saves:
+                history["seconds"] += time.perf_counter() - loop_started
                 history["stalled"] += prefetcher.waited - waited_before
                 loop_started, waited_before = time.perf_counter(), prefetcher.waited
                 history["step"] = done
                 history["corrupt"] = sorted({*history["corrupt"], *decoder.corrupt})
                 if rank == 0 and done == job.steps:
-                    _export(job, ema.module if ema else model, history, feeds[-1])
-                _report(state, history, rank)
+                    export_models(job, learner, history, feeds[-1])
+                _report(learner, history, rank)
     finally:
         prefetcher.close()
+        decoder.close()
+    return {}
 
 
-class _State:
-    """What a checkpoint holds, and how it is put back."""
+class LossWatch:
+    """The losses since the last look, on their device, and which images they were of.
 
-    def __init__(self, model: Any, optimizer: Any, ema: Any) -> None:
-        self.parts = {"model": model, "optimizer": optimizer}
-        if ema:
-            self.parts["ema"] = ema
+    Looking waits for the device, so it is done where the loop waits for it anyhow.
+    """
 
-    def save(self, folder: Path, history: dict[str, Any]) -> None:
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, Any, list[str]]] = []
+
+    def add(self, step: int, loss: Any, names: list[str]) -> None:
+        self.seen.append((step, loss, names))
+
+    def first_bad(self, world_size: int = 1) -> tuple[int, list[str]] | None:
+        """The first step whose loss was not finite on some rank, and that batch's image ids.
+
+        All ranks must call it at the same step; they all get the same answer.
+        """
         import torch
+        import torch.distributed as dist
 
-        state: dict[str, Any] = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({**state, "history": history}, folder / STATE_FILE)
+        finite = torch.stack([loss for _, loss, _ in self.seen]).isfinite().tolist()
+        mine = next(
+            (
+                (step, names)
+                for (step, _, names), ok in zip(self.seen, finite, strict=True)
+                if not ok
+            ),
+            None,
+        )
+        self.seen.clear()
+        if world_size == 1:
+            return mine
+        found: list[Any] = [None] * world_size
+        dist.all_gather_object(found, mine)
+        bad = [item for item in found if item is not None]
+        if not bad:
+            return None
+        first = min(step for step, _ in bad)
+        return first, [name for step, names in bad if step == first for name in names]
 
-    def restore(self) -> dict[str, Any]:
-        """Load the newest checkpoint of this run, if there is one; the history so far."""
-        import ray.train
-        import torch
 
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return {"step": 0, "curve": [], "seconds": 0.0, "stalled": 0.0, "corrupt": []}
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder) / STATE_FILE, map_location="cpu", weights_only=True)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        return state["history"]
+def _diverged(job: TrainJob, kept: int, step: int, names: list[str]) -> str:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    rest = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint was written yet"
+    return (
+        f"training of {job.arm} stopped: the loss of step {step + 1} is not a number, or infinite "
+        f"(images {shown}); {rest}. Lower training.optimizer.lr, clip gradients "
+        "(training.optimizer.clip_grad_norm), or train in float32 (training.dtype)"
+    )
 
 
-def _report(state: _State, history: dict[str, Any], rank: int) -> None:
+def _point(sums: Any, weight: float, world_size: int) -> dict[str, float]:
+    """A point of the curve: means over the step's images of all workers, exact for any split."""
+    import torch.distributed as dist
+
+    if world_size > 1:
+        dist.all_reduce(sums)
+    loss_real, hits_real, num_real, loss_synth, hits_synth, num_synth = sums.double().tolist()
+    point = {
+        "loss": loss_real / num_real,
+        "loss_real": loss_real / num_real,
+        "train_top1_real": hits_real / num_real,
+    }
+    if num_synth:
+        point["loss_synth"] = loss_synth / num_synth
+        point["train_top1_synth"] = hits_synth / num_synth
+        point["loss"] += weight * point["loss_synth"]
+    return point
+
+
+def _restore(learner: Any) -> dict[str, Any]:
+    """Load the newest checkpoint of this run, if there is one; the history so far."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return {
+            "step": 0, "curve": [], "seconds": 0.0, "stalled": 0.0, "corrupt": [],
+            "real_images_seen": 0,
+        }  # fmt: skip
+    with checkpoint.as_directory() as folder:
+        return learner.restore(Path(folder))
+
+
+def _report(learner: Any, history: dict[str, Any], rank: int) -> None:
     """Report to Ray Train; every rank calls it, rank 0 brings the checkpoint."""
     import ray.train
 
@@ -216,40 +175,67 @@ def _report(state: _State, history: dict[str, Any], rank: int) -> None:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        state.save(Path(folder), history)
+        learner.save(Path(folder), history)
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def _feeds(job: TrainJob, transform: Any, start: int) -> tuple[list[Any], Any]:
-    """The real feed and, in the mixed arm, the synthetic one."""
+    """The real feed and, where there are synthetic images, theirs."""
     import ray.train
 
-    from ray_synth.training.feed import CachedFeed, Decoder, LiveFeed, LockstepFeed, StreamedFeed
+    from ray_synth.training.decoder import Decoder
+    from ray_synth.training.feed import (
+        CachedFeed,
+        LiveFeed,
+        LockstepFeed,
+        StreamedFeed,
+        derived_seed,
+    )
 
     config, context = job.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    decoder = Decoder(transform, job.max_pixels)
+    decoder = Decoder(
+        transform,
+        job.max_pixels,
+        num_classes=len(job.class_names),
+        workers=config.decode_workers,
+    )
+    batches = start * config.accumulate_steps
 
-    def cached(rows: Iterable[dict[str, Any]], batch_size: int, seed: int) -> Any:
+    def cached(rows: Iterable[dict[str, Any]], batch_size: int, seed: int, **options: Any) -> Any:
         return CachedFeed(
-            rows, decoder, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
+            rows,
+            decoder,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            **options,
         )
 
-    def streamed(name: str, batch_size: int, seed: int) -> Any:
+    def streamed(name: str, batch_size: int, seed: int, **options: Any) -> Any:
         shard = ray.train.get_dataset_shard(name)
         return StreamedFeed(
             lambda epoch: _rows_of(shard),
             decoder,
             batch_size=batch_size,
-            seed=seed + rank,
+            seed=derived_seed(seed, rank, batches),
             buffer=min(config.cache_images, 20 * batch_size),
+            **options,
         )
 
+    repeats = config.repeated_augmentation
     if job.real is not None:
-        real = cached(read_index(job.real), config.num_real, job.seed)
+        real = cached(
+            read_index(job.real),
+            config.num_real,
+            job.seed,
+            balance=config.class_balance,
+            repeats=repeats,
+        )
     else:
-        real = streamed("real", config.num_real, job.seed)
-    if job.arm != "mixed":
+        real = streamed("real", config.num_real, job.seed, repeats=repeats)
+    if not job.mixed:
         return [real], decoder
     if job.reads_store:
         made = job.store.rows(job.read_plan(), ["image", "class_index", "accepted"])
@@ -259,8 +245,16 @@ def _feeds(job: TrainJob, transform: Any, start: int) -> tuple[list[Any], Any]:
     if config.feed == "stored":
         return [real, streamed("synthetic", config.num_synth, job.seed + 1)], decoder
     stream = _rows_of(ray.train.get_dataset_shard("synthetic"))
+    memory_bytes = config.reservoir_mb << 20
     if config.feed == "lockstep":
-        feed: Any = LockstepFeed(stream, decoder, batch_size=config.num_synth, start_step=start)
+        feed: Any = LockstepFeed(
+            stream,
+            decoder,
+            batch_size=config.num_synth,
+            seed=derived_seed(job.seed, rank),
+            start_step=batches,
+            memory_bytes=memory_bytes,
+        )
         return [real, feed], decoder
     share = max(1, job.num_synthetic // world_size)
     live = LiveFeed(
@@ -269,7 +263,8 @@ def _feeds(job: TrainJob, transform: Any, start: int) -> tuple[list[Any], Any]:
         batch_size=config.num_synth,
         warmup=min(config.warmup_images or 2 * config.num_synth, share),
         capacity=config.reservoir_images,
-        seed=job.seed + rank,
+        seed=derived_seed(job.seed, rank, batches),
+        memory_bytes=memory_bytes,
     )
     return [real, live], decoder
 
@@ -287,42 +282,3 @@ def _tracker(job: TrainJob) -> Any:
     from ray_synth.tracking import metric_logger
 
     return metric_logger(job.tracking, prefix=job.arm)
-
-
-def _export(job: TrainJob, model: Any, history: dict[str, Any], synthetic: Any) -> None:
-    """Write the model as plain timm state dicts, and what there is to say about its training."""
-    from safetensors.torch import save
-
-    from ray_synth.training.dual_bn import export_aux, export_main, has_dual_bn
-
-    def write(name: str, weights: dict[str, Any]) -> None:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        job.folder.write_bytes(f"models/{name}.safetensors", save(tensors, {"format": "pt"}))
-
-    if has_dual_bn(model):
-        write(f"{job.arm}.main", export_main(model))
-        write(f"{job.arm}.aux", export_aux(model))
-        bns = ["main", "aux"]
-    else:
-        write(f"{job.arm}.main", model.state_dict())
-        bns = ["main"]
-    config = job.config
-    seconds = history["seconds"]
-    summary = {
-        "arm": job.arm,
-        "model": config.model,
-        "model_kwargs": config.model_kwargs,
-        "class_names": list(job.class_names),
-        "image_size": config.image_size,
-        "bns": bns,
-        "steps": job.steps,
-        "real_images_seen": job.steps * config.num_real * config.max_workers,
-        "seconds": seconds,
-        "stall_fraction": history["stalled"] / seconds if seconds else 0.0,
-        "corrupt": history["corrupt"],
-        "curve": history["curve"],
-    }
-    if hasattr(synthetic, "replayed"):
-        summary["synthetic_arrived"] = synthetic.arrived
-        summary["synthetic_replayed"] = synthetic.replayed
-    job.folder.write_json(f"models/{job.arm}.json", summary)

@@ -12,7 +12,8 @@ from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index, to_ray
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.stream import image_stream
-from ray_synth.training.loop import TrainJob, train_worker
+from ray_synth.training.job import TrainJob
+from ray_synth.training.loop import train_worker
 
 COLUMNS = ["sample_id", "image", "class_index", "accepted"]
 
@@ -26,11 +27,12 @@ def check_recipe(config: TrainingConfig) -> None:
     import torch
 
     from ray_synth.training import recipe
+    from ray_synth.training.augmentation import resolve_augmentation
 
     with torch.device("meta"):
         model = recipe.build_model(config.model, num_classes=2, model_kwargs=config.model_kwargs)
-    recipe.build_optimizer(model, config.optimizer.name, lr=1.0, weight_decay=0.0)
-    recipe.resolve_augmentation(config.augment)
+    recipe.build_optimizer(model, config.optimizer)
+    resolve_augmentation(config.augment)
 
 
 def run_training(
@@ -44,22 +46,29 @@ def run_training(
 
     Raises:
         ray.train.TrainingFailedError: when the workers failed more than `max_failures` times.
+        ValueError: the loss was not finite; or the config asks for what a streamed set cannot give.
     """
     import ray.train
     import ray.train.torch
 
     config = job.config
+    if job.real is None and config.class_balance:
+        raise ValueError(
+            "training.class_balance draws from images held in memory, and the "
+            f"{len(real)} training images are more than training.cache_images "
+            f"{config.cache_images}: raise that, or set class_balance to 0"
+        )
     datasets: dict[str, Any] = {}
     if job.real is None:
         datasets["real"] = lambda: to_ray(real)
-    if job.arm == "mixed" and generation is not None:
+    if job.mixed and generation is not None:
         datasets.update(_synthetic(job, generation))
-    options = ray.data.ExecutionOptions(preserve_order=config.feed == "lockstep")
+    options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
     trainer = ray.train.torch.TorchTrainer(
-        train_worker,
+        train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=config.num_workers,  # type: ignore[arg-type]
             use_gpu=config.num_gpus > 0,
             resources_per_worker=_resources(config.num_cpus, config.num_gpus),
         ),
@@ -72,7 +81,9 @@ def run_training(
         datasets=datasets,
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
-    trainer.fit()
+    error = (getattr(trainer.fit(), "return_value", None) or {}).get("error")
+    if error:
+        raise ValueError(error)
 
 
 def _synthetic(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:
@@ -86,7 +97,10 @@ def _synthetic(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:
     def stored() -> Any:
         paths = [store.folder.path(name) for name in store.parts()]
         return ray.data.read_parquet(
-            paths, filesystem=store.folder.filesystem, columns=COLUMNS, shuffle="files"
+            paths,
+            filesystem=store.folder.filesystem,
+            columns=COLUMNS,
+            shuffle=ray.data.FileShuffleConfig(seed=job.seed),
         ).filter(expr="accepted")
 
     def stream() -> Any:

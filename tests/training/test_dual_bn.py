@@ -17,6 +17,7 @@ from ray_synth.training.dual_bn import (
     convert_dual_bn,
     domain_split,
     export_aux,
+    export_average,
     export_main,
     has_dual_bn,
     use_bn,
@@ -262,6 +263,44 @@ def test_average_is_between_both():
         torch.testing.assert_close(dual(x), (dual.main(x) + dual.aux(x)) / 2)
     with pytest.raises(ValueError, match="unknown BN 'both'"), use_bn(dual, "both"):
         pass
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(6),
+        nn.BatchNorm2d(6, affine=False, eps=0.01),
+        nn.BatchNorm1d(6, momentum=None),
+        nn.LayerNorm(6),
+    ],
+)
+def test_the_average_is_exported_as_one_plain_layer(norm):
+    shape = (5, 6, 4, 4) if isinstance(norm, nn.BatchNorm2d) else (5, 6)
+    plain = copy.deepcopy(norm).eval()
+    dual = randomise(convert_dual_bn(norm, layer_norm=True)).eval()
+    with torch.no_grad():  # twins that differ, one of them with negative weights
+        for parameter in dual.aux.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    plain.load_state_dict(export_average(dual), strict=True)
+    x = torch.randn(shape)
+    with use_bn(dual, "average"):
+        torch.testing.assert_close(plain(x), dual(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_layer_norm_gets_a_twin_where_asked(name):
+    plain = timm.create_model(name, num_classes=5).eval()
+    x = torch.randn(4, 3, 160, 160)
+    before = plain(x)
+    model = convert_dual_bn(copy.deepcopy(plain), layer_norm=True)
+    assert has_dual_bn(model)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    model.train()
+    with domain_split(model, 3, 1):
+        model(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    plain.load_state_dict(export_average(model), strict=True)
+    assert not has_dual_bn(convert_dual_bn(copy.deepcopy(plain)))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

@@ -4,22 +4,24 @@ import threading
 import time
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_synth.data.images import encode_array
+from ray_synth.training.augmentation import train_transform
+from ray_synth.training.decoder import Decoder
 from ray_synth.training.feed import (
     CachedFeed,
-    Decoder,
     LiveFeed,
     LockstepFeed,
-    Prefetcher,
     StreamedFeed,
-    epoch_positions,
+    derived_seed,
+    epoch_order,
 )
-from ray_synth.training.recipe import train_transform
+from ray_synth.training.prefetch import Prefetcher
 
 
 def row(i: int, **more) -> dict:
@@ -40,13 +42,38 @@ def labels(feed, steps) -> list[int]:
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 500))
-def test_epochs_laid_end_to_end_use_each_item_equally(length, count, start):
-    whole = epoch_positions(0, length * 3, length, seed=5)
-    for epoch in range(3):
-        assert sorted(whole[epoch * length : (epoch + 1) * length]) == list(range(length))
-    long = epoch_positions(0, start + count, length, seed=5)
-    assert epoch_positions(start, count, length, seed=5) == long[start:]
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=60),
+    st.integers(0, 9),
+    st.floats(0.01, 1),
+)
+def test_an_epoch_is_a_permutation_and_a_balanced_one_spreads_each_class_evenly(
+    found, epoch, balance
+):
+    classes = np.array(found)
+    assert sorted(epoch_order(classes, 5, epoch)) == list(range(len(classes)))
+    drawn = np.bincount(epoch_order(classes, 5, epoch, balance), minlength=len(classes))
+    assert drawn.sum() == len(classes)
+    for label in set(found):
+        assert np.ptp(drawn[classes == label]) <= 1
+
+
+def test_balance_draws_rare_classes_as_often_as_frequent_ones():
+    rows = [row(0) for _ in range(90)] + [row(1) for _ in range(10)]
+    shares = []
+    for balance in (0.0, 0.5, 1.0):
+        feed = CachedFeed(rows, decoder(), batch_size=100, seed=0, balance=balance)
+        shares.append(np.mean(labels(feed, 20)))
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[1] == pytest.approx(0.25, abs=0.03)  # 1 : 3, the root of 10 : 90
+    assert shares[2] == pytest.approx(0.5, abs=0.03)
+
+
+def test_repeated_augmentation_draws_an_image_several_times_in_a_row():
+    feed = CachedFeed((row(i) for i in range(8)), decoder(), batch_size=4, seed=0, repeats=2)
+    drawn = labels(feed, 4)
+    assert drawn[::2] == drawn[1::2]
+    assert sorted(drawn) == sorted([*range(8), *range(8)])
 
 
 def test_cached_ranks_share_an_epoch_and_resume_by_step_alone():
@@ -65,7 +92,8 @@ def test_cached_ranks_share_an_epoch_and_resume_by_step_alone():
 
 @pytest.mark.parametrize("augment", ["none", {"crop_scale": [0.5, 1.0]}])
 def test_images_arrive_as_uint8_of_the_model_size(augment):
-    images, found = CachedFeed([row(7)], decoder(augment), batch_size=2, seed=0).batch(0)
+    batch = CachedFeed([row(7)], decoder(augment), batch_size=2, seed=0).batch(0)
+    images, found = batch.images, batch.labels
     assert images.shape == (2, 3, 4, 4)
     assert images.dtype == torch.uint8
     assert (images == 7).all()
@@ -157,10 +185,29 @@ def test_live_waits_for_its_warm_up_only():
 
 def test_live_every_image_is_used_and_the_reservoir_is_bounded():
     feed = LiveFeed(
-        (row(i) for i in range(200)), decoder(), batch_size=8, warmup=200, capacity=16, seed=0
+        (row(i) for i in range(200)), decoder(), batch_size=8, warmup=8, capacity=16, seed=0
     )
-    assert set(labels(feed, 25)) == set(range(200))
-    assert len(feed.used) == 16
+    found, most = set(), 0
+    for step in range(60):
+        found |= set(feed.batch(step).labels.tolist())
+        most = max(most, len(feed.images))
+        time.sleep(0.002)
+    assert found == set(range(200))
+    assert most == 16
+
+
+def test_live_spills_to_a_file_what_memory_does_not_hold():
+    images = [row(i) for i in range(100)]
+    feed = LiveFeed(
+        images, decoder(), batch_size=10, warmup=100, capacity=100, seed=0, memory_bytes=20 * 48
+    )
+    for step in range(30):
+        batch = feed.batch(step)
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            assert (image == label.item()).all()
+    assert feed.images.held_bytes == 20 * 48
+    assert feed.images.spilled == 80
+    feed.close()
 
 
 def test_live_passes_over_rejected_images_and_tells_of_a_broken_stream():
@@ -182,10 +229,10 @@ def test_live_passes_over_rejected_images_and_tells_of_a_broken_stream():
 
 def test_lockstep_keeps_plan_order_and_resumes_in_it():
     rows = [row(i, accepted=i != 2) for i in range(8)]
-    feed = LockstepFeed(iter(rows), decoder(), batch_size=2)
+    feed = LockstepFeed(iter(rows), decoder(), batch_size=2, seed=0)
     order = labels(feed, 6)
     assert order == [0, 1, 3, 4, 5, 6, 7, 0, 1, 3, 4, 5]
-    resumed = LockstepFeed(iter(rows), decoder(), batch_size=2, start_step=4)
+    resumed = LockstepFeed(iter(rows), decoder(), batch_size=2, seed=0, start_step=4)
     assert labels(resumed, 2) == order[8:]
 
 
@@ -193,9 +240,9 @@ def test_prefetching_joins_domains_in_order_and_measures_waiting():
     real = CachedFeed([row(1)], decoder(), batch_size=3, seed=0)
     synthetic = CachedFeed([row(9)], decoder(), batch_size=2, seed=0)
     feed = Prefetcher([real, synthetic], start=0)
-    images, found = feed.next()
-    assert found.tolist() == [1, 1, 1, 9, 9]
-    assert images.shape == (5, 3, 4, 4)
+    batch = feed.next()
+    assert batch.labels.tolist() == [1, 1, 1, 9, 9]
+    assert batch.images.shape == (5, 3, 4, 4)
     feed.close()
 
     class Late(CachedFeed):
@@ -222,8 +269,62 @@ def test_an_error_in_a_feed_reaches_the_training_thread():
 
 def test_reservoir_replays_are_spread_over_classes():
     feed = LiveFeed(
-        (row(i % 4) for i in range(40)), decoder(), batch_size=40, warmup=40, capacity=99, seed=0
+        (row(max(0, i - 36)) for i in range(40)),
+        decoder(),
+        batch_size=40,
+        warmup=40,
+        capacity=99,
+        seed=0,
     )
     feed.batch(0)
-    counts = Counter(labels(feed, 20))
-    assert min(counts.values()) > 100
+    counts = Counter(labels(feed, 20))  # 37 images of class 0, one of each other
+    assert min(counts.values()) > 150
+
+
+CROPS = {"crop_scale": [0.3, 1.0], "flip": 0.5}
+
+
+def noisy(i: int) -> dict:
+    pixels = np.random.default_rng(i).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    return {"image": encode_array(pixels), "class_index": i, "sample_id": f"s{i}"}
+
+
+def test_random_crops_are_a_function_of_seed_and_step_in_any_number_of_processes():
+    def batches(workers: int) -> list[torch.Tensor]:
+        d = Decoder(train_transform(16, CROPS), workers=workers)
+        feed = CachedFeed((noisy(i) for i in range(6)), d, batch_size=4, seed=3)
+        found = [feed.batch(step).images for step in (5, 6)]
+        d.close()
+        return found
+
+    alone, again, pooled = batches(0), batches(0), batches(2)
+    assert not torch.equal(alone[0], alone[1])
+    for one, two, three in zip(alone, again, pooled, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+def test_a_corrupt_image_in_mid_epoch_is_set_aside_and_another_takes_its_place():
+    d = Decoder(train_transform(16, CROPS))
+    bad = {"image": b"broken", "class_index": 5, "sample_id": "bad"}
+    feed = CachedFeed([noisy(1), noisy(2), bad], d, batch_size=3, seed=0)
+    for step in range(5):
+        batch = feed.batch(step)
+        assert set(batch.labels.tolist()) <= {1, 2}
+        assert "bad" not in batch.names
+    assert d.corrupt == ["bad"]
+    with pytest.raises(ValueError, match="no image of a whole batch could be decoded"):
+        CachedFeed([bad], d, batch_size=2, seed=0).batch(0)
+
+
+def test_a_label_out_of_range_is_an_error_that_names_the_image():
+    d = Decoder(train_transform(4, "none"), num_classes=3)
+    with pytest.raises(ValueError, match="x.png has label 3, out of range"):
+        CachedFeed([row(1), row(3, image_id="x.png")], d, batch_size=1, seed=0)
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
+def test_derived_seeds_fit_and_repeat(numbers):
+    assert 0 <= derived_seed(*numbers) < 2**63
+    assert derived_seed(*numbers) == derived_seed(*numbers)
+    assert derived_seed(*numbers) != derived_seed(*numbers, 1)

@@ -1,64 +1,137 @@
-"""Ray Train over the real generation stream: order, several workers, stored and lockstep feeds."""
+"""Ray Train over the real generation stream: order, several workers, lost ones, and bad numbers."""
 
-import pyarrow as pa
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
-from test_store import plan_rows
-from tiny import embedded
+import torch
+from digits import train_digits
 
-from ray_synth.config import SourceConfig, TrainingConfig
-from ray_synth.data.dataset import load_index, select
-from ray_synth.generation.chunks import PlanFile
-from ray_synth.generation.maker import GenerationJob
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
-from ray_synth.generation.stream import make_images
+from ray_synth.config import TrainingConfig
 from ray_synth.storage import Folder
-from ray_synth.training.loop import TrainJob, total_steps
-from ray_synth.training.trainer import run_training
+from ray_synth.training.job import total_steps
+from ray_synth.training.loop import LossWatch, _point
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-GENERATION = embedded(batch_size=8)
-
-
-def train(folder: Folder, name: str, **settings) -> dict:
-    config = TrainingConfig(
-        model="test_resnet",
-        image_size=32,
-        augment="digits",
-        steps=8,
-        batch_size=8,
-        num_cpus=0.5,
-        log_every=1,
-        **settings,
-    )
-    index = select(load_index(SourceConfig(format="digits", split="train"), NAMES), 3, seed=0)
-    plan = pa.Table.from_pylist(plan_rows(32), schema=PLAN_SCHEMA)
-    folder.write_table("plan.parquet", plan)
-    made = GenerationJob(GENERATION, PlanFile(folder), ImageStore(folder.child("images")))
-    if config.feed == "stored":
-        make_images(made)
-    job = TrainJob("mixed", config, 8, NAMES, 0, folder, index, 10**6, num_synthetic=32)
-    run_training(job, made, real=index, run_name=name)
-    return folder.read_json("models/mixed.json")
+HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
-def test_stored_feed_trains_on_two_workers_in_step(local_ray, tmp_path):
-    card = train(Folder(tmp_path), "two", feed="stored", num_workers=2)
+def test_two_workers_train_in_step_from_a_store(local_ray, tmp_path):
+    card = train_digits(Folder(tmp_path), feed="stored", num_workers=2, accumulate_steps=2)
     assert [point["step"] for point in card["curve"]] == list(range(1, 9))
-    assert card["real_images_seen"] == 8 * 4 * 2
-    assert card["bns"] == ["main", "aux"]
+    assert card["real_images_seen"] == 8 * 4 * 2 * 2
+    assert card["bns"] == ["main", "aux", "average"]
+
+
+def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(local_ray, tmp_path):
+    optimizer = {"name": "sgd", "lr": 1e30, "clip_grad_norm": None, "warmup_fraction": 0.9}
+    with pytest.raises(ValueError, match=r"the loss of step (\d+) is not a number") as error:
+        train_digits(
+            Folder(tmp_path), feed="stored", steps=40, checkpoint_every=1, optimizer=optimizer
+        )
+    text = str(error.value)
+    assert "images " in text and "optimizer.lr" in text
+    step = int(text.split("loss of step ")[1].split(maxsplit=1)[0])
+    assert f"the checkpoint of step {step - 1} is kept" in text or step == 1
+    states = sorted(tmp_path.glob("checkpoints/run/checkpoint_*/state.pt"))
+    kept = torch.load(states[-1], weights_only=True)
+    assert kept["history"]["step"] == step - 1
+    assert all(value.isfinite().all() for value in kept["model"].values())
+
+
+def training_processes(parent: int) -> list[psutil.Process]:
+    """The training workers that a driver's own Ray has started."""
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        try:
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def wait_until(ready, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "it never came to where it should be killed"
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
-def test_lockstep_gives_the_same_model_again(local_ray, tmp_path):
-    first = train(Folder(tmp_path / "a"), "a", feed="lockstep", num_threads=1)
-    second = train(Folder(tmp_path / "b"), "b", feed="lockstep", num_threads=1)
-    assert first["curve"] == second["curve"]
-    weights = [(tmp_path / x / "models" / "mixed.main.safetensors").read_bytes() for x in "ab"]
+def test_lockstep_gives_the_same_curve_after_a_lost_worker_and_a_lost_driver(tmp_path):
+    """2 workers: one is killed in mid-epoch, later the driver; then the same command ends it."""
+    settings = {
+        "feed": "lockstep",
+        "num_workers": 2,
+        "steps": 30,
+        "rows": 200,
+        "checkpoint_every": 5,
+        "seconds": 0.4,
+    }
+
+    def line(name: str) -> list[str]:
+        return [sys.executable, str(HERE / "digits.py"), str(tmp_path / name), json.dumps(settings)]
+
+    def checkpoints() -> int:
+        return len(list((tmp_path / "disturbed").glob("checkpoints/run/checkpoint_*/state.pt")))
+
+    subprocess.run(line("whole"), check=True, timeout=200)
+    driver = subprocess.Popen(line("disturbed"))
+    try:
+        wait_until(lambda: checkpoints() >= 1, driver)
+        training_processes(driver.pid)[1].kill()
+        before = {p.pid for p in training_processes(driver.pid)}
+        wait_until(
+            lambda: len({p.pid for p in training_processes(driver.pid)} - before) == 2, driver
+        )
+        wait_until(lambda: checkpoints() >= 2, driver)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert not (tmp_path / "disturbed" / "models" / "mixed.json").exists()
+    subprocess.run(line("disturbed"), check=True, timeout=200)
+    cards = [
+        Folder(tmp_path / name).read_json("models/mixed.json") for name in ("whole", "disturbed")
+    ]
+    assert len(cards[0]["curve"]) == 30
+    assert cards[0]["curve"] == cards[1]["curve"]
+    weights = [
+        (tmp_path / name / "models" / "mixed.main.safetensors").read_bytes()
+        for name in ("whole", "disturbed")
+    ]
     assert weights[0] == weights[1]
+
+
+def test_the_first_loss_that_is_not_finite_is_found_and_the_watch_starts_anew():
+    watch = LossWatch()
+    for step, loss in enumerate([1.0, 2.0, float("inf"), float("nan")]):
+        watch.add(step, torch.tensor(loss), [f"image{step}"])
+    assert watch.first_bad() == (2, ["image2"])
+    watch.add(4, torch.tensor(1.0), [])
+    assert watch.first_bad() is None
+
+
+def test_a_point_of_the_curve_is_a_mean_over_images():
+    point = _point(torch.tensor([6.0, 1.0, 4.0, 20.0, 8.0, 10.0]), 0.5, world_size=1)
+    assert point == {
+        "loss_real": 1.5,
+        "train_top1_real": 0.25,
+        "loss_synth": 2.0,
+        "train_top1_synth": 0.8,
+        "loss": 2.5,
+    }
+    assert "loss_synth" not in _point(torch.tensor([6.0, 1, 4, 0, 0, 0]), 0.5, world_size=1)
 
 
 def test_epochs_are_counted_over_all_workers():
     config = TrainingConfig(epochs=3, batch_size=8, num_workers=2)
     assert total_steps(config, 80) == 3 * 80 // 8
     assert total_steps(config, 1) == 3
+    assert total_steps(config.model_copy(update={"accumulate_steps": 2}), 80) == 3 * 5

@@ -1,0 +1,55 @@
+"""Trained models as plain timm state dicts, and what there is to say about their training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ray_synth.training.job import TrainJob
+
+if TYPE_CHECKING:
+    from ray_synth.training.learner import Learner
+
+
+def export_models(
+    job: TrainJob, learner: Learner, history: dict[str, Any], synthetic: Any = None
+) -> None:
+    """Write `models/<arm>.<bn>.safetensors`, one a choice of BN, and `models/<arm>.json`.
+
+    Args:
+        synthetic: the synthetic feed; a live one says how many images came and how many were drawn
+            again.
+    """
+    from safetensors.torch import save
+
+    from ray_synth.training.dual_bn import export_aux, export_average, export_main, has_dual_bn
+
+    model = learner.ema.module if learner.ema else learner.model
+    choices = {"main": export_main}
+    if has_dual_bn(model):
+        choices |= {"aux": export_aux, "average": export_average}
+    for bn, export in choices.items():
+        weights = {key: value.detach().cpu().contiguous() for key, value in export(model).items()}
+        job.folder.write_bytes(
+            f"models/{job.arm}.{bn}.safetensors", save(weights, {"format": "pt"})
+        )
+    config, seconds = job.config, history["seconds"]
+    card = {
+        "arm": job.arm,
+        "model": config.model,
+        "model_kwargs": config.model_kwargs,
+        "class_names": list(job.class_names),
+        "image_size": config.image_size,
+        **{key: learner.data_config[key] for key in ("mean", "std", "interpolation")},
+        "bns": list(choices),
+        "steps": job.steps,
+        "num_synthetic": job.num_synthetic,
+        "real_images_seen": history["real_images_seen"],
+        "seconds": seconds,
+        "stall_fraction": history["stalled"] / seconds if seconds else 0.0,
+        "corrupt": history["corrupt"],
+        "curve": history["curve"],
+    }
+    if hasattr(synthetic, "replayed"):
+        card["synthetic_arrived"] = synthetic.arrived
+        card["synthetic_replayed"] = synthetic.replayed
+    job.folder.write_json(f"models/{job.arm}.json", card)

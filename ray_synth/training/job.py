@@ -1,0 +1,72 @@
+"""What a training worker is told: one arm of a run, by value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray_synth.config import TrainingConfig
+from ray_synth.data.dataset import Index
+from ray_synth.generation.store import ImageStore
+from ray_synth.storage import Folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker needs.
+
+    Attributes:
+        arm: names the files under `models/` and the curves; `mixed`, `real_only`, ...
+        steps: optimizer steps; each sees the same number of real images in all arms.
+        real: the index of real training images, or None where they are streamed by Ray Data.
+        num_synthetic: this many first rows of the run's plan are trained on; 0: real images alone.
+        tracking: MLflow's uri and run id, or None.
+        board: the progress board's handle.
+    """
+
+    arm: str
+    config: TrainingConfig
+    steps: int
+    class_names: tuple[str, ...]
+    seed: int
+    folder: Folder
+    real: Index | None
+    max_pixels: int
+    num_synthetic: int = 0
+    tracking: dict[str, str] | None = None
+    board: Any = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether synthetic images are trained on."""
+        return self.num_synthetic > 0
+
+    @property
+    def num_synth(self) -> int:
+        """Synthetic images in each worker's batch."""
+        return self.config.num_synth if self.mixed else 0
+
+    @property
+    def store(self) -> ImageStore:
+        return ImageStore(self.folder.child("images"))
+
+    def read_plan(self) -> pa.Table:
+        """The rows of the plan that are trained on."""
+        return self.folder.read_rows("plan.parquet", 0, self.num_synthetic)
+
+    @property
+    def reads_store(self) -> bool:
+        """Whether each worker loads the finished store itself, small as it is."""
+        return self.config.feed == "stored" and self.num_synthetic <= self.config.cache_images
+
+
+def total_steps(config: TrainingConfig, num_real_images: int) -> int:
+    """Optimizer steps of a run: given, or the real epochs' (at least one each, of all workers)."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    a_step = config.num_real * config.max_workers * config.accumulate_steps
+    return config.epochs * max(1, num_real_images // a_step)
