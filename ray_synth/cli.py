@@ -125,12 +125,35 @@ def train(
 
 @app.command()
 def evaluate(
-    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    force_stage: Force = None,
+    model: Annotated[
+        str | None, typer.Option(help="test this timm model instead of the run's own")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="its weights, safetensors")] = None,
+    pretrained: Annotated[bool, typer.Option(help="with timm's own weights")] = False,
+    name: Annotated[str | None, typer.Option(help="names the results")] = None,
 ) -> None:
-    """Test the trained models, and stop."""
+    """Test the trained models, or any timm checkpoint, and stop."""
     settings = load_config(config, overrides)
-    _run(settings, "evaluation", force_stage)
-    _done(settings, "stages/evaluation.json")
+    if model is None:
+        if checkpoint or pretrained or name:
+            raise ValueError("--checkpoint, --pretrained and --name go with --model")
+        _run(settings, "evaluation", force_stage)
+        _done(settings, "stages/evaluation.json")
+        return
+    from rich.console import Console
+
+    from ray_synth.cluster import runs_folder
+    from ray_synth.evaluation.checkpoint import evaluate_checkpoint
+    from ray_synth.report.table import result_table
+
+    folder = runs_folder(settings.runs_dir).child(settings.name).child("evaluations")
+    results = evaluate_checkpoint(
+        settings, folder, model=model, checkpoint=checkpoint, pretrained=pretrained, name=name
+    )
+    Console().print(result_table(model, results))
 
 
 @app.command()

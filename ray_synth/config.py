@@ -37,8 +37,10 @@ class SourceConfig(Section):
     image_column: str = "image"
     label_column: str = "label"
     images_per_class: Positive | None = Field(None, description="take at most this many a class")
-    class_map: dict[str, str] | None = Field(
-        None, description="label in this source -> class name; labels left out are ignored"
+    class_map: Literal["imagenet_wnids", "imagenet_indices"] | dict[str, str] | None = Field(
+        None,
+        description="label in this source -> class name; labels left out are ignored. Or how "
+        "ImageNet's folders are named",
     )
 
     @model_validator(mode="after")
@@ -55,7 +57,9 @@ class DataConfig(Section):
     test: SourceConfig
     ood: dict[str, SourceConfig] = Field(default_factory=dict)
     class_names: list[str] | str | None = Field(
-        None, description="names, or a text file with one a line; default: the labels themselves"
+        None,
+        description="names, 'imagenet', or a text file with one a line; default: the labels "
+        "themselves",
     )
     max_pixels: Positive = Field(50_000_000, description="larger images are set aside")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_synth.config import SourceConfig
+from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
 from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
 
@@ -52,7 +53,9 @@ class Index:
 
 
 def read_class_names(given: list[str] | str | None) -> tuple[str, ...] | None:
-    """Class names from the config: a list, or a text file with one a line."""
+    """Class names from the config: a list, `imagenet`, or a text file with one a line."""
+    if given == "imagenet":
+        return imagenet.class_names()
     if isinstance(given, str):
         if not Path(given).is_file():
             raise ValueError(f"no file of class names at {given}")
@@ -80,7 +83,10 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
     if not flat:
         raise ValueError(f"{source.path or source.format} holds no images")
     if source.class_map:
-        flat = [source.class_map.get(label, "") for label in flat]
+        mapping = source.class_map
+        if isinstance(mapping, str):
+            mapping = imagenet.class_map(mapping)
+        flat = [mapping.get(label, "") for label in flat]
     found = set(flat) - {""}
     if class_names is None:
         class_names = tuple(sorted(found))

@@ -1,18 +1,22 @@
-"""Exact top-1 and top-5 counts, and their intervals. Pure; no Ray.
+"""Exact counts, calibration, and the intervals of both. Pure; no Ray.
 
 Counts are added over batches, so the result is the same whatever the batches were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+VERDICT = ("top1", "top5", "confidence", "nll")
+BINS = 15  # of the calibration error, as in Guo et al. (arXiv 1706.04599)
+BASELINE = "real_only"
 
-def hits(logits: np.ndarray, labels: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
-    """Whether each row's label is its best, and among its five best.
+
+def judge(logits: np.ndarray, labels: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
+    """What a model made of some images.
 
     Args:
         logits: (rows, classes) float.
@@ -20,8 +24,12 @@ def hits(logits: np.ndarray, labels: np.ndarray, allowed: np.ndarray | None = No
         allowed: class indices to choose among (test sets with some of the classes), or None.
 
     Returns:
-        (rows, 2) bool: top-1, top-5. Ties go to the lower class index.
+        (rows, 4) float64, the columns of `VERDICT`: whether the label is the best class, and among
+        the five best (ties go to the lower class index); the probability given to the best class; and
+        the negative log likelihood of the label, in nats.
     """
+    from scipy.special import log_softmax
+
     scores = np.asarray(logits, dtype=np.float64)
     if allowed is not None:
         masked = np.full_like(scores, -np.inf)
@@ -29,43 +37,122 @@ def hits(logits: np.ndarray, labels: np.ndarray, allowed: np.ndarray | None = No
         scores = masked
     best = np.argsort(-scores, axis=1, kind="stable")[:, :5]
     right = best == np.asarray(labels)[:, None]
-    return np.stack([right[:, 0], right.any(axis=1)], axis=1)
+    log_probabilities = log_softmax(scores, axis=1)
+    rows = np.arange(len(scores))
+    return np.column_stack(
+        [
+            right[:, 0],
+            right.any(axis=1),
+            np.exp(log_probabilities[rows, best[:, 0]]),
+            -log_probabilities[rows, labels],
+        ]
+    )
 
 
 class Tally:
-    """Counts by (model, test set, class): images, top-1 hits, top-5 hits."""
+    """Sums by (model, test set): of each class, of each calibration bin, and against the baseline."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self._counts: dict[tuple[str, str], np.ndarray] = {}
+        self._sums: dict[tuple[str, str], _Sums] = {}
 
-    def add(self, model: str, test_set: str, labels: np.ndarray, right: np.ndarray) -> None:
-        """Add a batch's `hits`."""
-        counts = self._counts.setdefault(
-            (model, test_set), np.zeros((self.num_classes, 3), dtype=np.int64)
-        )
-        rows = np.column_stack([np.ones(len(labels), dtype=np.int64), right.astype(np.int64)])
-        np.add.at(counts, labels, rows)
+    def add(self, model: str, test_set: str, labels: np.ndarray, verdicts: np.ndarray) -> None:
+        """Add a batch of one model's verdicts (`judge`)."""
+        self.add_all(test_set, labels, {model: verdicts})
+
+    def add_all(
+        self, test_set: str, labels: np.ndarray, verdicts: Mapping[str, np.ndarray]
+    ) -> None:
+        """Add all models' verdicts on one batch of images."""
+        base = verdicts.get(BASELINE)
+        for model, found in verdicts.items():
+            sums = self._sums.setdefault((model, test_set), _Sums(self.num_classes))
+            sums.add(labels, found, base)
 
     def results(self, class_names: Iterable[str]) -> dict[tuple[str, str], dict[str, Any]]:
-        """For each (model, test set): top1, top5, their intervals, counts and classes."""
+        """For each (model, test set): top1, top5, intervals, calibration, classes, and the gain."""
         names = list(class_names)
-        return {key: _summary(counts, names) for key, counts in self._counts.items()}
+        found = {key: sums.summary(names) for key, sums in self._sums.items()}
+        for (model, _), result in found.items():
+            if model == BASELINE:
+                result.pop("gain", None)
+        return found
 
 
-def _summary(counts: np.ndarray, names: list[str]) -> dict[str, Any]:
-    images, top1, top5 = (int(total) for total in counts.sum(axis=0))
+class _Sums:
+    """Integer counts and float sums of one model on one test set."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.classes = np.zeros((num_classes, 3), dtype=np.int64)  # images, top-1, top-5
+        self.bins = np.zeros((BINS, 3))  # images, confidence, top-1
+        self.nll = 0.0
+        self.pairs: np.ndarray | None = None  # only this model right, only the baseline
+
+    def add(self, labels: np.ndarray, found: np.ndarray, base: np.ndarray | None) -> None:
+        top1, top5, confidence, nll = found.T
+        ones = np.ones(len(labels))
+        rows = np.column_stack([ones, top1, top5]).astype(np.int64)
+        np.add.at(self.classes, labels, rows)
+        places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+        np.add.at(self.bins, places, np.column_stack([ones, confidence, top1]))
+        self.nll += float(nll.sum())
+        if base is not None:
+            mine, theirs = top1.astype(bool), base[:, 0].astype(bool)
+            pairs = np.array([(mine & ~theirs).sum(), (~mine & theirs).sum()])
+            self.pairs = pairs if self.pairs is None else self.pairs + pairs
+
+    def summary(self, names: list[str]) -> dict[str, Any]:
+        images, top1, top5 = (int(total) for total in self.classes.sum(axis=0))
+        seen = self.bins[self.bins[:, 0] > 0]
+        result = {
+            "top1": 100 * top1 / images,
+            "top1_interval": interval(top1, images),
+            "top5": 100 * top5 / images,
+            "top5_interval": interval(top5, images),
+            "images": images,
+            "nll": self.nll / images,
+            # Expected calibration error in points: |confidence - accuracy|, weighted by images.
+            "ece": 100 * float(np.abs(seen[:, 1] - seen[:, 2]).sum()) / images,
+            "calibration": [
+                {"images": int(n), "confidence": 100 * conf / n, "top1": 100 * right / n}
+                for n, conf, right in seen
+            ],
+            "by_class": {
+                name: 100 * int(row[1]) / int(row[0])
+                for name, row in zip(names, self.classes, strict=True)
+                if row[0]
+            },
+            "class_images": {
+                name: int(row[0]) for name, row in zip(names, self.classes, strict=True) if row[0]
+            },
+        }
+        if self.pairs is not None:
+            result["gain"] = paired_gain(int(self.pairs[0]), int(self.pairs[1]), images)
+        return result
+
+
+def paired_gain(only_after: int, only_before: int, images: int) -> dict[str, Any]:
+    """The gain of one model over another on the same images, in points.
+
+    Args:
+        only_after, only_before: images that only the one, or only the other, got right.
+
+    Returns:
+        `top1`; `interval`, 95%, of Bonett and Price (Computational Statistics & Data Analysis 56,
+        2012); `p_value` of the exact McNemar test; `verdict`: gain | loss | unclear.
+    """
+    from scipy.stats import binomtest, norm
+
+    after, before = (only_after + 1) / (images + 2), (only_before + 1) / (images + 2)
+    difference = after - before
+    half = norm.ppf(0.975) * ((after + before - difference**2) / (images + 2)) ** 0.5
+    low, high = 100 * max(-1.0, difference - half), 100 * min(1.0, difference + half)
+    differing = only_after + only_before
     return {
-        "top1": 100 * top1 / images,
-        "top1_interval": interval(top1, images),
-        "top5": 100 * top5 / images,
-        "top5_interval": interval(top5, images),
-        "images": images,
-        "by_class": {
-            name: 100 * int(row[1]) / int(row[0])
-            for name, row in zip(names, counts, strict=True)
-            if row[0]
-        },
+        "top1": 100 * (only_after - only_before) / images,
+        "interval": [float(low), float(high)],
+        "p_value": float(binomtest(only_after, differing).pvalue) if differing else 1.0,
+        "verdict": "gain" if low > 0 else "loss" if high < 0 else "unclear",
     }
 
 

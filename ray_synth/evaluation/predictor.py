@@ -14,7 +14,7 @@ import numpy as np
 
 from ray_synth.config import EvaluationConfig
 from ray_synth.data.dataset import Index, to_ray
-from ray_synth.evaluation.accuracy import Tally, hits
+from ray_synth.evaluation.accuracy import VERDICT, Tally, judge
 from ray_synth.storage import Folder
 
 log = logging.getLogger("ray_synth")
@@ -58,15 +58,21 @@ class Predictor:
                     card["model"],
                     num_classes=len(card["class_names"]),
                     model_kwargs=card["model_kwargs"],
+                    pretrained=card.get("pretrained", False),
                 )
-                model.load_state_dict(load(folder.read_bytes(f"models/{arm}.{bn}.safetensors")))
-                name = arm if card["bns"] == ["main"] and arm == "real_only" else f"{arm}.{bn}"
+                if not card.get("pretrained"):
+                    weights = folder.read_bytes(f"models/{arm}.{bn}.safetensors")
+                    model.load_state_dict(load(weights))
+                name = arm if len(card["bns"]) == 1 else f"{arm}.{bn}"
+                if arm == "mixed" and card["bns"] == ["main"]:
+                    name = "mixed.main"
                 self.models[name] = model.eval().to(self.device)
             self.transform = eval_transform(
                 card["image_size"],
                 mean=card["mean"],
                 std=card["std"],
                 interpolation=card["interpolation"],
+                crop_pct=card["crop_pct"],
             )
         self.decoder = Decoder(self.transform, max_pixels)
 
@@ -90,23 +96,23 @@ class Predictor:
             batch_of = self.decoder.batch([item for item in items if item is not None])
             images = self.transform.batch(batch_of.images.to(self.device))
         for name, model in self.models.items():
-            right = np.zeros((count, 2), dtype=bool)
+            verdicts = np.zeros((count, len(VERDICT)))
             if images is not None:
                 with torch.inference_mode():
                     logits = model(images).float().cpu().numpy()
-                right[good] = self._hits(logits, batch, np.array(good))
-            output[f"top1/{name}"], output[f"top5/{name}"] = right[:, 0], right[:, 1]
+                verdicts[good] = self._judge(logits, batch, np.array(good))
+            output[f"model/{name}"] = verdicts
         return output
 
-    def _hits(
+    def _judge(
         self, logits: np.ndarray, batch: dict[str, np.ndarray], rows: np.ndarray
     ) -> np.ndarray:
-        right = np.zeros((len(rows), 2), dtype=bool)
+        verdicts = np.zeros((len(rows), len(VERDICT)))
         for test_set in np.unique(batch["test_set"][rows]):
             mine = np.flatnonzero(batch["test_set"][rows] == test_set)
             labels = batch["class_index"][rows[mine]]
-            right[mine] = hits(logits[mine], labels, self.allowed.get(str(test_set)))
-        return right
+            verdicts[mine] = judge(logits[mine], labels, self.allowed.get(str(test_set)))
+        return verdicts
 
 
 def evaluate(
@@ -126,6 +132,8 @@ def evaluate(
     """
     import ray.data
 
+    for name, index in test_sets.items():
+        warn_of_missing(name, index)
     allowed = None
     if config.restrict_to_test_classes:
         allowed = {name: np.unique(index.label) for name, index in test_sets.items()}
@@ -155,11 +163,34 @@ def evaluate(
         for test_set in np.unique(batch["test_set"]):
             rows = (batch["test_set"] == test_set) & ~bad
             labels = batch["class_index"][rows]
-            for key in batch:
-                if key.startswith("top1/") and len(labels):
-                    model = key.removeprefix("top1/")
-                    right = np.stack([batch[key][rows], batch[f"top5/{model}"][rows]], axis=1)
-                    tally.add(model, str(test_set), labels, right)
+            verdicts = {
+                key.removeprefix("model/"): values[rows]
+                for key, values in batch.items()
+                if key.startswith("model/")
+            }
+            if len(labels):
+                tally.add_all(str(test_set), labels, verdicts)
         if board is not None:
             board.add.remote("tested", len(bad))
     return tally.results(class_names), corrupt
+
+
+def warn_of_missing(test_set: str, index: Index) -> None:
+    """Say which classes a test set has no image of; raise where it has none at all.
+
+    Raises:
+        ValueError: the test set is empty.
+    """
+    counts = index.counts()
+    missing = [name for name, count in counts.items() if not count]
+    if len(missing) == len(counts):
+        raise ValueError(f"test set {test_set!r} has no image of any class; check its path")
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        log.warning(
+            "test set %r has no image of %d of %d classes (%s): it is tested on the others",
+            test_set,
+            len(missing),
+            len(counts),
+            shown,
+        )

@@ -44,7 +44,7 @@ def comparison_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         bn = statistics if has_aux else ""
         gains = {
-            name: gain(result, baseline[name])
+            name: result.get("gain") or gain(result, baseline[name])
             for name, result in results.items()
             if path[0] != "real_only" and name in baseline
         }
@@ -127,3 +127,32 @@ def _by_test_set(node: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
         return {}
     results = {IN_DOMAIN: node[IN_DOMAIN]} if node.get(IN_DOMAIN) else {}
     return {**results, **{name: found for name, found in (node.get("ood") or {}).items() if found}}
+
+
+def result_table(model: str, results: dict[str, dict[str, Any]]) -> Table:
+    """One model's results for a terminal, a row a test set."""
+    from rich.table import Table
+
+    table = Table(title=model, title_justify="left")
+    for column in (
+        "test set",
+        "images",
+        "top-1",
+        "95% interval",
+        "top-5",
+        "calibration error",
+        "NLL",
+    ):
+        table.add_column(column, justify="left" if column == "test set" else "right")
+    for test_set, result in results.items():
+        low, high = result["top1_interval"]
+        table.add_row(
+            test_set_label(test_set),
+            f"{result['images']:,}",
+            f"{result['top1']:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{result['top5']:.1f}",
+            f"{result['ece']:.1f}",
+            f"{result['nll']:.3f}",
+        )
+    return table

@@ -40,6 +40,8 @@ def export_models(
         "class_names": list(job.class_names),
         "image_size": config.image_size,
         **{key: learner.data_config[key] for key in ("mean", "std", "interpolation")},
+        # Where training cropped at random, the test takes the centre that the model's authors took.
+        "crop_pct": learner.data_config["crop_pct"] if learner.transform.random else 1.0,
         "bns": list(choices),
         "steps": job.steps,
         "num_synthetic": job.num_synthetic,

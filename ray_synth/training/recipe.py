@@ -28,6 +28,7 @@ def build_model(
     pretrained: bool = False,
     checkpoint: str | Path | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    keep_classifier: bool = False,
 ) -> nn.Module:
     """A timm model by name.
 
@@ -38,6 +39,7 @@ def build_model(
         pretrained: fetch timm's weights.
         checkpoint: a safetensors file to start from; a classifier of another size is left out.
         model_kwargs: further arguments of the timm model.
+        keep_classifier: refuse a checkpoint whose classifier is of another size.
 
     Raises:
         ValueError: for an unknown name (with the nearest ones), for arguments that the model
@@ -54,7 +56,7 @@ def build_model(
     except TypeError as error:
         raise ValueError(f"timm model {name!r} refuses model_kwargs: {error}") from error
     if checkpoint is not None:
-        _load_checkpoint(model, Path(checkpoint))
+        _load_checkpoint(model, Path(checkpoint), keep_classifier)
     return model
 
 
@@ -199,7 +201,7 @@ def mixed_loss(
     return loss_real + lambda_synth * loss_synth, loss_real, loss_synth
 
 
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
+def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> None:
     from safetensors.torch import load_file
 
     if path.suffix != ".safetensors" or not path.is_file():
@@ -208,7 +210,7 @@ def _load_checkpoint(model: nn.Module, path: Path) -> None:
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     for key in [key for key in weights if key.startswith(tuple(f"{head}." for head in heads))]:
-        if key in own and own[key].shape != weights[key].shape:
+        if not keep_classifier and key in own and own[key].shape != weights[key].shape:
             weights[key] = own[key]
     wrong = [
         *(f"{key} is missing" for key in own.keys() - weights.keys()),

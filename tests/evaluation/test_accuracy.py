@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from ray_synth.evaluation.accuracy import Tally, hits, interval
+from ray_synth.evaluation.accuracy import BINS, Tally, interval, judge, paired_gain
 
 
 @given(st.integers(1, 60), st.integers(6, 12), st.integers(0, 10**6), st.integers(1, 20))
@@ -17,7 +17,7 @@ def test_counts_agree_with_scikit_learn_for_any_batches(rows, classes, seed, bat
     tally = Tally(classes)
     for at in range(0, rows, batch):
         part = slice(at, at + batch)
-        tally.add("m", "t", labels[part], hits(logits[part], labels[part]))
+        tally.add("m", "t", labels[part], judge(logits[part], labels[part]))
     found = tally.results([str(i) for i in range(classes)])[("m", "t")]
     for k in (1, 5):
         expected = top_k_accuracy_score(labels, logits, k=k, labels=np.arange(classes))
@@ -28,13 +28,16 @@ def test_counts_agree_with_scikit_learn_for_any_batches(rows, classes, seed, bat
 
 def test_a_test_set_with_some_classes_chooses_among_those():
     logits = np.array([[9.0, 1.0, 2.0, 0.0, 0.0, 0.0]])
-    assert not hits(logits, np.array([2]))[0, 0]
-    assert hits(logits, np.array([2]), np.array([1, 2]))[0, 0]
+    assert not judge(logits, np.array([2]))[0, 0]
+    top1, _, confidence, nll = judge(logits, np.array([2]), np.array([1, 2]))[0]
+    assert top1
+    assert confidence == pytest.approx(1 / (1 + np.exp(-1.0)))
+    assert nll == pytest.approx(-np.log(confidence))
 
 
 def test_ties_go_to_the_lower_index():
-    assert hits(np.zeros((1, 9)), np.array([0])).tolist() == [[True, True]]
-    assert hits(np.zeros((1, 9)), np.array([5])).tolist() == [[False, False]]
+    assert judge(np.zeros((1, 9)), np.array([0]))[0, :2].tolist() == [True, True]
+    assert judge(np.zeros((1, 9)), np.array([5]))[0, :2].tolist() == [False, False]
 
 
 def test_the_interval_is_wilsons():
@@ -42,3 +45,62 @@ def test_the_interval_is_wilsons():
     assert interval(8, 10) == pytest.approx([49.02, 94.33], abs=0.01)
     assert interval(0, 10)[0] == 0
     assert interval(10, 10)[1] == 100
+
+
+@given(st.integers(1, 200), st.integers(0, 10**6), st.integers(1, 50))
+def test_calibration_is_the_gap_of_confidence_and_accuracy_in_bins(rows, seed, batch):
+    rng = np.random.default_rng(seed)
+    logits, labels = 3 * rng.normal(size=(rows, 4)), rng.integers(4, size=rows)
+    tally = Tally(4)
+    for at in range(0, rows, batch):
+        part = slice(at, at + batch)
+        tally.add("m", "t", labels[part], judge(logits[part], labels[part]))
+    found = tally.results("abcd")[("m", "t")]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    expected = 0.0
+    for low in np.arange(BINS) / BINS:
+        mine = (confidence > low) & (confidence <= low + 1 / BINS)
+        if mine.any():
+            expected += abs(confidence[mine].mean() - right[mine].mean()) * mine.mean()
+    assert found["ece"] == pytest.approx(100 * expected, abs=1e-9)
+    assert found["nll"] == pytest.approx(log_loss(labels, probabilities, labels=range(4)))
+    assert sum(entry["images"] for entry in found["calibration"]) == rows
+    assert found["class_images"] == {
+        name: int(n) for name, n in zip("abcd", np.bincount(labels, minlength=4), strict=True) if n
+    }
+
+
+def test_a_gain_is_paired_over_the_same_images():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(6, size=500)
+    good = np.eye(6)[labels] + 0.6 * rng.normal(size=(500, 6))
+    bad = good + 0.3 * rng.normal(size=(500, 6))
+    tally = Tally(6)
+    verdicts = {"real_only": judge(bad, labels), "mixed.main": judge(good, labels)}
+    tally.add_all("t", labels, verdicts)
+    found = tally.results("abcdef")
+    gain = found[("mixed.main", "t")]["gain"]
+    expected = found[("mixed.main", "t")]["top1"] - found[("real_only", "t")]["top1"]
+    assert gain["top1"] == pytest.approx(expected)
+    assert gain["interval"][0] < expected < gain["interval"][1]
+    assert "gain" not in found[("real_only", "t")]
+    # Paired on the same images it is narrower than from two separate intervals.
+    low, high = found[("mixed.main", "t")]["top1_interval"]
+    assert gain["interval"][1] - gain["interval"][0] < 1.42 * (high - low)
+
+
+def test_paired_intervals_and_p_values_are_the_published_ones():
+    # McNemar's exact test of 15 against 5: twice the binomial tail P(X >= 15 | 20, 1/2).
+    found = paired_gain(15, 5, 100)
+    assert found["p_value"] == pytest.approx(0.0414, abs=1e-4)
+    assert found["top1"] == 10
+    assert found["interval"] == pytest.approx([0.99, 18.61], abs=0.01)  # by hand
+    assert found["verdict"] == "gain"
+    assert paired_gain(5, 15, 100)["verdict"] == "loss"
+    assert paired_gain(0, 0, 10) == {
+        "top1": 0.0,
+        "interval": pytest.approx([-23.1, 23.1], abs=0.1),
+        "p_value": 1.0,
+        "verdict": "unclear",
+    }

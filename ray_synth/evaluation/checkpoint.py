@@ -1,0 +1,104 @@
+"""Any timm model on the test sets of a config: no run needs to have trained it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ray_synth.config import Config
+from ray_synth.data.dataset import load_index, read_class_names, select
+from ray_synth.storage import Folder
+
+
+def evaluate_checkpoint(
+    config: Config,
+    folder: Folder,
+    *,
+    model: str,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    name: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Test a timm model on the config's in-domain and out-of-domain sets.
+
+    Images are resized, cropped and normalised as timm's own config of the model says, or as the card
+    beside a checkpoint of ours does. Writes `NAME.json` into the folder, and beside it what the model was.
+
+    Args:
+        folder: for the results, `evaluations/` of a run.
+        checkpoint: a safetensors file: one of a run's `models/`, or any that timm loads.
+        pretrained: test timm's own weights instead.
+        name: default: the file's name, or the model's.
+
+    Returns:
+        test set -> top1, top5, intervals, calibration, by class (see `accuracy.Tally`).
+
+    Raises:
+        ValueError: an unknown model, a checkpoint that does not fit, or not exactly one of
+            `checkpoint` and `pretrained`.
+    """
+    from ray_synth.cluster import connect
+    from ray_synth.evaluation.predictor import evaluate
+    from ray_synth.training import recipe
+
+    if (checkpoint is None) == (not pretrained):
+        raise ValueError("give either --checkpoint FILE.safetensors or --pretrained")
+    names = read_class_names(config.data.class_names)
+    if names is None:
+        names = load_index(config.data.train).class_names
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name or (checkpoint.stem if checkpoint else model))
+    card = _card_of(checkpoint)
+    kwargs = card.get("model_kwargs", {})
+    built = recipe.build_model(
+        model,
+        num_classes=len(names),
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        model_kwargs=kwargs,
+        keep_classifier=True,
+    )
+    data = recipe.data_config(built)
+    images = {
+        "image_size": data["input_size"][-1],
+        **{key: data[key] for key in ("crop_pct", "mean", "std", "interpolation")},
+    }
+    folder.write_json(
+        f"models/{name}.json",
+        {
+            "model": model,
+            "model_kwargs": kwargs,
+            "pretrained": pretrained,
+            "class_names": list(names),
+            **{key: card.get(key, value) for key, value in images.items()},
+            "bns": ["main"],
+        },
+    )
+    if checkpoint is not None:
+        folder.write_bytes(f"models/{name}.main.safetensors", checkpoint.read_bytes())
+    sources = {"in_domain": config.data.test, **config.data.ood}
+    tests = {
+        key: select(load_index(source, names), source.images_per_class, config.seed)
+        for key, source in sources.items()
+    }
+    with connect(config.cluster):
+        found, corrupt = evaluate(
+            tests,
+            folder=folder,
+            arms=[name],
+            config=config.evaluation,
+            class_names=names,
+            max_pixels=config.data.max_pixels,
+        )
+    results = {test_set: result for (_, test_set), result in found.items()}
+    folder.write_json(f"{name}.json", {"model": model, "results": results, "corrupt": corrupt})
+    return results
+
+
+def _card_of(checkpoint: Path | None) -> dict[str, Any]:
+    """What a run of ours wrote beside its weights (`mixed.json` for `mixed.main.safetensors`)."""
+    if checkpoint is None:
+        return {}
+    path = checkpoint.with_name(f"{checkpoint.name.split('.')[0]}.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
