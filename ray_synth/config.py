@@ -18,6 +18,7 @@ Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+RECIPES = Path(__file__).parent / "training" / "recipes"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -423,7 +424,48 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"{path} holds no settings")
     for override in overrides or []:
         _apply(values, override)
+    _merge_recipe(values)
     return parse_config(values, origin=str(path))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Settings of `training` by a recipe's name, or from a YAML file.
+
+    Raises:
+        ValueError: there is none of this name (with the nearest), or it holds a wrong setting.
+    """
+    path = RECIPES / f"{name}.yaml"
+    if str(name).endswith((".yaml", ".yml")):
+        path = Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), recipe_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(recipe_names())}"
+        raise ValueError(f"training.recipe: no recipe {name!r}; {hint} Or give a YAML file")
+    values = yaml.safe_load(path.read_text())
+    parse_config(values, origin=f"recipe {path.name}", model=TrainingConfig)
+    return values
+
+
+def _merge_recipe(values: dict[str, Any]) -> None:
+    """Put a named recipe under what the user gives."""
+    given = values.get("training")
+    if not isinstance(given, dict) or not given.get("recipe"):
+        return
+    recipe = load_recipe(given["recipe"])
+    if "steps" in given or "epochs" in given:
+        recipe.pop("epochs", None)
+        recipe.pop("steps", None)
+    if "model" in given and given["model"] != recipe.get("model"):
+        recipe.pop("model_kwargs", None)  # of another model
+    for key in ("optimizer", "augment", "model_kwargs"):
+        if isinstance(recipe.get(key), dict) and isinstance(given.get(key), dict):
+            given = {**given, key: {**recipe[key], **given[key]}}
+    values["training"] = {**recipe, **given}
 
 
 def parse_config(
