@@ -129,6 +129,29 @@ def plans_verb(
     _json("plans", **plans([int(part) for part in rows.split(",")], batch_size))
 
 
+@app.command("training")
+def training_verb(
+    model: Annotated[str, typer.Option(help="a timm model with BatchNorm")] = "resnet18",
+    batch_size: Annotated[int, typer.Option(help="real + synthetic")] = 64,
+    image_size: int = 64,
+    rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 15,
+    steps: Annotated[int, typer.Option(help="steps a round")] = 3,
+    compiled: Annotated[bool, typer.Option(help="also under torch.compile")] = True,
+    slower: Annotated[float, typer.Option(help="generator, against training; 0: no feeds")] = 100,
+) -> None:
+    """Plain BN, timm's SplitBN, two forwards, ours; then a live feed against images in memory."""
+    from bench_feed import live
+    from bench_training import norms
+
+    shape = (model, batch_size, image_size)
+    figures = norms(*shape, rounds=rounds, steps=steps, compiled=False)
+    if compiled:
+        figures["compiled"] = norms(*shape, rounds=rounds, steps=steps, compiled=True)
+    if slower:
+        figures |= live(slower=slower)
+    _json("training", **figures)
+
+
 def _parts(made: GenerationConfig) -> dict[str, GenerationConfig]:
     """The speed path off, and each part of it on alone."""
     off: dict[str, Any] = {

@@ -365,6 +365,9 @@ class TrackingConfig(Section):
     enabled: bool = True
     uri: str | None = Field(None, description="default: sqlite in runs_dir")
     experiment: str = "ray-synth"
+    system_metrics: bool = Field(True, description="CPU, memory, disk and GPU use of the driver")
+    log_models: bool = Field(True, description="as MLflow models, loadable by mlflow.pyfunc")
+    registered_model: str | None = Field(None, description="register the mixed model by this name")
 
 
 class ReachConfig(Section):

@@ -120,9 +120,9 @@ def run_pipeline(
         tracker = _tracker(run)
         try:
             _run_stages(run, until, tracker)
-        except BaseException:
+        except BaseException as error:
             if tracker:
-                tracker.end("FAILED")
+                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
     if until != "report":
         if tracker:
@@ -465,12 +465,14 @@ def _tracker(run: Run) -> Any:
         return None
     from ray_synth.tracking import Tracker
 
-    return Tracker(run.config, run.runs, run.folder)
+    tracker = Tracker(run.config, run.runs, run.folder)
+    tracker.datasets({"training": run.train, **run.tests})
+    return tracker
 
 
 def _track_results(run: Run, tracker: Any, metrics: dict[str, Any]) -> None:
     tracker.metrics({key: value for key, value in metrics.items() if key != "corrupt"})
-    if run.folder.is_local:
-        for name in ("config.yaml", "meanings.json", "metrics.json", "report/index.html"):
-            tracker.artifact(run.folder.path(name))
+    tracker.artifacts()
+    if run.config.tracking.log_models:
+        tracker.models()
     tracker.end()

@@ -20,7 +20,8 @@ from ray_synth.tracking import flatten
 log = logging.getLogger("ray_synth")
 STAGES = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation")
 # Settings that decide how fast a stage runs and where, not what comes out of it.
-HOW = {"num_cpus", "num_gpus", "num_threads", "replicas", "pool", "max_batch_size", "batch_size"}
+HOW = {"num_cpus", "num_gpus", "num_threads", "replicas", "pool", "max_batch_size", "batch_size",
+       "decode_workers", "reservoir_mb"}  # fmt: skip
 
 
 def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,46 @@
-"""MLflow: one run per pipeline run, made by the driver, joined by rank 0 of the trainer."""
+"""MLflow: one run per pipeline run, made by the driver, joined by rank 0 of the trainer.
+
+A restart joins the run again and logs no step twice. A server that stops answering costs its figures,
+never the run.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import tempfile
 import time
-from collections.abc import Callable
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ray_synth.config import Config
+from ray_synth.data.dataset import Index
 from ray_synth.storage import Folder
+
+log = logging.getLogger("ray_synth")
+ARTIFACTS = ("config.yaml", "meanings.json", "metrics.json", "report/index.html")
 
 
 def tracking_uri(config: Config, runs: Folder) -> str:
-    """The configured server, or an sqlite file beside the runs (MLflow's file store is gone)."""
-    if config.tracking.uri:
-        return config.tracking.uri
+    """The configured server, or an sqlite file beside the runs (MLflow's file store is gone).
+
+    Raises:
+        ValueError: the uri holds a password, which would end in the run's config; or there is none
+            and the runs are remote.
+    """
+    uri = config.tracking.uri
+    if uri:
+        if urllib.parse.urlsplit(uri).password:
+            raise ValueError(
+                "tracking.uri holds a password, which would be written to the run's config.yaml: "
+                "take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
     if runs.is_local:
         Path(runs.path()).mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{runs.path('mlflow.db')}"
@@ -30,37 +56,102 @@ class Tracker:
     Args:
         runs: the folder that holds all runs; MLflow's default files go there.
         folder: this run's directory.
+
+    Raises:
+        ValueError: the server does not answer.
     """
 
     def __init__(self, config: Config, runs: Folder, folder: Folder) -> None:
+        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
+        self.config, self.folder = config, folder
         self.uri = tracking_uri(config, runs)
         self.client = MlflowClient(tracking_uri=self.uri)
-        if folder.exists("mlflow.json") and folder.read_json("mlflow.json")["uri"] == self.uri:
-            self.run_id: str = folder.read_json("mlflow.json")["run_id"]
-            return
-        experiment = self.client.get_experiment_by_name(config.tracking.experiment)
+        self.quietly = Quietly()
+        self._monitor: Any = None
+        try:
+            self.run_id = self._join() or self._create(runs)
+        except MlflowException as error:
+            raise ValueError(
+                f"no MLflow server to be had at {self.uri}: {error}; check tracking.uri, or set "
+                "tracking.enabled: false"
+            ) from None
+        if config.tracking.system_metrics:
+            self._start_monitor()
+
+    def _join(self) -> str | None:
+        """The id of the run that an earlier start made, running again; or None."""
+        if not self.folder.exists("mlflow.json"):
+            return None
+        saved = self.folder.read_json("mlflow.json")
+        if saved["uri"] != self.uri:
+            return None
+        self.client.update_run(saved["run_id"], status="RUNNING")
+        return saved["run_id"]
+
+    def _create(self, runs: Folder) -> str:
+        name = self.config.tracking.experiment
+        experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             artifacts = Path(runs.path("mlflow-artifacts")).as_uri() if runs.is_local else None
-            experiment_id = self.client.create_experiment(config.tracking.experiment, artifacts)
+            experiment_id = self.client.create_experiment(name, artifacts)
         else:
             experiment_id = experiment.experiment_id
-        self.run_id = self.client.create_run(experiment_id, run_name=config.name).info.run_id
-        folder.write_json("mlflow.json", {"uri": self.uri, "run_id": self.run_id})
-        self._params(config.model_dump(mode="json", exclude={"tracking", "cluster"}))
+        run_id = self.client.create_run(experiment_id, run_name=self.config.name).info.run_id
+        self.folder.write_json("mlflow.json", {"uri": self.uri, "run_id": run_id})
+        self._params(run_id)
+        return run_id
+
+    def _params(self, run_id: str) -> None:
+        from mlflow.entities import Param
+
+        values = self.config.model_dump(mode="json", exclude={"tracking", "cluster"})
+        flat = [Param(key, str(value)[:6000]) for key, value in flatten(values).items()]
+        for start in range(0, len(flat), 100):
+            self.client.log_batch(run_id, params=flat[start : start + 100])
+
+    def _start_monitor(self) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        with self.quietly("system metrics"):
+            self._monitor = SystemMetricsMonitor(
+                self.run_id, resume_logging=True, tracking_uri=self.uri
+            )
+            self._monitor.start()
 
     @property
     def handle(self) -> dict[str, str]:
         """What a worker needs to log to the same run."""
         return {"uri": self.uri, "run_id": self.run_id}
 
-    def _params(self, values: dict[str, Any]) -> None:
-        from mlflow.entities import Param
+    def datasets(self, found: dict[str, Index]) -> None:
+        """Log which images were used: name, digest of shards, rows and labels, and how many.
 
-        flat = [Param(key, str(value)[:6000]) for key, value in flatten(values).items()]
-        for start in range(0, len(flat), 100):
-            self.client.log_batch(self.run_id, params=flat[start : start + 100])
+        Args:
+            found: by context (`training`, `in_domain`, an out-of-domain set's name).
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        with self.quietly("datasets"):
+            logged = self.client.get_run(self.run_id).inputs
+            known = {entry.dataset.digest for entry in (logged.dataset_inputs if logged else [])}
+            inputs = [
+                DatasetInput(
+                    Dataset(
+                        name=name,
+                        digest=digest(index),
+                        source_type="local",
+                        source=name,
+                        profile=f'{{"num_rows": {len(index)}}}',
+                    ),
+                    [InputTag("mlflow.data.context", name)],
+                )
+                for name, index in found.items()
+                if digest(index) not in known
+            ]
+            if inputs:
+                self.client.log_inputs(self.run_id, inputs)
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Log the numbers of a nested mapping under dotted names."""
@@ -69,32 +160,112 @@ class Tracker:
         now = int(time.time() * 1000)
         flat = {k: v for k, v in flatten(values).items() if isinstance(v, (int, float))}
         entries = [Metric(key, float(value), now, 0) for key, value in flat.items()]
-        for start in range(0, len(entries), 500):
-            self.client.log_batch(self.run_id, metrics=entries[start : start + 500])
+        with self.quietly("metrics"):
+            for start in range(0, len(entries), 500):
+                self.client.log_batch(self.run_id, metrics=entries[start : start + 500])
 
-    def artifact(self, path: str) -> None:
-        """Keep a local file with the run."""
-        self.client.log_artifact(self.run_id, path)
+    def artifacts(self) -> None:
+        """Keep the config, the meanings, the metrics and the report with the run."""
+        with self.quietly("artifacts"), tempfile.TemporaryDirectory() as local:
+            for name in ARTIFACTS:
+                if self.folder.exists(name):
+                    path = Path(local) / name
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(self.folder.read_bytes(name))
+                    self.client.log_artifact(self.run_id, str(path))
+
+    def models(self) -> None:
+        """Log each trained arm, with its main BN, as an MLflow model; once, also over restarts."""
+        from ray_synth.mlflow_model import log_model
+
+        saved = self.folder.read_json("mlflow.json")
+        for arm in ("real_only", "mixed"):
+            if arm in saved.get("models", {}) or not self.folder.exists(f"models/{arm}.json"):
+                continue
+            registered = self.config.tracking.registered_model if arm == "mixed" else None
+            with self.quietly("models"):
+                model_uri = log_model(self.handle, self.folder, arm, registered_name=registered)
+                saved = {**saved, "models": {**saved.get("models", {}), arm: model_uri}}
+                self.folder.write_json("mlflow.json", saved)
 
     def end(self, status: str = "FINISHED") -> None:
-        self.client.set_terminated(self.run_id, status)
+        """Close the run: FINISHED, FAILED or KILLED."""
+        if self._monitor is not None:
+            with self.quietly("system metrics"):
+                self._monitor.finish()
+            self._monitor = None
+        with self.quietly("status"):
+            self.client.set_terminated(self.run_id, status)
 
 
-def metric_logger(
-    handle: dict[str, str], *, prefix: str
-) -> Callable[[dict[str, float], int], None]:
-    """A function (values, step) that logs under `prefix.`; for rank 0 of a trainer."""
-    from mlflow.entities import Metric
-    from mlflow.tracking import MlflowClient
+class Quietly:
+    """A block in which MLflow may fail: the failure is logged, once a kind, and goes no further."""
 
-    client = MlflowClient(tracking_uri=handle["uri"])
+    def __init__(self) -> None:
+        self.said: set[str] = set()
 
-    def log(values: dict[str, float], step: int) -> None:
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a store may raise anything: requests', SQLAlchemy's, its own
+            if what not in self.said:
+                self.said.add(what)
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                log.warning("MLflow takes no %s (%s); the run goes on without", what, first[:200])
+
+
+class MetricLogger:
+    """Logs points of a curve to a run that exists, without waiting for it; for rank 0 of a trainer.
+
+    Steps that the run has already are passed over: a worker that was killed logged up to its death,
+    and its successor starts from the checkpoint before.
+    """
+
+    def __init__(self, handle: dict[str, str], *, prefix: str) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.client = MlflowClient(tracking_uri=handle["uri"])
+        self.run_id, self.prefix = handle["run_id"], prefix
+        self.quietly = Quietly()
+        self.last = 0
+        self._pending: list[Any] = []
+        with self.quietly("metrics"):
+            history = self.client.get_metric_history(self.run_id, f"{prefix}.loss")
+            self.last = max((metric.step for metric in history), default=0)
+
+    def __call__(self, values: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        if step <= self.last:
+            return
+        self.last = step
         now = int(time.time() * 1000)
-        entries = [Metric(f"{prefix}.{key}", value, now, step) for key, value in values.items()]
-        client.log_batch(handle["run_id"], metrics=entries)
+        entries = [
+            Metric(f"{self.prefix}.{key}", value, now, step) for key, value in values.items()
+        ]
+        with self.quietly("metrics"):
+            self._pending.append(
+                self.client.log_batch(self.run_id, metrics=entries, synchronous=False)
+            )
 
-    return log
+    def close(self) -> None:
+        """Wait until what was logged has arrived."""
+        for operation in self._pending:
+            with self.quietly("metrics"):
+                operation.wait()
+        self._pending.clear()
+
+
+def digest(index: Index) -> str:
+    """A digest of which rows of which shards carry which label; no pixel is read."""
+    seen = hashlib.sha256()
+    for part in (index.shard, index.row, index.label):
+        seen.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+    for shard in index.shards:
+        seen.update(repr(shard).encode())
+    seen.update("\n".join(index.class_names).encode())
+    return seen.hexdigest()[:32]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ def evaluate_checkpoint(
     """Test a timm model on the config's in-domain and out-of-domain sets.
 
     Images are resized, cropped and normalised as timm's own config of the model says, or as the card
-    beside a checkpoint of ours does. Writes `NAME.json` into the folder, and what the model was beside it.
+    beside a checkpoint of ours does. Writes `NAME.json` into the folder, and a card of the model.
 
     Args:
         folder: for the results, `evaluations/` of a run.

@@ -79,6 +79,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     finally:
         prefetcher.close()
         decoder.close()
+        if tracker:
+            tracker.close()
     return {}
 
 
@@ -279,6 +281,6 @@ def _tracker(job: TrainJob) -> Any:
     """A function that logs a point of the curve to the pipeline's MLflow run."""
     if job.tracking is None:
         return None
-    from ray_synth.tracking import metric_logger
+    from ray_synth.tracking import MetricLogger
 
-    return metric_logger(job.tracking, prefix=job.arm)
+    return MetricLogger(job.tracking, prefix=job.arm)

@@ -1,0 +1,114 @@
+"""Every family of timm: convert, evaluate as before, train a step, export to what plain timm loads.
+
+The families and their members are read from timm's registry. A spread of them is in the default suite,
+all of them in the slow one.
+"""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ray_synth.training.dual_bn import (
+    convert_dual_bn,
+    domain_split,
+    export_aux,
+    export_average,
+    export_main,
+    has_dual_bn,
+    use_bn,
+)
+
+# Words in the names of small members, the smallest first.
+SMALL = ("test_", "atto", "femto", "pico", "nano", "tiny", "micro", "small", "_xxs", "_xs", "_s0",
+         "_b0", "_t0", "18", "10t", "050", "s12", "m1", "_t", "_s")  # fmt: skip
+FAMILIES = sorted(module for module in timm.list_modules() if timm.list_models(module=module))
+SPREAD = ["byobnet", "efficientnet", "efficientvit_mit", "fasternet", "inception_next", "levit",
+          "maxxvit", "mobilenetv3", "mobilevit", "repghost", "resnet", "resnetv2", "starnet",
+          "vision_transformer", "xcit"]  # fmt: skip
+
+
+def smallest(family: str) -> str:
+    """A small member, one with BatchNorm where there is one among the likely smallest three."""
+
+    def likely(name: str) -> tuple[int, int, str]:
+        return next((i for i, word in enumerate(SMALL) if word in name), 99), len(name), name
+
+    def size(name: str) -> tuple[bool, int]:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=5)
+        return not any_bn(model), sum(p.numel() for p in model.parameters())
+
+    return min(sorted(timm.list_models(module=family), key=likely)[:3], key=size)
+
+
+def any_bn(model: torch.nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def batch_for(model: torch.nn.Module) -> torch.Tensor:
+    """Six images of the smallest size that the model takes."""
+    own = model.default_cfg["input_size"]
+    for side in (64, 96, 128, own[-1]):
+        x = torch.randn(6, own[0], side, side)
+        try:
+            with torch.no_grad():
+                model.eval()(x[:1])
+                model.train()(x)
+        except Exception:
+            if side == own[-1]:
+                raise
+            continue
+        return x
+    raise AssertionError
+
+
+def take_through(family: str, caplog) -> None:
+    torch.manual_seed(0)
+    name = smallest(family)
+    plain = timm.create_model(name, num_classes=5)
+    x = batch_for(copy.deepcopy(plain))
+    plain.eval()
+    with torch.no_grad():
+        before = plain(x)
+    with caplog.at_level(logging.WARNING):
+        model = convert_dual_bn(copy.deepcopy(plain))
+    if not any_bn(plain):
+        assert not has_dual_bn(model)
+        assert caplog.text.count("has no BatchNorm layer") == 1
+    else:
+        assert has_dual_bn(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), before), f"{name}: conversion changed its output"
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()
+    with domain_split(model, 4, 2):
+        output = model(x)
+    logits = output[0] if isinstance(output, tuple) else output
+    F.cross_entropy(logits.flatten(1)[:, :5], torch.arange(6) % 5).backward()
+    optimizer.step()
+    model.eval()
+    exports = {"main": export_main, "aux": export_aux, "average": export_average}
+    for bn, export in exports.items() if has_dual_bn(model) else [("main", export_main)]:
+        loaded = timm.create_model(name, num_classes=5).eval()
+        loaded.load_state_dict(export(model), strict=True)
+        with torch.no_grad(), use_bn(model, bn):
+            if bn == "average":  # folded into one layer: equal but for rounding
+                torch.testing.assert_close(loaded(x), model(x), rtol=1e-2, atol=1e-2)
+            else:
+                assert torch.equal(loaded(x), model(x)), f"{name}: the export of {bn} differs"
+
+
+@pytest.mark.parametrize("family", SPREAD)
+def test_a_spread_of_families_trains_and_exports(family, caplog):
+    take_through(family, caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SPREAD])
+def test_every_other_family_trains_and_exports(family, caplog):
+    take_through(family, caplog)
