@@ -20,6 +20,7 @@ from ray_synth.storage import Folder
 
 PAGE = "report/index.html"
 ARMS = ("real_only", "mixed")
+MAIN_BN = ("", "main BN")  # how rows of comparison_rows name it
 CLASSES_SHOWN = (
     20  # in the contact sheet, in the meanings before the fold, and per end of a ranking
 )
@@ -107,6 +108,7 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "arms": arms,
         "overlapped": _dig(config, "training.feed") in ("live", "lockstep"),
         "by_class": class_gains(rows),
+        "calibration": calibration(rows),
         "stages": stage_times(metrics.get("seconds") or {}),
         "total_seconds": (metrics.get("seconds") or {}).get("total"),
         "aside": set_aside(metrics, arms),
@@ -124,9 +126,7 @@ def headlines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Without a baseline there is no gain; then `before` and `gain` are None.
     """
-    main = next(
-        (row for row in rows if row["model"] != "Real only" and row["bn"] != "auxiliary BN"), None
-    )
+    main = next((row for row in rows if row["model"] != "Real only" and row["bn"] in MAIN_BN), None)
     if main is None:
         return []
     before = next((row for row in rows if row["model"] == "Real only"), None)
@@ -229,7 +229,7 @@ def class_gains(rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_model = {
         row["model"]: row["results"]["in_domain"].get("by_class") or {}
         for row in rows
-        if row["bn"] != "auxiliary BN" and "in_domain" in row["results"]
+        if row["bn"] in MAIN_BN and "in_domain" in row["results"]
     }
     before, after = by_model.get("Real only", {}), by_model.get("Real + synthetic", {})
     both = [
@@ -247,6 +247,22 @@ def class_gains(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if left_out:
         both = both[:CLASSES_SHOWN] + both[-CLASSES_SHOWN:]
     return {"rows": both, "left_out": left_out}
+
+
+def calibration(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How far each model's confidence is from its accuracy; runs of earlier versions have none."""
+    return [
+        {
+            "label": row["label"],
+            "test_set": test_set_label(name),
+            "top1": result["top1"],
+            "ece": result["ece"],
+            "nll": result["nll"],
+        }
+        for row in rows
+        for name, result in row["results"].items()
+        if "ece" in result
+    ]
 
 
 def stage_times(seconds: dict[str, float]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ MODELS = (
     (("real_only",), "Real only", ""),
     (("mixed", "main"), "Real + synthetic", "main BN"),
     (("mixed", "aux"), "Real + synthetic", "auxiliary BN"),
+    (("mixed", "average"), "Real + synthetic", "average of both BNs"),
 )
 
 
@@ -33,7 +34,8 @@ def comparison_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         over the real-only model; no entry where there is nothing to compare with).
     """
     baseline = _by_test_set(metrics.get("real_only"))
-    has_aux = bool((metrics.get("mixed") or {}).get("aux"))
+    mixed = metrics.get("mixed") or {}
+    has_aux = bool(mixed.get("aux") or mixed.get("average"))
     rows = []
     for path, model, statistics in MODELS:
         node: Any = metrics

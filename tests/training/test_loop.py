@@ -44,6 +44,31 @@ def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(l
     assert all(value.isfinite().all() for value in kept["model"].values())
 
 
+@pytest.mark.slow
+def test_the_settings_of_large_runs_train_together(local_ray, tmp_path):
+    """Elastic workers, decoding processes, torch.compile, mixing, EMA, layer decay, a schedule."""
+    card = train_digits(
+        Folder(tmp_path),
+        feed="live",
+        num_workers=[1, 2],
+        decode_workers=1,
+        compile=True,
+        augment="imagenet_strong",
+        mixup=0.2,
+        cutmix=1.0,
+        ema_decay=0.9,
+        repeated_augmentation=2,
+        class_balance=1.0,
+        lambda_end=0.0,
+        optimizer={"name": "lamb", "layer_decay": 0.8, "clip_mode": "agc", "schedule": "poly"},
+    )
+    assert [point["step"] for point in card["curve"]] == list(range(1, 9))
+    assert card["real_images_seen"] in (8 * 4, 8 * 4 * 2)
+    assert card["crop_pct"] < 1
+    last = card["curve"][-1]  # lambda has come down to 0
+    assert last["loss"] == pytest.approx(last["loss_real"])
+
+
 def training_processes(parent: int) -> list[psutil.Process]:
     """The training workers that a driver's own Ray has started."""
     found = []
