@@ -21,6 +21,7 @@ from ray_synth.training.loop import LossWatch, _point
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_two_workers_train_in_step_from_a_store(local_ray, tmp_path):
     card = train_digits(Folder(tmp_path), feed="stored", num_workers=2, accumulate_steps=2)
     assert [point["step"] for point in card["curve"]] == list(range(1, 9))
