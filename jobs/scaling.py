@@ -40,6 +40,7 @@ def main(
             [
                 f"prompting.multiplier={sizes[-1]}",
                 "training.feed=stored",
+                "evaluation.bns=[main, aux, average]",
                 *(overrides or []),
                 f"seed={seed}",
                 f"name=scaling-seed{seed}",
