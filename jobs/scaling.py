@@ -122,7 +122,7 @@ def table_rows(found: dict[int, dict[str, dict[str, float]]]) -> list[dict[str, 
     for model in models:
         arm, _, bn = model.partition(".")
         kind, _, size = arm.partition("_")
-        for test_set in models[model]:
+        for test_set in sorted(models[model], key=lambda name: (name != "in_domain", name)):
             top1 = np.array([seed[model][test_set] for seed in found.values()])
             base = np.array([seed[REAL_ONLY][test_set] for seed in found.values()])
             rows.append(
