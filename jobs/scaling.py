@@ -202,6 +202,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         scales = sorted({row["scale"] for row in mine if row["scale"]})
         axis.set_xticks(scales, [f"{scale}x" for scale in scales])
         axis.set(title=test_set, xlabel="synthetic images per real one", ylabel="top-1 (%)")
+        axis.set_ylim(max(0.0, min(row["mean"] for row in mine) - 10), 100)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from unittest import mock
 
 import pytest
 import timm
@@ -74,10 +75,16 @@ def train_a_step(model: nn.Module, side: int, *, num_real: int = 3, num_synth: i
     num_real=st.integers(2, 6) | st.just(0),
     num_synth=st.integers(2, 6) | st.just(0),
     seed=st.integers(0, 99),
+    compiling=st.booleans(),  # the arithmetic that a compiler is given differs
 )
-def test_matches_two_separate_layers(kind, options, num_real, num_synth, seed):
+def test_matches_two_separate_layers(kind, options, num_real, num_synth, seed, compiling):
     if num_real + num_synth == 0:
         return
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=compiling):
+        _compare_with_two_layers(kind, options, num_real, num_synth, seed)
+
+
+def _compare_with_two_layers(kind, options, num_real, num_synth, seed):
     torch.manual_seed(seed)
     norm_class, tail = NORMS[kind]
     plain = randomise(norm_class(4, **options).double())
@@ -110,6 +117,23 @@ def test_matches_two_separate_layers(kind, options, num_real, num_synth, seed):
                 assert ours.grad is None
             else:
                 torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_compiled_training_matches_eager_training():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
+    eager = convert_dual_bn(nn.Sequential(*layers))
+    ours = copy.deepcopy(eager)
+    compiled = torch.compile(ours)
+    for num_real in (3, 5):
+        x = torch.randn(8, 3, 8, 8) * torch.linspace(0.5, 3, 8).view(8, 1, 1, 1)
+        for model, forward in ((eager, eager), (ours, compiled)):
+            with domain_split(model, num_real, 8 - num_real):
+                forward(x).square().mean().backward()
+    for (name, a), b in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for (name, a), b in zip(ours.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
 
 
 @pytest.mark.parametrize("name", WITH_BN)
