@@ -53,8 +53,8 @@ def demands(config: Config) -> dict[str, list[Demand]]:
     )
     stages = {
         "meaning": [
-            Demand("meaning.llm.replicas", llm.replicas, llm.num_cpus, llm.num_gpus),
-            Demand("meaning.clip.replicas", clip.replicas, clip.num_cpus, clip.num_gpus),
+            Demand("meaning.llm.replicas", fewest(llm.replicas), llm.num_cpus, llm.num_gpus),
+            Demand("meaning.clip.replicas", fewest(clip.replicas), clip.num_cpus, clip.num_gpus),
             Demand("the Serve ingress", 1, SERVE_CPUS),
         ],
         "generation": [pool, read],
@@ -72,6 +72,11 @@ def demands(config: Config) -> dict[str, list[Demand]]:
     if training.feed in ("live", "lockstep"):
         stages["training"] = [workers, pool, read]
     return stages
+
+
+def fewest(count: int | tuple[int, int]) -> int:
+    """The least that must run, of a number or of [fewest, most]."""
+    return count if isinstance(count, int) else count[0]
 
 
 def shortfalls(config: Config, capacity: Capacity) -> list[str]:

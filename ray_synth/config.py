@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
@@ -20,6 +28,19 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 RECIPES = Path(__file__).parent / "training" / "recipes"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def _in_order(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    if isinstance(value, tuple) and value[0] > value[1]:
+        raise ValueError(f"give [fewest, most], not {list(value)}")
+    return value
+
+
+Replicas = Annotated[
+    Positive | tuple[Positive, Positive],
+    Field(description="a number, or [fewest, most] to follow the load"),
+    AfterValidator(_in_order),
+]
 
 
 class Section(BaseModel):
@@ -68,15 +89,43 @@ class DataConfig(Section):
 class LlmConfig(Section):
     """The language model that lists meanings and writes contexts."""
 
-    model: str = Field("embedded", description="'embedded', hub id, folder, or .gguf file")
+    backend: Literal["transformers", "openai"] = Field(
+        "transformers", description="openai: any server that speaks OpenAI's HTTP API"
+    )
+    model: str = Field(
+        "embedded", description="'embedded', hub id, folder, .gguf file, or a server's model name"
+    )
     revision: str | None = None
     style: Literal["auto", "completion", "chat"] = "auto"
+    base_url: str | None = Field(None, description="of the server: http://localhost:8000/v1")
+    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable with its token")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(60, description="for one question to a server")
+    max_retries: Annotated[int, Field(ge=0)] = Field(
+        5, description="times that a busy or broken server is asked again"
+    )
+    requests_per_minute: Positive | None = Field(None, description="sent to a server at most")
+    structured: bool = Field(False, description="ask a server for JSON by schema")
+    cache_dir: str | None = Field(None, description="folder for answers, by model and prompt")
     device: Device = "auto"
     dtype: Dtype = "auto"
     max_batch_size: Positive = 16
     num_cpus: Annotated[float, Field(gt=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
-    replicas: Positive = 1
+    replicas: Replicas = 1
+    autoscaling: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ray Serve's: upscale_delay_s, target_ongoing_requests, ...",
+    )
+
+    @model_validator(mode="after")
+    def _backend_fits(self) -> LlmConfig:
+        if self.backend == "openai" and (self.model == "embedded" or self.num_gpus):
+            raise ValueError(
+                "backend openai wants the model's name on the server, and num_gpus 0: the GPU is there"
+            )
+        if self.backend == "transformers" and (self.base_url or self.structured):
+            raise ValueError("base_url and structured belong to backend: openai")
+        return self
 
 
 class ClipConfig(Section):
@@ -87,9 +136,22 @@ class ClipConfig(Section):
     device: Device = "auto"
     dtype: Dtype = "auto"
     max_batch_size: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="cosine similarity worth a factor e of probability; default: the model's"
+    )
+    merge_similarity: Fraction | None = Field(
+        None, description="cosine similarity from which two phrases mean the same"
+    )
+    cache_images: Annotated[int, Field(ge=0)] = Field(
+        20_000, description="embeddings of seen images that a replica keeps"
+    )
     num_cpus: Annotated[float, Field(gt=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
-    replicas: Positive = 1
+    replicas: Replicas = 1
+    autoscaling: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ray Serve's: upscale_delay_s, target_ongoing_requests, ...",
+    )
 
 
 class MeaningConfig(Section):
@@ -101,6 +163,12 @@ class MeaningConfig(Section):
     num_meanings: Positive = Field(5, description="K: phrases asked from the LLM")
     num_images: Positive = Field(16, description="N: real images a class that judge them")
     retries: Annotated[int, Field(ge=0)] = 3
+    lexicon: Literal["off", "wordnet"] | str = Field(
+        "off", description="dictionary senses as candidates: 'wordnet', or a WordNet folder"
+    )
+    context: str | None = Field(
+        None, max_length=200, description="what the classes are of: 'from a list of farm animals'"
+    )
 
 
 def _even_mix() -> dict[Kind, float]:
@@ -288,6 +356,9 @@ class TrainingConfig(Section):
     reservoir_images: Positive = Field(20_000, description="live: images kept for replay, a worker")
     reservoir_mb: Positive = Field(
         2_048, description="live: of which in memory; the rest lies in a temporary file"
+    )
+    merge_similarity: Fraction | None = Field(
+        None, description="cosine similarity from which two phrases mean the same"
     )
     cache_images: Annotated[int, Field(ge=0)] = Field(
         50_000, description="real images a worker keeps in memory; larger shards are streamed"

@@ -316,7 +316,7 @@ def _measure_quality(
 ) -> None:
     """The task that measures, on a node that can hold the CLIP model."""
     from ray_synth.generation.thresholds import measure_reference, save_reference
-    from ray_synth.meaning.ambiguity import with_article
+    from ray_synth.meaning.candidates import with_article
     from ray_synth.meaning.clip import ClipModel
 
     texts = {

@@ -49,7 +49,8 @@ class Service:
             if self._started_serve:
                 serve.start(proxy_location="Disabled")
             logging.getLogger("ray.serve").setLevel(logging.ERROR)  # after start, which sets it
-            config = ServeConfig(llm=self.config.meaning.llm, clip=self.config.meaning.clip)
+            meaning = self.config.meaning
+            config = ServeConfig(llm=meaning.llm, clip=meaning.clip, lexicon=meaning.lexicon)
             self._handle = serve.run(build(config), name=APP_NAME, route_prefix=None)
         return self._handle
 
@@ -64,6 +65,7 @@ class Service:
                 num_meanings=meaning.num_meanings,
                 retries=meaning.retries,
                 seed=seed,
+                context=meaning.context,
             )
 
         for _, entry in _ask_all(list(images.items()), ask):

@@ -21,7 +21,8 @@ log = logging.getLogger("ray_synth")
 STAGES = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation")
 # Settings that decide how fast a stage runs and where, not what comes out of it.
 HOW = {"num_cpus", "num_gpus", "num_threads", "replicas", "pool", "max_batch_size", "batch_size",
-       "decode_workers", "reservoir_mb"}  # fmt: skip
+       "decode_workers", "reservoir_mb", "autoscaling", "cache_dir", "cache_images", "timeout_s",
+       "max_retries", "requests_per_minute", "api_key_env"}  # fmt: skip
 
 
 def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:

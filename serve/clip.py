@@ -1,56 +1,128 @@
-"""The CLIP deployment: pictures and texts in, unit-norm embeddings out, in batches."""
+"""The CLIP deployment: encoded images and texts in, unit-norm embeddings out, in batches."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from ray import serve
 
 from ray_synth.config import ClipConfig
+from ray_synth.data.images import decode_image
 from ray_synth.meaning.clip import ClipModel
+
+
+def _items(requests: list[list[Any]]) -> int:
+    return sum(len(request) for request in requests)
+
+
+def _parts(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 @serve.deployment(name="CLIP", max_ongoing_requests=512)
 class ClipDeployment:
-    """Embeds pictures and texts with any open_clip model; requests share forward passes."""
+    """Embeds images and texts with any open_clip model.
 
-    def __init__(self, config: ClipConfig) -> None:
-        self.config = config
+    Requests share forward passes, counted in images. Images are decoded in threads, beside the model,
+    and what was seen before is not embedded again.
+    """
+
+    def __init__(self, config: ClipConfig, max_pixels: int = 50_000_000) -> None:
+        from cachetools import LRUCache
+
+        self.config, self.max_pixels = config, max_pixels
+        threads = os.cpu_count() or 1
         self.clip = ClipModel(
             config.model,
             config.pretrained,
             device=config.device,
             dtype=config.dtype,
-            num_threads=os.cpu_count(),
+            num_threads=threads,
             max_batch_size=config.max_batch_size,
         )
+        self.cache: Any = LRUCache(config.cache_images)
+        self.lock = threading.Lock()
+        self.decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        # one forward at a time: two would share the same cores or GPU
+        self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="clip")
+        self.batches = self.images = self.hits = 0
+        self._forward_images.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
+        self._forward_texts.set_max_batch_size(4 * config.max_batch_size)  # type: ignore[attr-defined]
+        self.clip.warm_up()
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.02)
-    async def encode_images(self, requests: list[list[Any]]) -> list[np.ndarray]:
-        """Each request a list of RGB pictures; (n, embed_dim) float32 each."""
-        return await asyncio.to_thread(_merged, self.clip.encode_images, requests)
+    async def encode_images(self, images: list[bytes]) -> np.ndarray | str:
+        """(n, embed_dim) float32 of encoded images; or, as text, which image is wrong and how."""
+        digests = [hashlib.sha256(data).digest() for data in images]
+        with self.lock:
+            found = {digest: self.cache.get(digest) for digest in digests}
+        todo = {d: data for d, data in zip(digests, images, strict=True) if found[d] is None}
+        self.hits += len(images) - len(todo)
+        self.images += len(images)
+        loop = asyncio.get_running_loop()
+        pixels = await asyncio.gather(
+            *(loop.run_in_executor(self.decoders, self._decode, data) for data in todo.values())
+        )
+        for digest, item in zip(todo, pixels, strict=True):
+            if isinstance(item, str):
+                return f"images[{digests.index(digest)}]: {item}"
+        parts = _parts(pixels, self.config.max_batch_size)
+        rows = await asyncio.gather(*(self._forward_images(part) for part in parts))
+        embedded = dict(zip(todo, itertools.chain.from_iterable(rows), strict=True))
+        with self.lock:
+            for digest, row in embedded.items():
+                if self.config.cache_images:
+                    self.cache[digest] = row
+        found |= embedded
+        return np.stack([found[digest] for digest in digests])
 
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.02)
-    async def encode_texts(self, requests: list[list[str]]) -> list[np.ndarray]:
-        """Each request a list of texts; (n, embed_dim) float32 each."""
-        return await asyncio.to_thread(_merged, self.clip.encode_texts, requests)
+    async def encode_texts(self, texts: list[str]) -> np.ndarray:
+        """(n, embed_dim) float32 of texts."""
+        parts = _parts(texts, 4 * self.config.max_batch_size)
+        rows = await asyncio.gather(*(self._forward_texts(part) for part in parts))
+        return np.concatenate(rows)
+
+    def _decode(self, data: bytes) -> Any:
+        """The model's input for an image, or what is wrong with the image."""
+        try:
+            return self.clip.preprocess(decode_image(data, max_pixels=self.max_pixels))
+        except ValueError as error:
+            return str(error)
+
+    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.01, batch_size_fn=_items)
+    async def _forward_images(self, requests: list[list[Any]]) -> list[np.ndarray]:
+        self.batches += 1
+        return await self._merged(self.clip.encode_pixels, requests)
+
+    @serve.batch(max_batch_size=256, batch_wait_timeout_s=0.01, batch_size_fn=_items)
+    async def _forward_texts(self, requests: list[list[str]]) -> list[np.ndarray]:
+        return await self._merged(self.clip.encode_texts, requests)
+
+    async def _merged(self, encode: Any, requests: list[list[Any]]) -> list[np.ndarray]:
+        """One call over all requests' items, cut back into requests."""
+        items = [item for request in requests for item in request]
+        loop = asyncio.get_running_loop()
+        features = await loop.run_in_executor(self.model_thread, encode, items)
+        ends = list(itertools.accumulate(len(request) for request in requests))
+        return np.split(features, ends[:-1])
 
     def describe(self) -> dict[str, Any]:
+        """The model, what it takes cosines for, and how full its batches were."""
         return {
             "model": self.config.model,
             "pretrained": self.config.pretrained,
             "dtype": str(self.clip.dtype).removeprefix("torch."),
             "device": self.clip.device,
             "context_length": self.clip.context_length,
+            "temperature": self.config.temperature or self.clip.temperature,
+            "merge_at": self.config.merge_similarity or self.clip.merge_similarity,
+            "images": self.images,
+            "seen_before": self.hits,
+            "mean_batch_size": (self.images - self.hits) / self.batches if self.batches else 0.0,
         }
-
-
-def _merged(encode: Any, requests: list[list[Any]]) -> list[np.ndarray]:
-    """One call over all requests' items, cut back into requests."""
-    features = encode([item for request in requests for item in request])
-    ends = list(itertools.accumulate(len(request) for request in requests))
-    return np.split(features, ends[:-1])

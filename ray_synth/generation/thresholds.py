@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_synth.data.images import decode_image
-from ray_synth.meaning.ambiguity import TEMPLATES
+from ray_synth.meaning.candidates import TEMPLATES
 from ray_synth.storage import Folder
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,25 @@ class FewShot:
         return turns
 
 
+@dataclass
+class Usage:
+    """What was asked so far; tokens as the model counts them."""
+
+    questions: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, prompt_tokens: int, answer_tokens: int) -> None:
+        """Count one question."""
+        with self._lock:
+            self.questions += 1
+            self.prompt_tokens += prompt_tokens
+            self.answer_tokens += answer_tokens
+
+
 class TransformersLLM:
     """Any causal language model that transformers loads, answering batches of few-shot prompts.
 
@@ -109,6 +129,7 @@ class TransformersLLM:
         self.dtype = pick_dtype(dtype, self.device)
         self.max_batch_size = max_batch_size
         self.top_k = top_k
+        self.usage = Usage()
         source, options = _locate(model, revision)
         with _gguf_parsed_once() if "gguf_file" in options else contextlib.nullcontext():
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -160,9 +181,47 @@ class TransformersLLM:
                 # a model that continues text may go on to ask itself the next question
                 own = [f"\n{label}:" for label in prompts[i].labels]
                 answers[i] = truncate_at(text, [*stop, *own])
+                self.usage.add(len(ids[i]), len(self._tokenizer(answers[i])["input_ids"]))
         return answers
 
-    def _encode(self, prompt: FewShot) -> list[int]:
+    def likelihood(self, prompts: Sequence[FewShot | str], answers: Sequence[str]) -> list[float]:
+        """Natural logarithm of each answer's probability after its prompt, summed over its tokens.
+
+        Args:
+            prompts: the prompts, or plain texts to go on from; a cue is part of its prompt.
+            answers: one per prompt, without the prompt's cue.
+        """
+        import torch
+
+        given, wanted = [], []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            chat = not isinstance(prompt, str) and self.style == "chat"
+            given.append(self._encode(prompt))
+            text = answer.strip() if chat else f" {answer.strip()}"
+            wanted.append(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        rows = [a + b for a, b in zip(given, wanted, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(order), self.max_batch_size):
+            some = order[start : start + self.max_batch_size]
+            batch = self._tokenizer.pad({"input_ids": [rows[i] for i in some]}, return_tensors="pt")
+            longest = max(len(wanted[i]) for i in some)
+            with torch.inference_mode():
+                logits = self._model(
+                    batch["input_ids"].to(self.device),
+                    attention_mask=batch["attention_mask"].to(self.device),
+                    logits_to_keep=longest + 1,
+                ).logits.float()
+            log_probs = logits.log_softmax(-1)[:, :-1].cpu()  # of the last `longest` tokens
+            for row, i in enumerate(some):
+                targets = torch.tensor(wanted[i])
+                picked = log_probs[row, -len(targets) :].gather(1, targets[:, None])
+                scores[i] = float(picked.sum())
+        return scores
+
+    def _encode(self, prompt: FewShot | str) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenizer(prompt)["input_ids"]
         if self.style == "completion":
             return self._tokenizer(prompt.as_text())["input_ids"]
         # `enable_thinking` is read by the templates that know it and ignored by the others
@@ -338,6 +397,7 @@ __all__ = [
     "EMBEDDED_SHA256",
     "FewShot",
     "TransformersLLM",
+    "Usage",
     "embedded_gguf",
     "truncate_at",
 ]

