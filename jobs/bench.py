@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contenders, befor
 
 import typer
 from bench_scale import plan_rows, plans, scaling
+from bench_serving import serving
 
 from ray_synth.config import ClusterConfig, GenerationConfig, QualityConfig, load_config
 
@@ -108,6 +109,19 @@ def generation(
         dtype=str(dtype).removeprefix("torch."),
         device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
     )
+
+
+@app.command("serving")
+def serving_verb(
+    concurrency: Annotated[str, typer.Option(help="questions in flight")] = "1,8,32,128",
+    rounds: Annotated[int, typer.Option(help="at saturation, against in process")] = 3,
+    questions: Annotated[int, typer.Option(help="in a round")] = 128,
+) -> None:
+    """The service over HTTP at several concurrencies, against the same models in process."""
+    levels = [int(part) for part in concurrency.split(",")]
+    ranked = serving(levels, rounds=rounds, questions=4 * questions, llm=False)
+    resolved = serving(levels, rounds=rounds, questions=questions, llm=True)
+    _json("serving", **resolved, ranking_alone=ranked)
 
 
 @app.command("scaling")

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_synth import serve_cli
 from ray_synth.config import Config, load_config
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(serve_cli.app, name="serve", no_args_is_help=True)
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="a YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override a setting: a.b=value", metavar="A.B=V")

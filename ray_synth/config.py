@@ -143,7 +143,7 @@ class ClipConfig(Section):
         None, description="cosine similarity from which two phrases mean the same"
     )
     cache_images: Annotated[int, Field(ge=0)] = Field(
-        20_000, description="embeddings of seen images that a replica keeps"
+        20_000, description="embeddings of images and texts that a replica keeps"
     )
     num_cpus: Annotated[float, Field(gt=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0

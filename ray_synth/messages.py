@@ -41,7 +41,9 @@ Name = Annotated[
     StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
     AfterValidator(one_plain_line),
 ]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# strict: JSON's false is no number
+Count = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Picture = Annotated[
     str,
     Field(
@@ -69,7 +71,7 @@ class Asking(Message):
     context: Name | None = Field(
         None, description="instead of images or beside them: 'from a list of farm animals'"
     )
-    num_meanings: int = Field(5, ge=0, le=20, description="phrases asked from the LLM; 0: none")
+    num_meanings: Count = Field(5, le=20, description="phrases asked from the LLM; 0: none")
     seed: Seed = 0
 
 
@@ -88,8 +90,8 @@ class PromptsBody(Message):
 
     class_name: Name
     meaning: Name | None = None
-    contextual: int = Field(5, ge=0)
-    stylized: int = Field(5, ge=0)
+    contextual: Count = 5
+    stylized: Count = 5
     seed: Seed = 0
 
 

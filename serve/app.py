@@ -18,13 +18,14 @@ import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
+from pydantic import Field
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from ray_synth.config import ClipConfig, LlmConfig, Section
+from ray_synth.config import ClipConfig, LlmConfig, Replicas, Section
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
 from ray_synth.meaning.candidates import siblings_context
 from ray_synth.meaning.lexicon import WordNet
@@ -54,6 +55,7 @@ PAGE_POLICY = (
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
+INGRESS_CPUS = 0.1
 CLASSES_AT_ONCE = 32  # of a batch: enough to fill the models' batches
 
 
@@ -64,6 +66,8 @@ class ServeConfig(Section):
     clip: ClipConfig = ClipConfig()
     limits: Limits = Limits()
     lexicon: str = "off"
+    replicas: Replicas = 1
+    autoscaling: dict[str, float] = Field(default_factory=dict)
 
 
 api = FastAPI(
@@ -88,8 +92,11 @@ async def check_token(request: Request, _: Any = Depends(bearer)) -> None:
         )
 
 
-GUARDED: dict[str, Any] = {"dependencies": [Depends(check_token)]}
-ASKED: dict[str, Any] = {**GUARDED, "responses": documented(422, 504)}
+GUARDED: dict[str, Any] = {
+    "dependencies": [Depends(check_token)],
+    "openapi_extra": {"security": [{}]},  # or none: where no token is set
+}
+ASKED: dict[str, Any] = {**GUARDED, "responses": documented(400, 422, 502, 504)}
 
 
 def _count_words(text: str) -> int:
@@ -223,7 +230,7 @@ class Disambiguation:
         response_class=StreamingResponse,
         **{
             **GUARDED,
-            "responses": {**documented(422), 200: {"content": {"application/x-ndjson": {}}}},
+            "responses": {**documented(400, 422), 200: {"content": {"application/x-ndjson": {}}}},
         },
     )
     async def batch(self, body: BatchBody) -> StreamingResponse:
@@ -380,32 +387,29 @@ def build(config: ServeConfig) -> Application:
     llm, clip, limits = config.llm, config.clip, config.limits
     # a replica that is told to stop finishes what it was asked
     drain = {"graceful_shutdown_timeout_s": limits.timeout_s + 10}
-    return Disambiguation.options(  # type: ignore[attr-defined]
-        ray_actor_options={"num_cpus": 0.1}, max_queued_requests=limits.max_queued_requests, **drain
-    ).bind(
-        config,
-        LlmDeployment.options(**_replicas(llm), **drain).bind(llm),  # type: ignore[attr-defined]
-        ClipDeployment.options(**_replicas(clip), **drain).bind(  # type: ignore[attr-defined]
-            clip, limits.max_pixels
-        ),
+    ingress: Any = Disambiguation.options(  # type: ignore[attr-defined]
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_queued_requests=limits.max_queued_requests,
+        **_replicas(config, busy=64),
+        **drain,
+    )
+    deployments: list[Any] = []
+    for deployment, model in ((LlmDeployment, llm), (ClipDeployment, clip)):
+        options: dict[str, Any] = _replicas(model, busy=2 * model.max_batch_size)
+        options["ray_actor_options"] = {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus}
+        deployments.append(deployment.options(**options, **drain))  # type: ignore[attr-defined]
+    return ingress.bind(
+        config, deployments[0].bind(llm), deployments[1].bind(clip, limits.max_pixels)
     )
 
 
-def _replicas(config: LlmConfig | ClipConfig) -> dict[str, Any]:
-    """How many replicas a model has, and what each takes; [fewest, most] follows its queue."""
-    options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus}
-    }
+def _replicas(config: LlmConfig | ClipConfig | ServeConfig, *, busy: float) -> dict[str, Any]:
+    """A number of replicas, or [fewest, most] with `busy` requests in work or waiting for each."""
     if isinstance(config.replicas, int):
-        return {**options, "num_replicas": config.replicas}
+        return {"num_replicas": config.replicas}
     fewest, most = config.replicas
-    scaling = {
-        "min_replicas": fewest,
-        "max_replicas": most,
-        "target_ongoing_requests": 2 * config.max_batch_size,  # one batch in work, one waiting
-        **config.autoscaling,
-    }
-    return {**options, "autoscaling_config": scaling}
+    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": busy}
+    return {"autoscaling_config": {**scaling, **config.autoscaling}}
 
 
 __all__ = ["Disambiguation", "ServeConfig", "api", "build"]

@@ -22,10 +22,6 @@ def _items(requests: list[list[Any]]) -> int:
     return sum(len(request) for request in requests)
 
 
-def _parts(items: list[Any], size: int) -> list[list[Any]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 @serve.deployment(name="CLIP", max_ongoing_requests=512)
 class ClipDeployment:
     """Embeds images and texts with any open_clip model.
@@ -52,7 +48,7 @@ class ClipDeployment:
         self.decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # one forward at a time: two would share the same cores or GPU
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="clip")
-        self.batches = self.images = self.hits = 0
+        self.batches = self.items = self.hits = 0
         self._forward_images.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
         self._forward_texts.set_max_batch_size(4 * config.max_batch_size)  # type: ignore[attr-defined]
         self.clip.warm_up()
@@ -60,11 +56,8 @@ class ClipDeployment:
     async def encode_images(self, images: list[bytes]) -> np.ndarray | str:
         """(n, embed_dim) float32 of encoded images; or, as text, which image is wrong and how."""
         digests = [hashlib.sha256(data).digest() for data in images]
-        with self.lock:
-            found = {digest: self.cache.get(digest) for digest in digests}
-        todo = {d: data for d, data in zip(digests, images, strict=True) if found[d] is None}
+        found, todo = self._seen(digests, images)
         self.hits += len(images) - len(todo)
-        self.images += len(images)
         loop = asyncio.get_running_loop()
         pixels = await asyncio.gather(
             *(loop.run_in_executor(self.decoders, self._decode, data) for data in todo.values())
@@ -72,21 +65,37 @@ class ClipDeployment:
         for digest, item in zip(todo, pixels, strict=True):
             if isinstance(item, str):
                 return f"images[{digests.index(digest)}]: {item}"
-        parts = _parts(pixels, self.config.max_batch_size)
-        rows = await asyncio.gather(*(self._forward_images(part) for part in parts))
-        embedded = dict(zip(todo, itertools.chain.from_iterable(rows), strict=True))
-        with self.lock:
-            for digest, row in embedded.items():
-                if self.config.cache_images:
-                    self.cache[digest] = row
-        found |= embedded
+        found |= await self._embedded(
+            self._forward_images, list(todo), pixels, self.config.max_batch_size
+        )
         return np.stack([found[digest] for digest in digests])
 
     async def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, embed_dim) float32 of texts."""
-        parts = _parts(texts, 4 * self.config.max_batch_size)
-        rows = await asyncio.gather(*(self._forward_texts(part) for part in parts))
-        return np.concatenate(rows)
+        found, todo = self._seen(texts, texts)
+        found |= await self._embedded(
+            self._forward_texts, list(todo), list(todo), 4 * self.config.max_batch_size
+        )
+        return np.stack([found[text] for text in texts])
+
+    def _seen(self, keys: list[Any], items: list[Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        """Embeddings by key of what was seen before, and the rest by key."""
+        with self.lock:
+            rows = {key: self.cache.get(key) for key in keys}
+        todo = {key: item for key, item in zip(keys, items, strict=True) if rows[key] is None}
+        return rows, todo
+
+    async def _embedded(
+        self, forward: Any, keys: list[Any], items: list[Any], size: int
+    ) -> dict[Any, np.ndarray]:
+        """Embeddings of new items, in parts that fit a batch; kept for the next time."""
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        rows = await asyncio.gather(*(forward(part) for part in parts))
+        new = dict(zip(keys, itertools.chain.from_iterable(rows), strict=True))
+        with self.lock:
+            for key, row in new.items() if self.config.cache_images else ():
+                self.cache[key] = row
+        return new
 
     def _decode(self, data: bytes) -> Any:
         """The model's input for an image, or what is wrong with the image."""
@@ -98,6 +107,7 @@ class ClipDeployment:
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.01, batch_size_fn=_items)
     async def _forward_images(self, requests: list[list[Any]]) -> list[np.ndarray]:
         self.batches += 1
+        self.items += _items(requests)
         return await self._merged(self.clip.encode_pixels, requests)
 
     @serve.batch(max_batch_size=256, batch_wait_timeout_s=0.01, batch_size_fn=_items)
@@ -122,7 +132,8 @@ class ClipDeployment:
             "context_length": self.clip.context_length,
             "temperature": self.config.temperature or self.clip.temperature,
             "merge_at": self.config.merge_similarity or self.clip.merge_similarity,
-            "images": self.images,
             "seen_before": self.hits,
-            "mean_batch_size": (self.images - self.hits) / self.batches if self.batches else 0.0,
+            "batches": self.batches,
+            "items": self.items,
+            "mean_batch_size": self.items / self.batches if self.batches else 0.0,
         }

@@ -97,6 +97,7 @@ class LlmDeployment:
             "device": self.llm.device,
             "style": self.llm.style,
             "batches": self.batches,
+            "items": self.questions,
             "mean_batch_size": self.questions / self.batches if self.batches else 0.0,
             "prompt_tokens": self.llm.usage.prompt_tokens,
             "answer_tokens": self.llm.usage.answer_tokens,

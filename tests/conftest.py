@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from samples import ROOT, encoded
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parents[1]
 # Processes that tests start, Ray's workers among them, must find the tests' plug-in generators.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
@@ -36,18 +33,6 @@ def local_ray():
 
     with connect(ClusterConfig(num_cpus=4)):
         yield ray
-
-
-def draw(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
-    """A small picture that differs by seed."""
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
-
-
-def encoded(seed: int, image_format: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    draw(seed).save(buffer, format=image_format)
-    return buffer.getvalue()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The preflight: sums, refusals, and the cluster file that ships."""
 
 import pytest
-from conftest import ROOT
+from samples import ROOT
 
 from ray_synth.budget import Capacity, capacity_of_cluster_yaml, check_budget, demands, shortfalls
 from ray_synth.config import load_config

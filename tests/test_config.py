@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from conftest import ROOT
+from samples import ROOT
 
 from ray_synth.config import Config, load_config, parse_config
 

@@ -1,7 +1,7 @@
 """What a run directory remembers, and what it refuses."""
 
 import pytest
-from conftest import ROOT
+from samples import ROOT
 
 from ray_synth.config import load_config
 from ray_synth.stages import STAGES, StageLog, changed, stage_inputs

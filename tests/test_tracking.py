@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import draw
 from mlflow.tracking import MlflowClient
 from safetensors.torch import save
+from samples import draw
 
 from ray_synth.config import SourceConfig, parse_config
 from ray_synth.data.dataset import load_index, select

@@ -1,6 +1,6 @@
 """ImageNet's folders become classes, whether they are named by WordNet id or by index."""
 
-from conftest import encoded
+from samples import encoded
 
 from ray_synth.config import SourceConfig
 from ray_synth.data.dataset import load_index, read_class_names

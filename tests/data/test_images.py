@@ -5,10 +5,10 @@ import io
 
 import numpy as np
 import pytest
-from conftest import draw, encoded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from samples import draw, encoded
 
 from ray_synth.data.images import decode_image, encode_image
 

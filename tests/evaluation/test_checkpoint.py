@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from conftest import encoded
 from safetensors.torch import save_file
+from samples import encoded
 from typer.testing import CliRunner
 
 from ray_synth.cli import app

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torchvision
 import webdataset
-from conftest import encoded
 from huggingface_hub import DatasetCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
+from samples import encoded
 from test_store import made, plan_rows
 
 from ray_synth.config import SourceConfig

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import encoded
 from diffusers import AutoPipelineForText2Image
 from PIL import Image
 from pipelines import FAMILIES, GUIDANCE, load, sd15_with_safety_checker
+from samples import encoded
 from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig, ReferenceConfig

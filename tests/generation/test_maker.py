@@ -158,7 +158,7 @@ def _read(made, name):
 
 
 def test_rows_with_a_reference_get_its_image(tmp_path):
-    from conftest import encoded
+    from samples import encoded
 
     run = Folder(tmp_path / "run")
     write_references(run, {"cat/1": encoded(3), "cat/2": encoded(4)})

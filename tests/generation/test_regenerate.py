@@ -34,7 +34,7 @@ def run_of(tmp_path, generation, rows, **changes):
 
 
 def _reference(seed):
-    from conftest import encoded
+    from samples import encoded
 
     return encoded(seed)
 

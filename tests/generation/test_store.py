@@ -4,9 +4,9 @@ import time
 
 import pyarrow as pa
 import pytest
-from conftest import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import encoded
 
 from ray_synth.generation.store import IMAGE_SCHEMA, PLAN_SCHEMA, ImageStore, part_name
 from ray_synth.storage import Folder

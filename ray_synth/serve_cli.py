@@ -1,0 +1,109 @@
+"""`ray-synth serve`: checks a Serve config, hands it over to Ray's own `serve`, asks the service."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(help="Check, run, deploy and ask the disambiguation service.")
+ConfigFile = Annotated[Path, typer.Argument(help="a Serve config: serve/config.yaml")]
+
+
+@app.command()
+def check(config: ConfigFile) -> None:
+    """Find misspelt keys and wrong values, which Ray would take in silence, and stop."""
+    from serve.schema import load_serve_config
+
+    applications = load_serve_config(config)["applications"]
+    names = ", ".join(str(entry.get("name", "default")) for entry in applications)
+    typer.echo(f"{config}: nothing is wrong with it (applications: {names or 'none'})")
+
+
+@app.command()
+def run(config: ConfigFile) -> None:
+    """Check, then serve in the foreground: on the cluster at RAY_ADDRESS, else on a Ray of its own."""
+    _check(config)
+    _hand_over("run", str(config))
+
+
+@app.command()
+def deploy(
+    config: ConfigFile,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_DASHBOARD_ADDRESS", help="the cluster's dashboard")
+    ] = "http://localhost:8265",
+) -> None:
+    """Check, then send the config to a running cluster, and return."""
+    _check(config)
+    _require_answer(address)
+    _hand_over("deploy", str(config), "--address", address)
+
+
+@app.command()
+def ask(
+    class_name: Annotated[str, typer.Argument(help="as in the class list: crane")],
+    images: Annotated[
+        list[str] | None, typer.Argument(help="image files, or https URLs that the service allows")
+    ] = None,
+    url: Annotated[str, typer.Option(help="where the service is")] = "http://localhost:8000",
+    context: Annotated[str | None, typer.Option(help="from a list of birds")] = None,
+    meanings: Annotated[
+        list[str] | None, typer.Option("--meaning", help="a candidate to add; repeatable")
+    ] = None,
+    num_meanings: Annotated[int, typer.Option(help="asked from the language model")] = 5,
+    seed: int = 0,
+) -> None:
+    """Ask a running service what a class name means, and print its answer as JSON.
+
+    Its token, where it has one, is read from RAY_SYNTH_SERVE_TOKEN.
+    """
+    from ray_synth.client import Client, ServiceError
+
+    try:
+        with Client(url) as client:
+            answer = client.disambiguate(
+                class_name, images or [], context=context, meanings=meanings,
+                num_meanings=num_meanings, seed=seed,
+            )  # fmt: skip
+    except (ServiceError, OSError) as error:  # OSError: no such image, and no such service
+        raise ValueError(str(error)) from None
+    typer.echo(answer.model_dump_json(indent=2))
+
+
+def _check(config: Path) -> None:
+    from serve.schema import load_serve_config
+
+    load_serve_config(config)
+
+
+def _require_answer(address: str) -> None:
+    """Raises ValueError where no dashboard answers, or one that wants a token which is not given;
+    Serve's own command would show its insides."""
+    import httpx
+
+    try:
+        response = httpx.get(f"{address.rstrip('/')}/api/version", timeout=10)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(
+            f"no Ray dashboard answers at {address} ({error}): check --address; from outside of a "
+            "cluster its port 8265 is forwarded"
+        ) from None
+    if response.status_code == 401 and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+        raise ValueError(
+            f"the cluster at {address} asks for a token: set RAY_AUTH_MODE=token, and its token in "
+            "RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
+
+
+def _hand_over(*arguments: str) -> NoReturn:
+    """Become Serve's own command, of this environment: its signals and exit code are the caller's."""
+    from ray_synth.cluster import ENVIRONMENT
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-m", "ray.serve.scripts", *arguments]
+    os.execve(sys.executable, command, {**ENVIRONMENT, **os.environ})
