@@ -160,8 +160,8 @@ class Client:
         """A whole class list: each class's answer, or its problem, as it comes.
 
         Images are read at once; the service is asked as the first line is taken. Where the stream
-        breaks, the classes that have not come are asked about again, without those that have: the
-        classes of a list inform each other, so these can differ a little from an unbroken stream's.
+        breaks, the whole list is asked about again, since the classes of a list inform each other, and
+        the lines that came before are passed over.
 
         Raises:
             ServiceError, ServiceUnavailable, OSError: as `disambiguate`, for the list as a whole.
@@ -211,10 +211,11 @@ class Client:
     def _lines(self, waiting: dict[str, Any], asking: dict[str, Any]) -> Iterator[Line]:
         """The lines of `waiting`'s classes, each once, over as many streams as it takes."""
         stream: Generator[Line, None, None] | None = None
+        body = {"classes": list(waiting.values()), **asking}
 
         def next_line() -> Line:
             nonlocal stream
-            stream = stream or self._stream({"classes": list(waiting.values()), **asking})
+            stream = stream or self._stream(body)
             try:
                 return next(stream)
             except httpx.HTTPError:
@@ -241,8 +242,6 @@ class Client:
                     values = json.loads(text)
                 except ValueError:
                     raise httpx.RemoteProtocolError("the stream ended within a line") from None
-                if isinstance(values, dict) and isinstance(values.get("answer"), dict):
-                    values["answer"].setdefault("margin", None)  # lines leave out what is null
                 yield _valid(Line, values, response)
         raise httpx.RemoteProtocolError("the stream ended before all classes had come")
 

@@ -116,7 +116,7 @@ class Answer(BaseModel):
     choice: str
     confidence: float = Field(description="probability of the choice")
     ambiguous: bool = Field(description="it cannot tell: give more images, or a context")
-    margin: float | None
+    margin: float | None = Field(None, description="score of the choice over the next")
     candidates: list[CandidateAnswer]
     context: str | None = None
     num_images: int

@@ -10,43 +10,34 @@ The pipeline asks the same app through its handle (`resolve`, `contexts`).
 import asyncio
 import hmac
 import os
-from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
-from pydantic import Field
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from ray_synth.config import ClipConfig, LlmConfig, Replicas, Section
-from ray_synth.meaning.ambiguity import Models, resolve_meaning
-from ray_synth.meaning.candidates import siblings_context
-from ray_synth.meaning.lexicon import WordNet
-from ray_synth.meaning.llm import FewShot
+from ray_synth.config import ClipConfig, LlmConfig
 from ray_synth.messages import (
     Answer,
     BatchBody,
-    ClassQuestion,
     DisambiguateBody,
     LimitsAnswer,
-    Line,
     PromptsAnswer,
     PromptsBody,
 )
-from ray_synth.prompting.contexts import Context, contextual_prompt, write_contexts
+from ray_synth.prompting.contexts import Context, contextual_prompt
 from ray_synth.prompting.styles import load_styles, stylized_prompt
+from serve.batch import answer_lines
 from serve.clip import ClipDeployment
-from serve.limits import BodyLimit, Limits, read_images
+from serve.limits import BodyLimit, read_images
 from serve.llm import LlmDeployment
-from serve.metrics import Metrics
-from serve.problems import documented, install_handlers, problem
+from serve.problems import documented, install_handlers
+from serve.resolver import Resolver, ServeConfig
 
 TOKEN_VARIABLE = "RAY_SYNTH_SERVE_TOKEN"
 PAGE = (Path(__file__).parent / "page.html").read_text()
@@ -56,18 +47,6 @@ PAGE_POLICY = (
     "frame-ancestors 'none'"
 )
 INGRESS_CPUS = 0.1
-CLASSES_AT_ONCE = 32  # of a batch: enough to fill the models' batches
-
-
-class ServeConfig(Section):
-    """Arguments of the app (`args:` in a Serve config)."""
-
-    llm: LlmConfig = LlmConfig()
-    clip: ClipConfig = ClipConfig()
-    limits: Limits = Limits()
-    lexicon: str = "off"
-    replicas: Replicas = 1
-    autoscaling: dict[str, float] = Field(default_factory=dict)
 
 
 api = FastAPI(
@@ -104,109 +83,15 @@ def _count_words(text: str) -> int:
     return 2 + int(1.4 * len(text.replace(",", " , ").split()) + 0.5)
 
 
-async def _ask(method: Any, *args: Any) -> Any:
-    """The answer of another deployment; asked again, of another replica, where one dies over it."""
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception_type(RayActorError),
-        stop=stop_after_attempt(6),
-        wait=wait_exponential(0.1, max=5),
-        reraise=True,
-    ):
-        with attempt:
-            return await method.remote(*args)
-
-
 @serve.deployment(name="Disambiguation", max_ongoing_requests=512)
 @serve.ingress(api)
-class Disambiguation:
+class Disambiguation(Resolver):
     """The ingress: checks input, and composes the LLM and CLIP into meanings and prompts."""
 
     def __init__(self, config: ServeConfig, llm: DeploymentHandle, clip: DeploymentHandle) -> None:
-        self.config, self.llm, self.clip = config, llm, clip
+        super().__init__(config, llm, clip)
         self.styles = load_styles()
-        self.senses = None if config.lexicon == "off" else WordNet(config.lexicon).senses
-        self.metrics = Metrics()
-        self.clip_facts: dict[str, Any] = {}
         BodyLimit.limit = config.limits.max_body_bytes
-
-    async def complete(self, prompt: FewShot, seed: int, **options: Any) -> str:
-        """One answer of the LLM deployment."""
-        request = {
-            "prompt": prompt,
-            "seed": seed,
-            "max_new_tokens": options.get("max_new_tokens", 64),
-            "temperature": options.get("temperature", 0.8),
-            "stop": options.get("stop", ("\n\n",)),
-        }
-        return await _ask(self.llm.complete, request)
-
-    async def embed_texts(self, texts: list[str]) -> Any:
-        """(n, dim) unit rows."""
-        return await _ask(self.clip.encode_texts, texts)
-
-    async def embed_images(self, images: list[bytes]) -> np.ndarray | None:
-        """(n, dim) unit rows; None for none. Raises ValueError naming the image that is wrong."""
-        if not images:
-            return None
-        found = await _ask(self.clip.encode_images, images)
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
-
-    async def likelihood(self, prompts: list[Any], answers: list[str]) -> list[float] | None:
-        """Log-probabilities of answers, where the LLM says them."""
-        return await _ask(self.llm.likelihood, (prompts, answers))
-
-    async def resolve(
-        self, class_name: str, images: list[bytes] | np.ndarray | None, **options: Any
-    ) -> dict[str, Any]:
-        """The class's entry of meanings.json (paper, section 3.1); options as `resolve_meaning`."""
-        if not self.clip_facts:
-            self.clip_facts = await _ask(self.clip.describe)
-        features = await self.embed_images(images) if isinstance(images, list) else images
-        entry = await resolve_meaning(
-            class_name,
-            image_features=features,
-            models=Models(self.complete, self.embed_texts, self.likelihood, self.senses),
-            temperature=self.clip_facts["temperature"],
-            merge_at=self.clip_facts["merge_at"],
-            **options,
-        )
-        self.metrics.resolved(entry)
-        return {**entry, "llm": self.config.llm.model, "clip": self.config.clip.model}
-
-    async def contexts(
-        self, class_name: str, meaning: str, *, num_contexts: int, retries: int = 3, seed: int = 0
-    ) -> dict[str, Any]:
-        """Scenes for the class, each with its source, and the LLM's raw answers."""
-        result = await write_contexts(
-            class_name,
-            meaning,
-            complete=self.complete,
-            num_contexts=num_contexts,
-            retries=retries,
-            seed=seed,
-        )
-        return result.as_dict()
-
-    async def _answered(self, work: Awaitable[Any]) -> Any:
-        """The result within the time limit; HTTPException 422 for what is the caller's to mend."""
-        limit = self.config.limits.timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                return await work
-        except TimeoutError:
-            raise HTTPException(504, f"no answer within {limit:g} s: ask again later") from None
-        except (
-            RayTaskError
-        ) as error:  # a ValueError of a replica's, such as an LLM server's refusal
-            if isinstance(error, ValueError):
-                raise HTTPException(502, str(error.cause)) from None
-            raise
-        except RayActorError:
-            raise HTTPException(503, "a model is being started again: ask again") from None
-        except ValueError as error:
-            raise HTTPException(422, str(error)) from None
 
     @api.post("/disambiguate", response_model=Answer, **ASKED)
     async def disambiguate(self, body: DisambiguateBody) -> dict[str, Any]:
@@ -223,7 +108,7 @@ class Disambiguation:
             )
 
         with self.metrics.timed("disambiguate"):
-            return await self._answered(work())
+            return await self.answered(work())
 
     @api.post(
         "/disambiguate/batch",
@@ -234,82 +119,14 @@ class Disambiguation:
         },
     )
     async def batch(self, body: BatchBody) -> StreamingResponse:
-        """A whole class list, a line of JSON a class as it is resolved.
-
-        What speaks for every class's images speaks for none of them, and where a class has neither
-        images nor a context, its siblings' names are the context.
-        """
+        """A whole class list, a line of JSON a class as it is resolved; see `answer_lines`."""
         if len(body.classes) > self.config.limits.max_classes:
             limit = self.config.limits.max_classes
             raise HTTPException(422, f"classes: {len(body.classes)} given, at most {limit}")
         names = [question.class_name for question in body.classes]
         if len(set(names)) < len(names):
             raise HTTPException(422, "classes: give each class_name once")
-        return StreamingResponse(self._lines(body, names), media_type="application/x-ndjson")
-
-    async def _lines(self, body: BatchBody, names: list[str]) -> AsyncIterator[str]:
-        features: dict[str, np.ndarray | None] = {}
-        gate = asyncio.Semaphore(CLASSES_AT_ONCE)
-
-        async def see(question: ClassQuestion) -> Line | None:
-            async def work() -> Any:
-                images = await read_images(question.images, self.config.limits)
-                return await self.embed_images(images)
-
-            async with gate:
-                found = await self._line(question, work())
-            if isinstance(found, Line):
-                return found
-            features[question.class_name] = found
-            return None
-
-        async def ask(question: ClassQuestion) -> Line:
-            own = features[question.class_name]
-            others = [rows for name, rows in features.items() if name != question.class_name]
-            seen = [rows for rows in others if rows is not None]
-            work = self.resolve(
-                question.class_name,
-                own,
-                num_meanings=body.num_meanings,
-                seed=body.seed,
-                meanings=question.meanings,
-                context=body.context
-                or (siblings_context(question.class_name, names) if own is None else None),
-                reference_features=np.concatenate(seen) if seen else None,
-            )
-            async with gate:
-                found = await self._line(question, work)
-            if isinstance(found, Line):
-                return found
-            return Line(class_name=question.class_name, answer=Answer(**found))
-
-        with self.metrics.timed("batch"):
-            refused = await asyncio.gather(*(see(question) for question in body.classes))
-            for line in refused:
-                if line is not None:
-                    yield line.model_dump_json(exclude_none=True) + "\n"
-            todo = [
-                asyncio.ensure_future(ask(question))
-                for question in body.classes
-                if question.class_name in features
-            ]
-            try:
-                for done in asyncio.as_completed(todo):
-                    yield (await done).model_dump_json(exclude_none=True) + "\n"
-            finally:
-                for task in todo:  # a caller who went away is not worked for
-                    task.cancel()
-
-    async def _line(self, question: ClassQuestion, work: Awaitable[Any]) -> Any:
-        """The result, or the line that says what was wrong: one class never ends the others."""
-        try:
-            return await self._answered(work)
-        except HTTPException as error:
-            trouble = problem(error.status_code, str(error.detail))
-        except Exception as error:
-            self.metrics.log_failure(error)
-            trouble = problem(500, "the service failed on this class; its log says why")
-        return Line(class_name=question.class_name, problem=trouble)
+        return StreamingResponse(answer_lines(body, self), media_type="application/x-ndjson")
 
     @api.post("/prompts", response_model=PromptsAnswer, **ASKED)
     async def prompts(self, body: PromptsBody) -> dict[str, Any]:
@@ -320,7 +137,7 @@ class Disambiguation:
             raise HTTPException(422, f"{total} prompts asked for; ask for 1 to {limit}")
         meaning = body.meaning or body.class_name
         with self.metrics.timed("prompts"):
-            found = await self._answered(
+            found = await self.answered(
                 self.contexts(
                     body.class_name, meaning, num_contexts=max(body.contextual, 1), seed=body.seed
                 )
@@ -394,10 +211,11 @@ def build(config: ServeConfig) -> Application:
         **drain,
     )
     deployments: list[Any] = []
-    for deployment, model in ((LlmDeployment, llm), (ClipDeployment, clip)):
+    models: Any = ((LlmDeployment, llm), (ClipDeployment, clip))
+    for deployment, model in models:
         options: dict[str, Any] = _replicas(model, busy=2 * model.max_batch_size)
         options["ray_actor_options"] = {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus}
-        deployments.append(deployment.options(**options, **drain))  # type: ignore[attr-defined]
+        deployments.append(deployment.options(**options, **drain))
     return ingress.bind(
         config, deployments[0].bind(llm), deployments[1].bind(clip, limits.max_pixels)
     )
