@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 # The embedded model's, fitted on digits by `python jobs/meanings.py --fit`.
-EMBEDDED_TEMPERATURE = 0.02
+EMBEDDED_TEMPERATURE = 0.0136
 # "the number 7" and "the number seven" are 0.95 to 0.98 alike to the embedded model, neighbours among
 # the numbers 0.85 at most; models trained on photographs put whole scenes closer together.
 EMBEDDED_MERGE, MERGE = 0.9, 0.98

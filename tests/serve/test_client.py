@@ -292,7 +292,12 @@ def test_a_broken_stream_goes_on_with_the_classes_that_have_not_come(client, ser
     assert all(line.answer and line.answer.margin is None for line in lines)
     assert client.retried == 1
     bodies = [body for _, _, body in service.asked]
-    assert [question["class_name"] for question in bodies[1]["classes"]] == ["ant", " bee", "cat", "dog"]
+    assert [question["class_name"] for question in bodies[1]["classes"]] == [
+        "ant",
+        " bee",
+        "cat",
+        "dog",
+    ]
     assert all(body["num_meanings"] == 2 for body in bodies)
 
 
