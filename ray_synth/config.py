@@ -58,7 +58,9 @@ class SourceConfig(Section):
     revision: str | None = Field(None, description="revision of a Hugging Face dataset")
     image_column: str = "image"
     label_column: str = "label"
-    images_per_class: Positive | None = Field(None, description="take at most this many a class")
+    images_per_class: Positive | dict[str, Positive] | None = Field(
+        None, description="take at most this many a class; or a number for each class name"
+    )
     class_map: Literal["imagenet_wnids", "imagenet_indices"] | dict[str, str] | None = Field(
         None,
         description="label in this source -> class name; labels left out are ignored. Or how "
@@ -78,6 +80,9 @@ class DataConfig(Section):
     train: SourceConfig
     test: SourceConfig
     ood: dict[str, SourceConfig] = Field(default_factory=dict)
+    validation: Positive | None = Field(
+        None, description="training images a class that are held out, to choose settings by"
+    )
     class_names: list[str] | str | None = Field(
         None,
         description="names, 'imagenet', or a text file with one a line; default: the labels "
@@ -182,7 +187,9 @@ class PromptingConfig(Section):
         6.0, description="synthetic images = multiplier x real training images"
     )
     mix: dict[Kind, Annotated[float, Field(ge=0)]] = Field(default_factory=_even_mix)
-    contexts_per_class: Positive = 16
+    contexts_per_class: Annotated[int, Field(ge=0)] = Field(
+        16, description="scenes for contextual and stylized prompts; 0: none are written"
+    )
     retries: Annotated[int, Field(ge=0)] = Field(
         1, description="rounds of asking again before the built-in pool fills up"
     )
@@ -357,9 +364,6 @@ class TrainingConfig(Section):
     reservoir_mb: Positive = Field(
         2_048, description="live: of which in memory; the rest lies in a temporary file"
     )
-    merge_similarity: Fraction | None = Field(
-        None, description="cosine similarity from which two phrases mean the same"
-    )
     cache_images: Annotated[int, Field(ge=0)] = Field(
         50_000, description="real images a worker keeps in memory; larger shards are streamed"
     )
@@ -441,6 +445,55 @@ class TrackingConfig(Section):
     registered_model: str | None = Field(None, description="register the mixed model by this name")
 
 
+class CorruptionConfig(Section):
+    """Shifted copies of the test set, for the study of robustness."""
+
+    kinds: list[str] = Field(
+        ["blur", "brightness", "contrast", "elastic", "jpeg", "noise", "rotate"],
+        description="which of evaluation/corruption.py's",
+    )
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 3, 5]
+    images: Positive = Field(500, description="test images that are shifted, over all classes")
+
+
+class StudiesConfig(Section):
+    """What `ray-synth study` varies; all else is as the config says."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
+    scale: Annotated[float, Field(gt=0)] = Field(
+        6.0, description="synthetic images per real one, where the study varies something else"
+    )
+    scales: list[Annotated[float, Field(gt=0)]] = [1, 2, 4, 6, 12, 24]
+    images_per_class: list[Positive] = Field(
+        [2, 5, 10, 20], description="real images a class, for the study low_data"
+    )
+    imbalance: Annotated[float, Field(gt=1)] = Field(
+        20.0, description="largest over smallest class of the long-tailed sets"
+    )
+    lambdas: list[Annotated[float, Field(ge=0)]] = [0.1, 0.25, 0.5, 1.0, 2.0]
+    real_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.3333, 0.5, 0.75]
+    llms: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {"completion": {"style": "completion"}, "chat": {"style": "chat"}},
+        description="names to settings as under meaning.llm",
+    )
+    generators: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {
+            f"{steps} steps, guidance {scale:g}": {
+                "num_inference_steps": steps, "guidance_scale": scale
+            }
+            for steps, scale in ((1, 1.0), (2, 1.0), (8, 1.0), (4, 2.0), (4, 4.0))
+        },
+        description="names to settings as under generation",
+    )  # fmt: skip
+    corruption: CorruptionConfig = CorruptionConfig()
+    validation: Positive = Field(
+        20, description="held-out training images a class, where data.validation gives no number"
+    )
+    parallel: Positive | None = Field(
+        None, description="trainings at a time; default: what the cluster has room for"
+    )
+
+
 class ReachConfig(Section):
     """What an autoscaling cluster can grow to, counted by the preflight."""
 
@@ -477,6 +530,7 @@ class Config(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    studies: StudiesConfig = StudiesConfig()
     cluster: ClusterConfig = ClusterConfig()
 
 

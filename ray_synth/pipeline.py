@@ -24,6 +24,7 @@ from ray_synth.config import ClipConfig, Config, QualityConfig
 from ray_synth.data.dataset import (
     Index,
     drop,
+    hold_out,
     inspect,
     load_index,
     read_class_names,
@@ -46,7 +47,13 @@ VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "tim
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its config, its directory, and its real training images before inspection."""
+    """One run: its config, its directory, and its real images; none of them is opened yet.
+
+    Attributes:
+        train: training images, before inspection.
+        tests: the test sets.
+        validation: held out of training.
+    """
 
     config: Config
     runs: Folder
@@ -54,6 +61,7 @@ class Run:
     stages: StageLog
     train: Index
     tests: dict[str, Index]
+    validation: Index
 
     @property
     def store(self) -> ImageStore:
@@ -78,6 +86,7 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
     """
     names = read_class_names(config.data.class_names)
     train = require_every_class(load_index(config.data.train, names), "data.train")
+    train, validation = hold_out(train, config.data.validation)
     train = select(train, config.data.train.images_per_class, config.seed)
     sources = {"in_domain": config.data.test, **config.data.ood}
     tests = {
@@ -99,7 +108,7 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
         check_recipe(config.training)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     folder.write_yaml("config.yaml", {**config.model_dump(mode="json"), "versions": versions})
-    return Run(config, runs, folder, stages, train, tests)
+    return Run(config, runs, folder, stages, train, tests, validation)
 
 
 def run_pipeline(
@@ -210,7 +219,7 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
         saved = folder.read_json("contexts.json")
         contexts = saved["classes"] if saved["digest"] == digest else {}
     wants = set(config.prompting.mix) - {"plain"}
-    if wants:
+    if wants and config.prompting.contexts_per_class:
         todo = {name: meaning for name, meaning in meanings.items() if name not in contexts}
         with Bar("contexts", len(meanings), "classes", done=len(contexts)) as bar:
             for name, entry in service.write_contexts_all(todo, seed=config.seed):

@@ -16,10 +16,7 @@ from ray import serve
 from ray_synth.config import ClipConfig
 from ray_synth.data.images import decode_image
 from ray_synth.meaning.clip import ClipModel
-
-
-def _items(requests: list[list[Any]]) -> int:
-    return sum(len(request) for request in requests)
+from serve.full_batches import FullBatches
 
 
 @serve.deployment(name="CLIP", max_ongoing_requests=512)
@@ -48,9 +45,10 @@ class ClipDeployment:
         self.decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # one forward at a time: two would share the same cores or GPU
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="clip")
-        self.batches = self.items = self.hits = 0
-        self._forward_images.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
-        self._forward_texts.set_max_batch_size(4 * config.max_batch_size)  # type: ignore[attr-defined]
+        self.hits = 0
+        size = config.max_batch_size
+        self.images = FullBatches(self._forward_images, max_size=size, size=len)
+        self.texts = FullBatches(self._forward_texts, max_size=4 * size, size=len)
         self.clip.warm_up()
 
     async def encode_images(self, images: list[bytes]) -> np.ndarray | str:
@@ -65,17 +63,13 @@ class ClipDeployment:
         for digest, item in zip(todo, pixels, strict=True):
             if isinstance(item, str):
                 return f"images[{digests.index(digest)}]: {item}"
-        found |= await self._embedded(
-            self._forward_images, list(todo), pixels, self.config.max_batch_size
-        )
+        found |= await self._embedded(self.images, list(todo), pixels)
         return np.stack([found[digest] for digest in digests])
 
     async def encode_texts(self, texts: list[str]) -> np.ndarray:
         """(n, embed_dim) float32 of texts."""
         found, todo = self._seen(texts, texts)
-        found |= await self._embedded(
-            self._forward_texts, list(todo), list(todo), 4 * self.config.max_batch_size
-        )
+        found |= await self._embedded(self.texts, list(todo), list(todo))
         return np.stack([found[text] for text in texts])
 
     def _seen(self, keys: list[Any], items: list[Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -86,9 +80,10 @@ class ClipDeployment:
         return rows, todo
 
     async def _embedded(
-        self, forward: Any, keys: list[Any], items: list[Any], size: int
+        self, forward: FullBatches, keys: list[Any], items: list[Any]
     ) -> dict[Any, np.ndarray]:
         """Embeddings of new items, in parts that fit a batch; kept for the next time."""
+        size = forward.max_size
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         rows = await asyncio.gather(*(forward(part) for part in parts))
         new = dict(zip(keys, itertools.chain.from_iterable(rows), strict=True))
@@ -104,13 +99,9 @@ class ClipDeployment:
         except ValueError as error:
             return str(error)
 
-    @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.01, batch_size_fn=_items)
     async def _forward_images(self, requests: list[list[Any]]) -> list[np.ndarray]:
-        self.batches += 1
-        self.items += _items(requests)
         return await self._merged(self.clip.encode_pixels, requests)
 
-    @serve.batch(max_batch_size=256, batch_wait_timeout_s=0.01, batch_size_fn=_items)
     async def _forward_texts(self, requests: list[list[str]]) -> list[np.ndarray]:
         return await self._merged(self.clip.encode_texts, requests)
 
@@ -133,7 +124,7 @@ class ClipDeployment:
             "temperature": self.config.temperature or self.clip.temperature,
             "merge_at": self.config.merge_similarity or self.clip.merge_similarity,
             "seen_before": self.hits,
-            "batches": self.batches,
-            "items": self.items,
-            "mean_batch_size": self.items / self.batches if self.batches else 0.0,
+            "batches": self.images.batches,
+            "items": self.images.items,
+            "mean_batch_size": self.images.items / max(self.images.batches, 1),
         }

@@ -13,6 +13,16 @@ from ray import serve
 from ray_synth.config import LlmConfig
 from ray_synth.meaning.backends import load_llm
 from ray_synth.meaning.llm import FewShot
+from serve.full_batches import FullBatches
+
+
+def _options(request: dict[str, Any]) -> tuple[Any, ...]:
+    """What all questions of a batch share: an answer's length must not depend on its neighbours."""
+    return request["max_new_tokens"], request["temperature"], tuple(request["stop"])
+
+
+def _phrases(request: tuple[list[Any], list[str]]) -> int:
+    return len(request[0])
 
 
 @serve.deployment(name="LLM", max_ongoing_requests=512)
@@ -26,12 +36,12 @@ class LlmDeployment:
     def __init__(self, config: LlmConfig) -> None:
         self.config = config
         self.llm = load_llm(config, num_threads=os.cpu_count())
-        self._complete_batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
         self.remote = config.backend == "openai"
         # one generation at a time on a device: two would share the same cores or GPU
         size = config.max_batch_size if self.remote else 1
         self.threads = ThreadPoolExecutor(size, thread_name_prefix="llm")
-        self.batches = self.questions = 0
+        self.asked = FullBatches(self._answer, max_size=config.max_batch_size, kind=_options)
+        self.judged = FullBatches(self._score, max_size=4 * config.max_batch_size, size=_phrases)
         if not self.remote:  # the first question would pay for what is set up on demand
             self.llm.complete([FewShot("Say it.", (), "one")], max_new_tokens=1, temperature=0)
 
@@ -39,43 +49,25 @@ class LlmDeployment:
         """Answer `{prompt: FewShot, seed, max_new_tokens, temperature, stop}`."""
         if self.remote:  # a server batches by itself
             return (await self._answer([request]))[0]
-        return await self._complete_batch(request)
-
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.02)
-    async def _complete_batch(self, requests: list[dict[str, Any]]) -> list[str]:
-        return await self._answer(requests)
+        return await self.asked(request)
 
     async def _answer(self, requests: list[dict[str, Any]]) -> list[str]:
-        self.batches += 1
-        self.questions += len(requests)
-        answers = [""] * len(requests)
+        """Answers to requests with the same options."""
+        length, temperature, stop = _options(requests[0])
+        return await self._in_thread(
+            self.llm.complete,
+            [request["prompt"] for request in requests],
+            max_new_tokens=length,
+            temperature=temperature,
+            seeds=[request["seed"] for request in requests],
+            stop=stop,
+        )
 
-        def options(i: int) -> tuple[Any, ...]:
-            request = requests[i]
-            return request["max_new_tokens"], request["temperature"], tuple(request["stop"])
+    async def likelihood(self, request: tuple[list[Any], list[str]]) -> list[float] | None:
+        """Log-probabilities of answers after prompts, see `Llm`."""
+        return await self.judged(request)
 
-        # Only like questions share a batch: an answer's length must not depend on its neighbours.
-        for (length, temperature, stop), group in itertools.groupby(
-            sorted(range(len(requests)), key=options), key=options
-        ):
-            rows = list(group)
-            texts = await self._in_thread(
-                self.llm.complete,
-                [requests[i]["prompt"] for i in rows],
-                max_new_tokens=length,
-                temperature=temperature,
-                seeds=[requests[i]["seed"] for i in rows],
-                stop=stop,
-            )
-            for i, text in zip(rows, texts, strict=True):
-                answers[i] = text
-        return answers
-
-    @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.02)
-    async def likelihood(
-        self, requests: list[tuple[list[Any], list[str]]]
-    ) -> list[list[float] | None]:
-        """Each request prompts and answers; the answers' log-probabilities, see `Llm`."""
+    async def _score(self, requests: list[tuple[list[Any], list[str]]]) -> list[list[float] | None]:
         prompts = [prompt for request in requests for prompt in request[0]]
         answers = [answer for request in requests for answer in request[1]]
         scores = await self._in_thread(self.llm.likelihood, prompts, answers)
@@ -96,9 +88,9 @@ class LlmDeployment:
             "dtype": str(getattr(self.llm, "dtype", "")).removeprefix("torch."),
             "device": self.llm.device,
             "style": self.llm.style,
-            "batches": self.batches,
-            "items": self.questions,
-            "mean_batch_size": self.questions / self.batches if self.batches else 0.0,
+            "batches": self.asked.batches,
+            "items": self.asked.items,
+            "mean_batch_size": self.asked.items / max(self.asked.batches, 1),
             "prompt_tokens": self.llm.usage.prompt_tokens,
             "answer_tokens": self.llm.usage.answer_tokens,
         }

@@ -21,6 +21,7 @@ from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
 if TYPE_CHECKING:
     import ray.data
 
+HOLD_OUT_SEED = 2_312_02253  # the paper's number: unlike any seed that a run is likely to have
 
 @dataclass(frozen=True)
 class Index:
@@ -125,17 +126,57 @@ def require_every_class(index: Index, origin: str) -> Index:
     return index
 
 
-def select(index: Index, images_per_class: int | None, seed: int) -> Index:
-    """At most `images_per_class` of each class, chosen by `seed`; nested as the number grows."""
+def select(index: Index, images_per_class: int | dict[str, int] | None, seed: int) -> Index:
+    """At most `images_per_class` of each class, chosen by `seed`; nested as the number grows.
+
+    Args:
+        images_per_class: one number, or one by class name; a class that it lacks is taken whole.
+
+    Raises:
+        ValueError: a name is no class.
+    """
     if images_per_class is None:
         return index
+    most = np.full(len(index.class_names), len(index))
+    if isinstance(images_per_class, dict):
+        unknown = set(images_per_class) - set(index.class_names)
+        if unknown:
+            raise ValueError(f"images_per_class: no class is named {sorted(unknown)[0]!r}")
+        for name, number in images_per_class.items():
+            most[index.class_names.index(name)] = number
+    else:
+        most[:] = images_per_class
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(index))
     rank = np.empty(len(index), dtype=np.int64)
     for label in range(len(index.class_names)):
         mine = order[index.label[order] == label]
         rank[mine] = np.arange(len(mine))
-    return index.take(np.flatnonzero(rank < images_per_class))
+    return index.take(np.flatnonzero(rank < most[index.label]))
+
+
+def hold_out(index: Index, images_per_class: int | None) -> tuple[Index, Index]:
+    """What is left to train on, and the images held out of it.
+
+    The same images are held out whatever the run's seed, so that no seed trains on what another is
+    chosen by.
+
+    Raises:
+        ValueError: a class would have no image left.
+    """
+    if images_per_class is None:
+        return index, index.take(np.arange(0))
+    for name, count in index.counts().items():
+        if count <= images_per_class:
+            raise ValueError(
+                f"data.validation holds {images_per_class} images of each class out of training, and "
+                f"{name!r} has {count} in all: give a smaller number"
+            )
+    held = select(index, images_per_class, HOLD_OUT_SEED)
+    places = np.stack([index.shard, index.row])
+    taken = {tuple(place) for place in np.stack([held.shard, held.row]).T.tolist()}
+    keep = [at for at, place in enumerate(places.T.tolist()) if tuple(place) not in taken]
+    return index.take(np.array(keep, dtype=np.int64)), held
 
 
 def tasks(index: Index, rows_per_task: int = 1024) -> list[dict[str, Any]]:
