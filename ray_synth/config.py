@@ -473,18 +473,13 @@ class StudiesConfig(Section):
     lambdas: list[Annotated[float, Field(ge=0)]] = [0.1, 0.25, 0.5, 1.0, 2.0]
     real_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.3333, 0.5, 0.75]
     llms: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"completion": {"style": "completion"}, "chat": {"style": "chat"}},
-        description="names to settings as under meaning.llm",
+        default_factory=dict,
+        description="names to settings as under meaning.llm; default: the same one, asked otherwise",
     )
     generators: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {
-            f"{steps} steps, guidance {scale:g}": {
-                "num_inference_steps": steps, "guidance_scale": scale
-            }
-            for steps, scale in ((1, 1.0), (2, 1.0), (8, 1.0), (4, 2.0), (4, 4.0))
-        },
-        description="names to settings as under generation",
-    )  # fmt: skip
+        default_factory=dict,
+        description="names to settings as under generation; default: fewer and more steps, guidance",
+    )
     corruption: CorruptionConfig = CorruptionConfig()
     validation: Positive = Field(
         20, description="held-out training images a class, where data.validation gives no number"

@@ -143,17 +143,33 @@ def run_pipeline(
     return metrics
 
 
+def inspected(run: Run) -> Run:
+    """The run without its corrupt training images, each of which is decoded once."""
+    data = run.stages.run("data", lambda: inspect_data(run))
+    return replace(run, train=drop(run.train, data["corrupt"]))
+
+
+def run_words(run: Run, service: Any, *, plan: bool = True) -> None:
+    """The stages that ask the service: meanings and, with `plan`, prompts."""
+    run.stages.run("meaning", lambda: resolve_meanings(run, service))
+    if plan:
+        run.stages.run("plan", lambda: write_plan(run, service))
+
+
+def run_images(run: Run) -> None:
+    """The stages that make all images of a plan."""
+    run.stages.run("quality", lambda: measure_quality(run))
+    run.stages.run("generation", lambda: generate(run))
+
+
 def _run_stages(run: Run, until: str, tracker: Any) -> None:
     from ray_synth.service import Service
 
     done_at = {"data": 1, "meaning": 2, "plan": 3, "generation": 4, "training": 5}.get(until, 6)
-    data = run.stages.run("data", lambda: inspect_data(run))
-    run = replace(run, train=drop(run.train, data["corrupt"]))
+    run = inspected(run)
     if done_at >= 2:
         with Service(run.config) as service:
-            run.stages.run("meaning", lambda: resolve_meanings(run, service))
-            if done_at >= 3:
-                run.stages.run("plan", lambda: write_plan(run, service))
+            run_words(run, service, plan=done_at >= 3)
     if done_at >= 4:
         run.stages.run("quality", lambda: measure_quality(run))
     live = run.config.training.feed != "stored"

@@ -138,23 +138,20 @@ def evaluate(
     if config.restrict_to_test_classes:
         allowed = {name: np.unique(index.label) for name, index in test_sets.items()}
     datasets = [to_ray(index, test_set=name) for name, index in test_sets.items()]
-    stream = (
-        datasets[0]
-        .union(*datasets[1:])
-        .map_batches(
-            Predictor,
-            fn_constructor_kwargs={
-                "folder": folder,
-                "arms": arms,
-                "max_pixels": max_pixels,
-                "allowed": allowed,
-                "bns": config.bns,
-            },
-            batch_size=config.batch_size,
-            compute=ray.data.ActorPoolStrategy(size=config.num_actors),
-            num_cpus=config.num_cpus,
-            num_gpus=config.num_gpus,
-        )
+    images = datasets[0].union(*datasets[1:]) if datasets[1:] else datasets[0]
+    stream = images.map_batches(
+        Predictor,
+        fn_constructor_kwargs={
+            "folder": folder,
+            "arms": arms,
+            "max_pixels": max_pixels,
+            "allowed": allowed,
+            "bns": config.bns,
+        },
+        batch_size=config.batch_size,
+        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus,
     )
     tally, corrupt = Tally(len(class_names)), []
     for batch in stream.iter_batches(batch_size=None, batch_format="numpy"):

@@ -83,6 +83,12 @@ def missing_chunks(job: GenerationJob) -> list[Chunk]:
     return [chunk for chunk in _cut(settled(job)) if chunk.missing]
 
 
+def planned_parts(job: GenerationJob, num_rows: int) -> list[str]:
+    """Names of the parts that hold the plan's first rows, and up to a batch of rows more."""
+    chunks = (chunk for chunk in _cut(settled(job)) if chunk.start < num_rows)
+    return sorted({name for chunk in chunks for name in chunk.parts})
+
+
 def _cut(job: GenerationJob) -> list[Chunk]:
     assert isinstance(job.config.batch_size, int)
     return cut(job.plan, job.store, job.config.batch_size)

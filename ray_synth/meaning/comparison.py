@@ -5,6 +5,7 @@ Each backend's meanings.json entries and costs go in as an `Outcome`; rows and M
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,11 +72,13 @@ def read_truth(
     known = set(class_names)
     truth = {}
     for name, words in values.items():
-        listed = [str(word) for word in (words if isinstance(words, list) else [words])]
+        given = words if isinstance(words, list) else [words]
+        plain = [str(word) for word in given if type(word) in (str, int, float)]
+        listed = [word for word in plain if any(c.isalnum() for c in word)]
         if str(name) not in known:
             some = ", ".join(sorted(known)[:10])
             raise ValueError(f"{origin}: {str(name)!r} is none of the classes ({some}, ...)")
-        if not listed or not all(any(c.isalnum() for c in word) for word in listed):
+        if not listed or len(listed) < len(given):
             raise ValueError(f"{origin}: {name}: give at least one word")
         truth[str(name)] = listed
     return truth
@@ -199,7 +202,7 @@ def _percent(share: float | None) -> str:
 
 def _cell(text: str) -> str:
     """Text that cannot end a table's cell or line."""
-    return " ".join(text.replace("|", "\\|").split())
+    return " ".join(re.sub(r"[\\|]", r"\\\g<0>", text).split())
 
 
 __all__ = [

@@ -58,6 +58,7 @@ class MeaningModels:
         """
 
         async def resolve_each() -> list[dict[str, Any]]:
+            self._waiting = []  # what an error left unanswered is of a loop that is closed
             models = Models(self._complete, self._embed_texts, self._likelihood, self.senses)
             return await asyncio.gather(
                 *(
@@ -76,7 +77,8 @@ class MeaningModels:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """(n, dim) unit rows."""
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        self._texts |= dict(zip(new, self.clip.encode_texts(new), strict=True))
+        if new:
+            self._texts |= dict(zip(new, self.clip.encode_texts(new), strict=True))
         return np.stack([self._texts[text] for text in texts])
 
     async def _embed_texts(self, texts: list[str]) -> np.ndarray:

@@ -6,10 +6,12 @@ WordNet's own archive.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,9 @@ SYSTEM_FOLDERS = ("/usr/share/wordnet", "/usr/local/share/wordnet", "/opt/homebr
 FILES = ("index.noun", "data.noun", "noun.exc")
 MOST_CHARS = 500  # what is read of a gloss
 LONGEST_LINE = 1 << 16  # bytes; WordNet 3.0's is under 13,000
+UNREADABLE = (  # what reading files, or a zip file with any bytes in it, may raise
+    OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 MEND = (
     "install Debian's package wordnet-base, or ray-synth[lexicon] and then `python -m nltk.downloader "
     "wordnet`, or name a folder with WordNet's files index.noun and data.noun in meaning.lexicon"
@@ -66,12 +71,15 @@ class WordNet:
         try:
             index, self._data, exceptions = _read(place)
             self._offsets = dict(_index_lines(index))
+            last = max(itertools.chain.from_iterable(self._offsets.values()), default=0)
+            if not self._data.startswith(b"%08d " % last, last):
+                raise ValueError("data.noun is not that of index.noun")
             self._base_forms = {
                 words[0]: words[1:]
                 for words in (line.split() for line in exceptions.decode().splitlines())
                 if words
             }
-        except (OSError, ValueError, LookupError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{place} holds no readable WordNet ({error}): {MEND}") from None
 
     def senses(self, name: str) -> list[str]:
@@ -89,6 +97,8 @@ class WordNet:
         irregular = self._base_forms.get(word)
         if irregular:
             yield from irregular
+            return
+        if word.endswith("ss") or len(word) < 3:  # a boss is no plural of the genus Bos
             return
         for ending, singular in ENDINGS:
             if word.endswith(ending):

@@ -23,6 +23,7 @@ class TrainJob:
         steps: optimizer steps; each sees the same number of real images in all arms.
         real: the index of real training images, or None where they are streamed by Ray Data.
         num_synthetic: this many first rows of the run's plan are trained on; 0: real images alone.
+        source: where the plan and its images lie, if not in `folder`.
         tracking: MLflow's uri and run id, or None.
         board: the progress board's handle.
     """
@@ -36,6 +37,7 @@ class TrainJob:
     real: Index | None
     max_pixels: int
     num_synthetic: int = 0
+    source: Folder | None = None
     tracking: dict[str, str] | None = None
     board: Any = None
 
@@ -51,11 +53,11 @@ class TrainJob:
 
     @property
     def store(self) -> ImageStore:
-        return ImageStore(self.folder.child("images"))
+        return ImageStore((self.source or self.folder).child("images"))
 
     def read_plan(self) -> pa.Table:
         """The rows of the plan that are trained on."""
-        return self.folder.read_rows("plan.parquet", 0, self.num_synthetic)
+        return (self.source or self.folder).read_rows("plan.parquet", 0, self.num_synthetic)
 
     @property
     def reads_store(self) -> bool:

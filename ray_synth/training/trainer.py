@@ -11,7 +11,7 @@ from typing import Any
 from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index, to_ray
 from ray_synth.generation.maker import GenerationJob
-from ray_synth.generation.stream import image_stream
+from ray_synth.generation.stream import image_stream, planned_parts
 from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 
@@ -95,7 +95,8 @@ def _synthetic(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:
     store = job.store
 
     def stored() -> Any:
-        paths = [store.folder.path(name) for name in store.parts()]
+        parts = planned_parts(generation, job.num_synthetic)
+        paths = [store.folder.path(name) for name in parts]
         return ray.data.read_parquet(
             paths,
             filesystem=store.folder.filesystem,

@@ -1,0 +1,232 @@
+"""A grid of trials: their sources made, their models trained, and in the end tested.
+
+Everything is known by digest in one workspace that all studies of a config share, so that nothing is made
+or trained twice, by whatever study, and whatever was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+from ray_synth.budget import Capacity, check_budget, cluster_capacity
+from ray_synth.cluster import runs_folder
+from ray_synth.config import Config
+from ray_synth.data.dataset import Index
+from ray_synth.pipeline import Run, inspected, open_run, run_images, run_words
+from ray_synth.storage import Folder
+from ray_synth.studies.arm import ARMS, Trial
+from ray_synth.tracking import digest
+
+log = logging.getLogger("ray_synth")
+VALIDATION = "validation"
+T = TypeVar("T")
+
+
+def workspace(config: Config) -> Folder:
+    """Where all studies of a config keep what they share, and their results."""
+    return runs_folder(config.runs_dir).child(config.name).child("studies")
+
+
+class Grid:
+    """The trials of a study on a connected cluster.
+
+    Test images are indexed when a run is opened, and read by `test` alone.
+
+    Args:
+        trials: as `trials_of` gives them.
+        config: the config that the studies are of.
+    """
+
+    def __init__(self, config: Config, trials: list[Trial]) -> None:
+        self.config, self.folder = config, workspace(config)
+        self.arms = self.folder.child(ARMS)
+        self.trials = [replace(trial, config=self._placed(trial.config)) for trial in trials]
+        self.runs: dict[str, Run] = {}
+
+    def _placed(self, config: Config) -> Config:
+        """The config of a source, with its run directory in the workspace."""
+        llm = config.meaning.llm
+        if llm.cache_dir is None and self.folder.is_local:  # sources ask many of the same questions
+            cached = llm.model_copy(update={"cache_dir": self.folder.path("answers")})
+            meaning = config.meaning.model_copy(update={"llm": cached})
+            config = config.model_copy(update={"meaning": meaning})
+        return config.model_copy(update={"runs_dir": self.folder.child("sources").uri})
+
+    @cached_property
+    def capacity(self) -> Capacity:
+        return cluster_capacity(self.config)
+
+    def make_sources(self) -> None:
+        """Inspect, resolve, plan and generate what the trials train on.
+
+        Raises:
+            ValueError: as the pipeline's stages do; a source that does not fit the cluster.
+        """
+        mixed: dict[str, Run] = {}
+        for trial in self.trials:
+            if trial.source not in self.runs:
+                check_budget(trial.config, self.capacity)
+                self.runs[trial.source] = inspected(open_run(trial.config))
+            if trial.mixed:
+                mixed[trial.source] = self.runs[trial.source]
+        self._write_words([run for run in mixed.values() if run.stages.record("plan") is None])
+        missing = [run for run in mixed.values() if run.stages.record("generation") is None]
+        side_by_side(run_images, missing, self._room_for_images())
+
+    def _write_words(self, runs: list[Run]) -> None:
+        """Meanings and plans; the models are loaded once for all runs that ask the same ones."""
+        from ray_synth.service import Service
+
+        groups: dict[str, list[Run]] = {}
+        for run in runs:
+            meaning = run.config.meaning
+            models = meaning.llm.model_dump_json() + meaning.clip.model_dump_json()
+            groups.setdefault(models + meaning.lexicon, []).append(run)
+        for group in groups.values():
+            with Service(group[0].config) as service:
+                for number, run in enumerate(group):
+                    log.info("words of source %d of %d", number + 1, len(group))
+                    service.config = run.config
+                    run_words(run, service)
+
+    def train(self) -> None:
+        """Train every trial that is not trained yet."""
+        todo = {
+            trial.digest: trial
+            for trial in self.trials
+            if not self.arms.exists(f"models/{trial.digest}.json")
+        }
+        room = self._room_for_training()
+        threads = self.config.training.num_threads or max(1, (os.cpu_count() or 1) // room)
+        if todo:
+            log.info("%d trainings, %d at a time", len(todo), room)
+        side_by_side(lambda trial: self._train(trial, threads), list(todo.values()), room)
+
+    def _train(self, trial: Trial, threads: int) -> None:
+        import ray
+
+        from ray_synth.training.job import TrainJob, total_steps
+
+        run = self.runs[trial.source]
+        training = trial.config.training
+        if not training.num_gpus:
+            training = training.model_copy(update={"num_threads": threads})
+        job = TrainJob(
+            arm=trial.digest,
+            config=training,
+            steps=total_steps(training, len(run.train)),
+            class_names=run.train.class_names,
+            seed=trial.seed,
+            folder=self.arms,
+            real=run.train if len(run.train) <= training.cache_images else None,
+            max_pixels=trial.config.data.max_pixels,
+            num_synthetic=round(trial.arm.scale * len(run.train)),
+            source=run.folder,
+        )
+        generation = run.generation_job() if trial.mixed else None
+        # In a task, since Ray Train wants a main thread; it waits, and needs no CPU of its own.
+        train = ray.remote(num_cpus=0, max_retries=0)(_run_training)
+        ray.get(train.remote(job, generation, run.train, trial.digest))
+        log.info("trained %s, seed %d", trial.arm.label, trial.seed)
+
+    def validate(self) -> None:
+        """Test the trials on the validation images, which are no test images."""
+        self._evaluate(VALIDATION, lambda run: {VALIDATION: run.validation})
+
+    def test(self) -> None:
+        """Test the trials; from here on test images are read."""
+        self._evaluate("test", lambda run: run.tests)
+
+    def test_more(self, kind: str, sets: Callable[[Run], dict[str, Index]]) -> None:
+        """Test the trials on further sets, such as corrupted ones."""
+        self._evaluate(kind, sets)
+
+    def results(self, trial: Trial, kind: str = "test") -> dict[str, dict[str, dict[str, Any]]]:
+        """Results by BN ("main" where there is one) and test set."""
+        return self.arms.read_json(f"results/{trial.digest}.{kind}.json")
+
+    def card(self, trial: Trial) -> dict[str, Any]:
+        """What the trial's training left to say about itself."""
+        return self.arms.read_json(f"models/{trial.digest}.json")
+
+    def _evaluate(self, kind: str, sets: Callable[[Run], dict[str, Index]]) -> None:
+        """Test what was not yet; trials that share their test sets share one pass over them."""
+        groups: dict[str, dict[str, Trial]] = {}
+        for trial in self.trials:
+            if not self.arms.exists(f"results/{trial.digest}.{kind}.json"):
+                found = sets(self.runs[trial.source])
+                name = "".join(f"{key}{digest(index)}" for key, index in found.items())
+                groups.setdefault(name, {})[trial.digest] = trial
+        for group in groups.values():
+            self._evaluate_group(list(group.values()), kind, sets)
+
+    def _evaluate_group(
+        self, trials: list[Trial], kind: str, sets: Callable[[Run], dict[str, Index]]
+    ) -> None:
+        from ray_synth.evaluation.predictor import evaluate
+
+        run = self.runs[trials[0].source]
+        bns = ["main", "aux", "average"]
+        found, _ = evaluate(
+            sets(run),
+            folder=self.arms,
+            arms=[trial.digest for trial in trials],
+            config=run.config.evaluation.model_copy(update={"bns": bns}),
+            class_names=run.train.class_names,
+            max_pixels=run.config.data.max_pixels,
+        )
+        for trial in trials:
+            results: dict[str, dict[str, Any]] = {}
+            for (model, test_set), result in found.items():
+                name, _, bn = model.partition(".")
+                if name == trial.digest:
+                    results.setdefault(bn or "main", {})[test_set] = result
+            self.arms.write_json(f"results/{trial.digest}.{kind}.json", results)
+
+    def _room_for_images(self) -> int:
+        generation = self.config.generation
+        pool = generation.pool.min_size
+        return self._room(pool * generation.num_cpus, pool * generation.num_gpus)
+
+    def _room_for_training(self) -> int:
+        training = self.config.training
+        workers = training.max_workers
+        return self._room(workers * training.num_cpus, workers * training.num_gpus)
+
+    def _room(self, cpus: float, gpus: float) -> int:
+        """How many of a kind the cluster holds at a time; on a laptop, no more than it has cores."""
+        if self.config.studies.parallel:
+            return self.config.studies.parallel
+        room = self.capacity.cpus / cpus
+        if gpus:
+            room = min(room, self.capacity.gpus / gpus)
+        elif self.capacity.cpus == self.capacity.node_cpus:  # one node, and its CPUs may be logical
+            room = min(room, os.cpu_count() or 1)
+        return max(1, int(room))
+
+
+def _run_training(job: Any, generation: Any, real: Index, run_name: str) -> None:
+    """The task that trains one trial; its checkpoints are of no use once it is done."""
+    from ray_synth.training.trainer import run_training
+
+    run_training(job, generation, real=real, run_name=run_name)
+    checkpoints = job.folder.child("checkpoints")
+    checkpoints.filesystem.delete_dir(checkpoints.path(run_name))
+
+
+def side_by_side(work: Callable[[T], Any], items: Iterable[T], at_a_time: int) -> None:
+    """Do all, so many at a time; the first error is raised, when those under way have ended."""
+    with ThreadPoolExecutor(at_a_time) as pool:
+        waiting = [pool.submit(work, item) for item in items]
+        try:
+            for future in waiting:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,64 @@
+"""The page of all studies of a run, as one HTML file that loads nothing."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from ray_synth.storage import Folder
+
+PAGE = "index.html"
+CAPTIONS = {
+    "plot": "Gains, or top-1, with 95% intervals",
+    "drift": "Top-1 as the test images are corrupted more and more",
+    "layers": "Distance of synthetic from real images, layer by layer",
+}
+
+
+def write_page(folder: Folder, names: list[str], run: str) -> str:
+    """Write the page of the studies that were run; its address.
+
+    Args:
+        folder: the studies' folder.
+        names: of all studies, in the order of telling.
+        run: the run's name.
+    """
+    found = [read_study(folder.child(name)) for name in names]
+    text = render([study for study in found if study], run)
+    folder.write_bytes(PAGE, text.encode())
+    return folder.path(PAGE)
+
+
+def read_study(folder: Folder) -> dict[str, Any] | None:
+    """A study's title, tables and plots, or None where it was not run."""
+    if not folder.exists("study.json"):
+        return None
+    study = folder.read_json("study.json")
+    plots = [
+        {
+            "uri": "data:image/svg+xml;base64,"
+            + base64.b64encode(folder.read_bytes(f"{name}.svg")).decode(),
+            "caption": CAPTIONS.get(name, name),
+        }
+        for name in study["plots"]
+        if folder.exists(f"{name}.svg")
+    ]
+    return {**study, "plots": plots}
+
+
+def render(studies: list[dict[str, Any]], run: str) -> str:
+    """The page as HTML text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # class names and meanings come from strangers
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(studies=studies, run=run)
+
+
+__all__ = ["read_study", "render", "write_page"]

@@ -1,0 +1,175 @@
+"""Runs studies: trials out of the catalogue, a grid that makes and tests them, tables and plots.
+
+`<run>/studies/<name>/` gets `study.json`, `table.md`, `table.parquet`, `plot.png` and `plot.svg`;
+`<run>/studies/index.html` tells all that were run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray_synth.cluster import connect
+from ray_synth.config import Config
+from ray_synth.data.dataset import hold_out, load_index, read_class_names, require_every_class
+from ray_synth.storage import Folder
+from ray_synth.studies import measures, plots
+from ray_synth.studies.arm import Trial, trials_of
+from ray_synth.studies.catalog import Study, check_name, studies
+from ray_synth.studies.drift import drift_figure, measure_corruptions
+from ray_synth.studies.grid import VALIDATION, Grid, workspace
+from ray_synth.studies.layers import layer_figure, measure_layers
+from ray_synth.studies.results import (
+    Table,
+    accuracy_table,
+    as_table,
+    choice,
+    compute_table,
+    result_rows,
+)
+
+log = logging.getLogger("ray_synth")
+STEPS = ("sources", "training", "validation", "report")
+
+
+def run_studies(
+    name: str, config: Config, *, seeds: Sequence[int] | None = None, until: str = "report"
+) -> Folder:
+    """Run one study, or `all`; what was done before is not done again. The studies' folder.
+
+    Args:
+        seeds: instead of the config's.
+        until: the last of `STEPS` to take; test images are read in the last one alone.
+
+    Raises:
+        ValueError: there is no such study, an arm's settings are wrong, or as the pipeline does.
+    """
+    from ray_synth.studies.page import write_page
+    from ray_synth.studies.tracking import StudyTracker
+
+    check_name(name)
+    assert until in STEPS
+    catalogue = studies(config, real_counts(config))
+    everything = [arm for study in catalogue.values() for arm in study.arms]
+    chosen = list(catalogue) if name == "all" else [name]
+    wanted = {
+        one: trials_of(
+            config, catalogue[one].arms, seeds or config.studies.seeds, everything=everything
+        )
+        for one in chosen
+    }
+    folder = workspace(config)
+    with connect(config.cluster):
+        for one in chosen:
+            started = time.perf_counter()
+            found = run_study(catalogue[one], config, wanted[one], until=until)
+            if found is None:
+                continue
+            log.info("study %s: %.0f s", one, time.perf_counter() - started)
+            if config.tracking.enabled:
+                StudyTracker(config, one).log(found)
+            write_page(folder, list(catalogue), config.name)
+    return folder
+
+
+def real_counts(config: Config) -> dict[str, int]:
+    """Real images of each class that there are to train on, without those held out."""
+    names = read_class_names(config.data.class_names)
+    index = require_every_class(load_index(config.data.train, names), "data.train")
+    held = config.data.validation or config.studies.validation
+    return hold_out(index, held)[0].counts()
+
+
+def run_study(
+    study: Study, config: Config, trials: list[Trial], *, until: str = "report"
+) -> measures.Measured | None:
+    """One study on a connected cluster; None where it stops before its end."""
+    log.info("study %s: %d arms, %d trials", study.name, len(study.arms), len(trials))
+    grid = Grid(config, trials)
+    grid.make_sources()
+    if until == "sources":
+        return None
+    grid.train()
+    if until == "training":
+        return None
+    tables: list[Table] = []
+    if study.selects:
+        grid.validate()
+        chosen = choice(
+            study, measures.trials_by_key(grid.trials, lambda t: grid.results(t, VALIDATION))
+        )
+        tables += [chosen] if chosen else []
+    if until == "validation":
+        return None
+    grid.test()
+    rows = result_rows(study, measures.trials_by_key(grid.trials, grid.results))
+    measured = measures.Measured(study, grid, rows)
+    figures = {"plot": plots.draw(study, rows)}
+    tables.insert(0, accuracy_table(study, rows))
+    for kind in study.measures:
+        tables += MEASURES[kind](measured)
+    if curves := measured.figures.pop("curves", None):
+        figures["drift"] = drift_figure(curves, config.studies.corruption.severities)
+    if layers := measured.figures.pop("layers", None):
+        figures["layers"] = layer_figure(layers)
+    tables.append(
+        compute_table(
+            study,
+            measures.trials_by_key(grid.trials, grid.card),
+            measures.trials_by_key(
+                grid.trials, lambda t: t.config.training.num_synth if t.mixed else 0
+            ),
+        )
+    )
+    _write(study, grid, measured, tables, figures)
+    return measured
+
+
+MEASURES: dict[str, Callable[[measures.Measured], list[Table]]] = {
+    "distance": measures.measure_distance,
+    "diversity": measures.measure_diversity,
+    "prompts": measures.measure_prompts,
+    "generation": measures.measure_generation,
+    "meanings": measures.measure_meanings,
+    "by_frequency": measures.measure_by_frequency,
+    "corruptions": measure_corruptions,
+    "layers": measure_layers,
+}
+
+
+def _write(
+    study: Study,
+    grid: Grid,
+    measured: measures.Measured,
+    tables: list[Table],
+    figures: dict[str, Any],
+) -> None:
+    folder = grid.folder.child(study.name)
+    folder.write_table("table.parquet", as_table(measured.rows))
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            folder.write_bytes(f"{name}.{kind}", plots.save(figure, kind))
+    parts = [f"### {table.title}\n\n{table.markdown()}" for table in tables]
+    text = f"## {study.title}\n\n{study.question}\n\n" + "\n\n".join(parts) + "\n"
+    folder.write_bytes("table.md", text.encode())
+    folder.write_json(
+        "study.json",
+        {
+            "name": study.name,
+            "title": study.title,
+            "question": study.question,
+            "seeds": sorted({trial.seed for trial in grid.trials}),
+            "trials": [
+                {"arm": t.arm.name, "seed": t.seed, "digest": t.digest, "source": t.source}
+                for t in grid.trials
+            ],
+            "plots": list(figures),
+            "tables": [vars(table) for table in tables],
+            "figures": measured.figures,
+        },
+    )
+
+
+__all__ = ["run_studies", "run_study"]

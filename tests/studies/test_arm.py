@@ -1,0 +1,144 @@
+"""Which trials and sources are the same, and which are not."""
+
+import pytest
+from samples import ROOT
+
+from ray_synth.config import load_config
+from ray_synth.studies.arm import REAL_ONLY, Arm, trials_of
+from ray_synth.studies.catalog import WRITERS, check_name, long_tail, studies
+
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+COUNTS = dict.fromkeys(NAMES, 230)
+    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"], 230
+)
+REAL = Arm(REAL_ONLY, "real only")
+WHOLE = Arm("whole", "whole", 6.0)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(QUICKSTART)
+
+
+@pytest.fixture(scope="module")
+def catalogue(config):
+    return studies(config, COUNTS)
+
+
+def one(config, arm, seed=0, **options):
+    return trials_of(config, [arm], [seed], **options)[0]
+
+
+def test_real_only_is_the_same_trial_whatever_is_set_for_synthetic_images(config):
+    plain = one(config, REAL)
+    for key, value in {
+        "prompting.mix": {"plain": 1.0},
+        "generation.num_inference_steps": 8,
+        "training.lambda_synth": 3.0,
+        "training.dual_bn": False,
+        "meaning.enabled": False,
+    }.items():
+        other = one(config, Arm("real", "real", 0, {key: value}))
+        assert (other.digest, other.source) == (plain.digest, plain.source), key
+
+
+def test_the_baseline_keeps_the_number_of_real_images_of_a_step(config):
+    changed = Arm("real", "real", 0, {"training.batch_size": 128, "training.real_fraction": 0.25})
+    assert one(config, changed).digest == one(config, REAL).digest
+    assert one(config, changed).config.training.num_real == 32
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training.dual_bn": False},
+        {"training.lambda_synth": 0.7},
+        {"training.optimizer": {"lr": 0.01}},
+        {"prompting.mix": {"plain": 1.0}},
+        {"data.train.images_per_class": 4} | {},
+    ],
+)
+def test_what_changes_the_result_changes_the_trial(config, settings):
+    settings = {
+        k: {**config.training.optimizer.model_dump(), **v}
+        if isinstance(v, dict) and "lr" in v
+        else v
+        for k, v in settings.items()
+    }
+    assert one(config, Arm("a", "a", 6.0, settings)).digest != one(config, WHOLE).digest
+
+
+def test_seeds_differ_and_pools_do_not(config):
+    assert one(config, WHOLE, 1).digest != one(config, WHOLE, 0).digest
+    faster = Arm("a", "a", 6.0, {"generation.num_cpus": 2.0, "training.num_threads": 1})
+    assert one(config, faster).digest == one(config, WHOLE).digest
+
+
+def test_scales_are_prefixes_of_one_plan_as_long_as_any_study_needs(config):
+    arms = [Arm(f"x{scale}", "", scale) for scale in (1.0, 6.0, 24.0)]
+    trials = trials_of(config, arms, [0])
+    assert len({trial.source for trial in trials}) == 1
+    assert len({trial.digest for trial in trials}) == 3
+    assert {trial.config.prompting.multiplier for trial in trials} == {24.0}
+    alone = one(config, arms[1], everything=arms)
+    assert alone.digest == trials[1].digest  # whether or not the others are asked for
+    assert one(config, arms[1]).config.prompting.multiplier == 6.0
+
+
+def test_a_source_is_known_by_what_makes_its_images(config):
+    shared = one(config, Arm("a", "a", 6.0, {"training.dual_bn": False}))
+    assert shared.source == one(config, WHOLE).source
+    steps = one(config, Arm("a", "a", 6.0, {"generation.num_inference_steps": 2}))
+    assert steps.source != one(config, WHOLE).source
+
+
+def test_every_trial_holds_validation_images_out_and_draws_from_a_finished_store(config, catalogue):
+    arms = [arm for study in catalogue.values() for arm in study.arms]
+    for trial in trials_of(config, arms, [0]):
+        assert trial.config.data.validation == config.studies.validation
+        assert trial.config.training.feed == "stored"
+        assert not trial.config.tracking.enabled
+
+
+def test_a_wrong_setting_of_an_arm_is_named(config):
+    with pytest.raises(ValueError, match=r"arm odd.*\n.*lambda_synth"):
+        one(config, Arm("odd", "odd", 6.0, {"training.lambda_synth": -1}))
+
+
+def test_all_nine_studies_see_the_same_number_of_real_images_in_every_arm(config, catalogue):
+    assert list(catalogue) == list(WRITERS) and len(catalogue) == 9
+    for study in catalogue.values():
+        names = [arm.name for arm in study.arms]
+        assert len(set(names)) == len(names)
+        assert {arm.against for arm in study.arms} <= {*names, REAL_ONLY}
+        seen = {
+            t.config.training.num_real * t.config.training.steps
+            for t in trials_of(config, study.arms, [0])
+        }
+        assert len(seen) == 1, study.name
+
+
+def test_studies_share_trials(config, catalogue):
+    every = [arm for study in catalogue.values() for arm in study.arms]
+    digests = [
+        {t.digest for t in trials_of(config, study.arms, [0], everything=every)}
+        for study in catalogue.values()
+    ]
+    assert len(set.union(*digests)) <= sum(map(len, digests)) - 12
+
+
+def test_a_long_tail_falls_from_the_most_to_a_twentieth(config):
+    tail = list(long_tail(COUNTS, config).values())
+    assert tail[0] == 20 and tail[-1] == 1
+    assert tail == sorted(tail, reverse=True)
+
+
+def test_levels_that_the_data_cannot_give_are_left_out(config):
+    few = studies(config, dict.fromkeys(COUNTS, 6))["low_data"]
+    assert {arm.x for arm in few.arms if arm.x} == {2, 5}
+
+
+def test_an_unknown_study_is_told_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'ablation'"):
+        check_name("ablations")
