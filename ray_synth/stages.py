@@ -36,7 +36,9 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
     own: dict[str, dict[str, Any]] = {
         "data": {
             "seed": values["seed"],
-            "data": {key: data[key] for key in ("train", "validation", "class_names", "max_pixels")},
+            "data": {
+                key: data[key] for key in ("train", "validation", "class_names", "max_pixels")
+            },
         },
         "meaning": {"meaning": _without(values["meaning"], HOW)},
         "plan": {

@@ -59,7 +59,9 @@ class FullBatches:
             for (_, answer), result in zip(batch, results, strict=True):
                 if not answer.done():
                     answer.set_result(result)
-            await asyncio.sleep(0)  # who was answered may ask the next question before the next batch
+            await asyncio.sleep(
+                0
+            )  # who was answered may ask the next question before the next batch
 
     def _next(self) -> list[tuple[Any, asyncio.Future[Any]]]:
         """The oldest request and those of its kind that fit beside it."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HOLD_OUT_SEED = 2_312_02253  # the paper's number: unlike any seed that a run is likely to have
 
+
 @dataclass(frozen=True)
 class Index:
     """Rows of a source that carry a known class.

@@ -10,8 +10,6 @@ from ray_synth.studies.catalog import WRITERS, check_name, long_tail, studies
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 COUNTS = dict.fromkeys(NAMES, 230)
-    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"], 230
-)
 REAL = Arm(REAL_ONLY, "real only")
 WHOLE = Arm("whole", "whole", 6.0)
 
