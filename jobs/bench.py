@@ -62,20 +62,22 @@ def generation(
     plan = plan_rows(batches * size)
     stock_dtype = torch.float16 if device.startswith("cuda") else torch.float32
     stock = _stock_pipeline(made, stock_dtype, device)
-    contenders = {"stock": partial(_stock_round, stock, plan, made)}
+    contenders = {"stock": partial(_stock_round, stock, made=made)}
     for name, settings_of_part in _parts(made).items() if parts else ():
         alone = DiffusionGenerator(settings_of_part)
-        contenders[name] = partial(_ours_round, alone, plan, made)
-    contenders["ours"] = partial(_ours_round, DiffusionGenerator(made), plan, made)
-    contenders["ray"] = partial(_ray_round, plan, made)
+        contenders[name] = partial(_ours_round, alone, made=made)
+    contenders["ours"] = partial(_ours_round, DiffusionGenerator(made), made=made)
+    contenders["ray"] = partial(_ray_round, made=made)
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     with connect(ClusterConfig(num_cpus=settings.cluster.num_cpus)):
         for name, contender in contenders.items():
             if name != "ray":
-                contender()  # warm up
-        for _ in range(rounds):
+                contender(plan)  # warm up
+        for number in range(rounds):
+            # Prompts that no contender has seen: one that keeps them would not encode any.
+            plan = plan_rows(batches * size, first=(number + 1) * batches * size)
             for name, contender in contenders.items():
-                rates[name].append(contender())
+                rates[name].append(contender(plan))
     titles = {
         "stock": f"stock diffusers loop, {str(stock_dtype).removeprefix('torch.')}",
         "ours": "our generator alone, encoding included",

@@ -46,7 +46,8 @@ def sleeper_config(seconds: float, actors: int = 1, batch_size: int = 16) -> Gen
     )
 
 
-def plan_rows(count: int) -> list[dict[str, Any]]:
+def plan_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
+    """Rows `first` and on of an endless plan, each with a prompt of its own."""
     subjects = ("a tree", "a house", "the number seven", "a boat", "a dog")
     return [
         {
@@ -62,7 +63,7 @@ def plan_rows(count: int) -> list[dict[str, Any]]:
             "seed": i,
             "reference": "",
         }
-        for i in range(count)
+        for i in range(first, first + count)
     ]
 
 

@@ -482,7 +482,9 @@ class StudiesConfig(Section):
     )
     corruption: CorruptionConfig = CorruptionConfig()
     validation: Positive = Field(
-        20, description="held-out training images a class, where data.validation gives no number"
+        20,
+        description="training images a class that are held out, where data.validation gives no "
+        "number; at most a fifth of the smallest class",
     )
     parallel: Positive | None = Field(
         None, description="trainings at a time; default: what the cluster has room for"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SEVERITIES = (1, 2, 3, 4, 5)
 STRENGTHS = {
     "blur": (0.01, 0.02, 0.03, 0.045, 0.06),  # standard deviation over the shorter side
-    "brightness": (1.2, 1.4, 1.7, 2.0, 2.5),  # factor
+    "brightness": (1.15, 1.3, 1.5, 1.7, 1.9),  # factor
     "contrast": (0.7, 0.5, 0.35, 0.25, 0.15),  # factor
     "elastic": (0.2, 0.4, 0.6, 0.8, 1.0),  # displacement, of torchvision's default for 224 pixels
     "jpeg": (50, 30, 20, 12, 7),  # quality
@@ -86,10 +86,13 @@ def _rotate(functional: Any, pixels: Any, strength: float, generator: Any) -> An
     import torch
 
     sign = 1 if torch.rand(1, generator=generator) < 0.5 else -1
-    corners = pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]].float()
-    fill = corners.median(dim=1).values.tolist()  # no black corners on a white page
+    height, width = pixels.shape[-2:]
+    # The edge goes on outwards, so that no black corner turns into the picture.
+    margin = max(height, width) // 2
+    wide = functional.pad(pixels, [margin] * 4, padding_mode="edge")
     bilinear = functional.InterpolationMode.BILINEAR
-    return functional.rotate(pixels, sign * strength, interpolation=bilinear, fill=fill)
+    turned = functional.rotate(wide, sign * strength, interpolation=bilinear)
+    return functional.center_crop(turned, [height, width])
 
 
 _CORRUPTIONS: dict[str, Callable[[Any, Any, float, Any], Any]] = {

@@ -51,7 +51,8 @@ def run_studies(
 
     check_name(name)
     assert until in STEPS
-    catalogue = studies(config, real_counts(config))
+    config, counts = with_validation(config)
+    catalogue = studies(config, counts)
     everything = [arm for study in catalogue.values() for arm in study.arms]
     chosen = list(catalogue) if name == "all" else [name]
     wanted = {
@@ -74,12 +75,18 @@ def run_studies(
     return folder
 
 
-def real_counts(config: Config) -> dict[str, int]:
-    """Real images of each class that there are to train on, without those held out."""
+def with_validation(config: Config) -> tuple[Config, dict[str, int]]:
+    """The config with a number of held-out images, and what is left to train on by class name.
+
+    Where `data.validation` does not say, `studies.validation` of each class are held out, but no more
+    than a fifth of the smallest class.
+    """
     names = read_class_names(config.data.class_names)
     index = require_every_class(load_index(config.data.train, names), "data.train")
-    held = config.data.validation or config.studies.validation
-    return hold_out(index, held)[0].counts()
+    smallest = min(index.counts().values())
+    held = config.data.validation or max(1, min(config.studies.validation, smallest // 5))
+    data = config.data.model_copy(update={"validation": held})
+    return config.model_copy(update={"data": data}), hold_out(index, held)[0].counts()
 
 
 def run_study(

@@ -1,0 +1,11 @@
+"""`ray-synth study` as a job: `ray job submit --working-dir . -- python jobs/study.py all ...`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the uploaded copy, not another
+
+from ray_synth.cli import main
+
+if __name__ == "__main__":
+    main(["study", *sys.argv[1:]])
