@@ -1,7 +1,7 @@
 """A renderer of characters: a generator that is no network at all, for digits and letters.
 
 In: plan rows, of which the class and the seed count. Out: the class's characters in one of matplotlib's
-fonts, turned, sheared, scaled and moved, on paper of another grey. What any generator of digits must beat.
+fonts, turned, sheared, scaled and moved, on paper of another grey: what a generator must beat.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_damage_grows_with_severity_and_can_be_made_again(picture, kind):
     assert damage[0] > 0
     assert damage[-1] > 1.5 * damage[0]
     assert all(b > 0.9 * a for a, b in itertools.pairwise(damage)), damage
-    assert damage[-1] < 90  # still an image of the same thing
+    assert damage[-1] < 100  # still an image of the same thing
     assert all(copy.size == picture.size and copy.mode == "RGB" for copy in copies)
     assert apart(corrupt(picture, kind, 3, name="a"), copies[2]) == 0
 
