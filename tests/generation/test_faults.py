@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from forwarder import Forwarder
-from test_app import free_port
+from service import free_port
 from test_store import plan_rows
 from tiny import embedded
 
