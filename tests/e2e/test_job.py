@@ -19,7 +19,7 @@ RAY = str(Path(sys.executable).parent / "ray")
 @pytest.fixture
 def cluster():
     """A head node of its own, with token authentication; its environment. Stopped by pid."""
-    from test_app import free_port
+    from service import free_port
 
     temporary = tempfile.mkdtemp(prefix="r")  # short: Ray puts socket paths under it
     port, dashboard = free_port(), free_port()
