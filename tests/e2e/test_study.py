@@ -95,7 +95,8 @@ def test_a_study_of_ones_own_folder_from_init_alone_and_no_test_image_is_read_be
     for path in (shapes / "test").rglob("*.png"):
         path.write_bytes(b"not a picture")
     settings = [
-        *TINY, f"runs_dir={tmp_path / 'runs'}", "name=mine",
+        *TINY, "meaning.enabled=false", "prompting.mix={plain: 1}", "generation.checks.policy=off",
+        f"runs_dir={tmp_path / 'runs'}", "name=mine",
         "studies.lambdas=[0.5]", "studies.real_fractions=[0.75]",
     ]  # fmt: skip
     script = (
@@ -108,7 +109,7 @@ def test_a_study_of_ones_own_folder_from_init_alone_and_no_test_image_is_read_be
     )
     folder = tmp_path / "runs" / "mine" / "studies"
     models = {path: path.stat().st_mtime_ns for path in (folder / "arms" / "models").glob("*.json")}
-    assert len(models) == 4
+    assert len(models) == 4  # real only, the whole, another λ, another mix
     assert not list((folder / "arms" / "results").glob("*.test.json"))
 
     shutil.copytree(kept, shapes / "test", dirs_exist_ok=True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ray_synth.meaning.clip import ClipModel
@@ -18,7 +19,8 @@ def test_embeddings_are_unit_rows(clip: ClipModel) -> None:
     assert texts.shape == (20, images.shape[1])
     assert texts.dtype == images.dtype == np.float32
     assert np.allclose(np.linalg.norm(np.concatenate([texts, images]), axis=1), 1, atol=1e-4)
-    assert np.allclose(texts[0], texts[18], atol=1e-5)
+    other_batch = 1e-5 if clip.dtype is torch.float32 else 0.02  # it rounds otherwise
+    assert np.allclose(texts[0], texts[18], atol=other_batch)
     assert clip.encode_images([]).shape == (0, texts.shape[1])
 
 
