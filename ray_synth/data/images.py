@@ -10,13 +10,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # PIL reads dozens of formats, some through external programs; these are the ones image sets use.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # MPO comes through JPEG
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 Image.MAX_IMAGE_PIXELS = None  # our own limit, in decode_image, raises instead of warning
 
@@ -41,6 +41,9 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
             return _to_rgb(upright)
     except ValueError:
         raise
+    except UnidentifiedImageError:
+        known = ", ".join(FORMATS)
+        raise ValueError(f"not a readable image in one of the formats {known}") from None
     except Exception as error:  # PIL's decoders raise nearly anything on broken files
         raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from None
 

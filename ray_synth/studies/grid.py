@@ -48,6 +48,7 @@ class Grid:
         self.arms = self.folder.child(ARMS)
         self.trials = [replace(trial, config=self._placed(trial.config)) for trial in trials]
         self.runs: dict[str, Run] = {}
+        self.done: dict[tuple[str, str], Run] = {}
 
     def _placed(self, config: Config) -> Config:
         """The config of a source, with its run directory in the workspace."""
@@ -72,7 +73,12 @@ class Grid:
         for trial in self.trials:
             if trial.source not in self.runs:
                 check_budget(trial.config, self.capacity)
-                self.runs[trial.source] = inspected(open_run(trial.config))
+                run = open_run(trial.config)
+                self._share(run, "data")
+                self.runs[trial.source] = inspected(run)
+                for stage in ("data", "meaning"):
+                    if run.stages.record(stage) is not None:
+                        self._keep(run, stage)
             if trial.mixed:
                 mixed[trial.source] = self.runs[trial.source]
         self._write_words([run for run in mixed.values() if run.stages.record("plan") is None])
@@ -93,7 +99,21 @@ class Grid:
                 for number, run in enumerate(group):
                     log.info("words of source %d of %d", number + 1, len(group))
                     service.config = run.config
+                    self._share(run, "meaning", "meanings.json")
                     run_words(run, service)
+                    self._keep(run, "meaning")
+
+    def _keep(self, run: Run, stage: str) -> None:
+        """Remember which run did a stage, by the digest of the stage's inputs."""
+        self.done.setdefault((stage, run.stages.digest(stage)), run)
+
+    def _share(self, run: Run, stage: str, *files: str) -> None:
+        """Take a stage's result from a run that did it with the same inputs, if there is one."""
+        other = self.done.get((stage, run.stages.digest(stage)))
+        if other is None or other is run or run.stages.record(stage) is not None:
+            return
+        for name in (*files, f"stages/{stage}.json"):  # the record last: it says that all is there
+            run.folder.write_bytes(name, other.folder.read_bytes(name))
 
     def train(self) -> None:
         """Train every trial that is not trained yet."""

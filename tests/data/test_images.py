@@ -42,6 +42,17 @@ def test_encoding_round_trips(image_format):
     assert np.abs(np.asarray(decoded).astype(int) - np.asarray(image)).max() <= 6
 
 
+def test_a_phones_picture_of_several_frames_gives_its_first():
+    buffer = io.BytesIO()
+    draw(1).save(buffer, format="MPO", save_all=True, append_images=[draw(2)])
+    assert decode_image(buffer.getvalue()).size == (24, 20)
+
+
+def test_junk_is_told_which_formats_are_known():
+    with pytest.raises(ValueError, match="not a readable image in one of the formats JPEG, PNG"):
+        decode_image(b"hello")
+
+
 def test_too_many_pixels_are_refused_before_decoding():
     header = encode_image(Image.new("RGB", (2000, 1000)))
     with pytest.raises(ValueError, match="2000x1000 is over the limit"):

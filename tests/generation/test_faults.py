@@ -77,7 +77,8 @@ def kill_until_done(run, config, kills, seconds, rng):
     return kills
 
 
-def test_a_driver_killed_at_random_moments_leaves_each_row_once(tmp_path):
+@pytest.mark.slow
+def test_a_driver_killed_twice_leaves_each_row_once(tmp_path):
     plan, rng = table(120), random.Random(7)
     Folder(tmp_path).write_table("plan.parquet", plan)
     config = slow(0.2)
