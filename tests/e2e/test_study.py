@@ -81,6 +81,7 @@ def shapes(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_study_of_ones_own_folder_from_init_alone_and_no_test_image_is_read_before_the_end(
     shapes, tmp_path
 ):
