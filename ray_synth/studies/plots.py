@@ -44,7 +44,7 @@ def save(figure: Any, kind: str) -> bytes:
 
 
 def _bars(panel: Any, rows: Sequence[Row]) -> None:
-    """Gains over real images alone (over the arm compared with, where there is no such gain)."""
+    """Gains over real images alone (over the arm compared with, where there is none), a dot a seed."""
     several = len({row.bn for row in rows}) > 1
     names = [f"{row.arm.label} ({row.bn} BN)" if several else row.arm.label for row in rows]
     gains = [row.gain or row.change for row in rows]
@@ -56,8 +56,15 @@ def _bars(panel: Any, rows: Sequence[Row]) -> None:
         error_kw={"capsize": 2, "elinewidth": 1},
         height=0.7,
     )
+    for place, row in enumerate(rows):
+        points = list(row.gains.values())
+        panel.plot(points, [place] * len(points), "o", color="#171b22", markersize=3, alpha=0.7)
+    seen = [0.0, *(value for row in rows for value in row.gains.values())]
+    margin = 0.15 * (max(seen) - min(seen)) or 1.0
+    # Intervals of two or three seeds can be far wider than anything that was seen: they are cut.
+    panel.set_xlim(min(seen) - margin, max(seen) + margin)
     panel.set_yticks(range(len(rows)), names, fontsize=8)
-    panel.invert_yaxis()
+    panel.set_ylim(len(rows) - 0.4, -0.6)  # the first at the top; axes are shared
     panel.axvline(0, color="#171b22", linewidth=0.8)
     panel.set_xlabel("points of top-1 gained")
     panel.grid(axis="x", alpha=0.3)

@@ -30,6 +30,7 @@ class Row:
         change: points over the arm that it is compared with; None where that is itself.
         q: the change's p after Benjamini and Hochberg's correction over the study's table.
         values: top-1 in percent by seed.
+        gains: points by seed over real images alone, or else over the arm compared with.
     """
 
     arm: Arm
@@ -40,6 +41,7 @@ class Row:
     change: Estimate | None
     q: float
     values: dict[int, float]
+    gains: dict[int, float]
 
 
 def result_rows(study: Study, found: dict[Key, Results]) -> list[Row]:
@@ -74,9 +76,13 @@ def result_rows(study: Study, found: dict[Key, Results]) -> list[Row]:
             before = values.get((other, "main", test_set))
             return paired(mine, before) if before and other != name else None
 
+        base = values.get((REAL_ONLY, "main", test_set)) or {}
+        if not base or name == REAL_ONLY:
+            base = values.get((arm.against, "main", test_set)) or {}
+        gains = {seed: mine[seed] - base[seed] for seed in mine if seed in base}
         rows.append(
             Row(arm, bn, test_set, estimate(list(mine.values())), against(REAL_ONLY),
-                against(arm.against), float("nan"), mine)
+                against(arm.against), float("nan"), mine, gains)
         )  # fmt: skip
     rates = false_discovery_rates([row.change.p if row.change else float("nan") for row in rows])
     return [Row(**{**vars(row), "q": q}) for row, q in zip(rows, rates, strict=True)]
