@@ -104,6 +104,7 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "num_classes": len(entries) or len({row["class_index"] for row in examples}),
         "meanings": meanings(entries),
         "meanings_shown": CLASSES_SHOWN,
+        "has_studies": folder.exists("studies/index.html"),
         "plots": curve_plots({arm: found.get("curve") or [] for arm, found in arms.items()}),
         "arms": arms,
         "overlapped": _dig(config, "training.feed") in ("live", "lockstep"),

@@ -18,6 +18,7 @@ from ray_synth.generation.generator import fingerprint
 from ray_synth.stages import stage_inputs
 
 REAL_ONLY = "real_only"
+STUDIES = "studies"  # the folder of all studies in a run's
 ARMS = "arms"  # the folder of all trained models of a config's studies
 
 

@@ -52,12 +52,18 @@ def studies(config: Config, counts: dict[str, int]) -> dict[str, Study]:
     return {name: write(config, counts) for name, write in WRITERS.items()}
 
 
-def check_name(name: str) -> None:
-    """Raises ValueError where there is no study of this name."""
-    if name != "all" and name not in WRITERS:
-        near = difflib.get_close_matches(name, [*WRITERS, "all"], n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no study is called {name!r}; {hint}There are {', '.join(WRITERS)}; all")
+def known_name(name: str) -> str:
+    """The name of a study, or `all`, however its words are joined.
+
+    Raises:
+        ValueError: there is no study of this name.
+    """
+    known = name.lower().replace("-", "_")
+    if known == "all" or known in WRITERS:
+        return known
+    near = difflib.get_close_matches(known, [*WRITERS, "all"], n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"no study is called {name!r}; {hint}There are {', '.join(WRITERS)}; all")
 
 
 def _ablation(config: Config, counts: dict[str, int]) -> Study:
@@ -126,6 +132,7 @@ def _scaling(config: Config, counts: dict[str, int]) -> Study:
         plot="lines",
         x_label="synthetic images per real one",
         log_x=True,
+        measures=("saturation",),
     )
 
 

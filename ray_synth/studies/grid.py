@@ -20,7 +20,7 @@ from ray_synth.config import Config
 from ray_synth.data.dataset import Index
 from ray_synth.pipeline import Run, inspected, open_run, run_images, run_words
 from ray_synth.storage import Folder
-from ray_synth.studies.arm import ARMS, Trial
+from ray_synth.studies.arm import ARMS, STUDIES, Trial
 from ray_synth.tracking import digest
 
 log = logging.getLogger("ray_synth")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def workspace(config: Config) -> Folder:
     """Where all studies of a config keep what they share, and their results."""
-    return runs_folder(config.runs_dir).child(config.name).child("studies")
+    return runs_folder(config.runs_dir).child(config.name).child(STUDIES)
 
 
 class Grid:

@@ -6,7 +6,10 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from ray_synth.report.page import PAGE as REPORT
+from ray_synth.report.page import write_report
 from ray_synth.storage import Folder
+from ray_synth.studies.arm import STUDIES
 
 PAGE = "index.html"
 CAPTIONS = {
@@ -16,17 +19,21 @@ CAPTIONS = {
 }
 
 
-def write_page(folder: Folder, names: list[str], run: str) -> str:
-    """Write the page of the studies that were run; its address.
+def write_page(run: Folder, names: list[str], title: str) -> str:
+    """Write the page of the studies that were run, and have the run's report lead to it; its address.
 
     Args:
-        folder: the studies' folder.
+        run: the run's directory.
         names: of all studies, in the order of telling.
-        run: the run's name.
+        title: the run's name.
     """
+    folder = run.child(STUDIES)
     found = [read_study(folder.child(name)) for name in names]
-    text = render([study for study in found if study], run)
+    has_report = run.exists(REPORT)
+    text = render([study for study in found if study], title, has_report=has_report)
     folder.write_bytes(PAGE, text.encode())
+    if has_report:
+        write_report(run)
     return folder.path(PAGE)
 
 
@@ -47,8 +54,8 @@ def read_study(folder: Folder) -> dict[str, Any] | None:
     return {**study, "plots": plots}
 
 
-def render(studies: list[dict[str, Any]], run: str) -> str:
-    """The page as HTML text."""
+def render(studies: list[dict[str, Any]], run: str, *, has_report: bool = False) -> str:
+    """The page as HTML text; with `has_report` it leads to the run's report."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -58,7 +65,9 @@ def render(studies: list[dict[str, Any]], run: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(studies=studies, run=run)
+    return environment.get_template("page.html.j2").render(
+        studies=studies, run=run, has_report=has_report
+    )
 
 
 __all__ = ["read_study", "render", "write_page"]

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ray_synth.cluster import connect
+from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import hold_out, load_index, read_class_names, require_every_class
 from ray_synth.storage import Folder
 from ray_synth.studies import measures, plots
 from ray_synth.studies.arm import Trial, trials_of
-from ray_synth.studies.catalog import Study, check_name, studies
+from ray_synth.studies.catalog import Study, known_name, studies
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
 from ray_synth.studies.layers import layer_figure, measure_layers
@@ -29,6 +29,7 @@ from ray_synth.studies.results import (
     compute_table,
     result_rows,
 )
+from ray_synth.studies.saturation import measure_saturation
 
 log = logging.getLogger("ray_synth")
 STEPS = ("sources", "training", "validation", "report")
@@ -49,7 +50,7 @@ def run_studies(
     from ray_synth.studies.page import write_page
     from ray_synth.studies.tracking import StudyTracker
 
-    check_name(name)
+    name = known_name(name)
     assert until in STEPS
     config, counts = with_validation(config)
     catalogue = studies(config, counts)
@@ -61,7 +62,7 @@ def run_studies(
         )
         for one in chosen
     }
-    folder = workspace(config)
+    run_folder = runs_folder(config.runs_dir).child(config.name)
     with connect(config.cluster):
         for one in chosen:
             started = time.perf_counter()
@@ -71,8 +72,8 @@ def run_studies(
             log.info("study %s: %.0f s", one, time.perf_counter() - started)
             if config.tracking.enabled:
                 StudyTracker(config, one).log(found)
-            write_page(folder, list(catalogue), config.name)
-    return folder
+            write_page(run_folder, list(catalogue), config.name)
+    return workspace(config)
 
 
 def with_validation(config: Config) -> tuple[Config, dict[str, int]]:
@@ -143,6 +144,7 @@ MEASURES: dict[str, Callable[[measures.Measured], list[Table]]] = {
     "by_frequency": measures.measure_by_frequency,
     "corruptions": measure_corruptions,
     "layers": measure_layers,
+    "saturation": measure_saturation,
 }
 
 

@@ -5,7 +5,7 @@ from samples import ROOT
 
 from ray_synth.config import load_config
 from ray_synth.studies.arm import REAL_ONLY, Arm, trials_of
-from ray_synth.studies.catalog import WRITERS, check_name, long_tail, studies
+from ray_synth.studies.catalog import WRITERS, known_name, long_tail, studies
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -139,4 +139,5 @@ def test_levels_that_the_data_cannot_give_are_left_out(config):
 
 def test_an_unknown_study_is_told_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'ablation'"):
-        check_name("ablations")
+        known_name("ablations")
+    assert known_name("domain-shift") == "domain_shift"

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from ray_synth.report.page import write_report
 from ray_synth.storage import Folder
 from ray_synth.studies import plots
 from ray_synth.studies.arm import REAL_ONLY, Arm
@@ -47,7 +48,9 @@ def test_all_studies_can_be_read_on_a_phone_and_nothing_is_loaded(tmp_path):
 
     folder = Folder(tmp_path)
     for name in WRITERS:
-        write_study(folder.child(name), name)
+        write_study(folder.child("studies").child(name), name)
+    folder.write_yaml("config.yaml", {"name": "a run"})
+    write_report(folder)
     address = write_page(folder, list(WRITERS), "a run")
     asked: list[str] = []
     with sync_playwright() as playwright:
@@ -66,6 +69,9 @@ def test_all_studies_can_be_read_on_a_phone_and_nothing_is_loaded(tmp_path):
         page.get_by_role("link", name="The study robustness").click()
         table = page.locator("#robustness table").first
         assert "+5.0" in table.inner_text() and HOSTILE in table.inner_text()
+        page.get_by_role("link", name="The report of the run").click()
+        page.get_by_role("link", name="Studies of this run").click()
+        assert page.url.endswith("/studies/index.html")
         box = page.locator("#robustness .scroll").first.bounding_box()
         assert box is not None and box["width"] <= 390
         browser.close()
