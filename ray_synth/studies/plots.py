@@ -59,15 +59,19 @@ def _bars(panel: Any, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         points = list(row.gains.values())
         panel.plot(points, [place] * len(points), "o", color="#171b22", markersize=3, alpha=0.7)
-    seen = [0.0, *(value for row in rows for value in row.gains.values())]
-    margin = 0.15 * (max(seen) - min(seen)) or 1.0
-    # Intervals of two or three seeds can be far wider than anything that was seen: they are cut.
-    panel.set_xlim(min(seen) - margin, max(seen) + margin)
+    panel.set_xlim(*_seen([0.0, *(value for row in rows for value in row.gains.values())]))
     panel.set_yticks(range(len(rows)), names, fontsize=8)
     panel.set_ylim(len(rows) - 0.4, -0.6)  # the first at the top; axes are shared
     panel.axvline(0, color="#171b22", linewidth=0.8)
     panel.set_xlabel("points of top-1 gained")
     panel.grid(axis="x", alpha=0.3)
+
+
+def _seen(values: Sequence[float]) -> tuple[float, float]:
+    """Bounds of an axis that holds all values: intervals of two or three seeds can be far wider, and
+    are cut."""
+    margin = 0.15 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
 
 
 def _lines(panel: Any, study: Study, rows: Sequence[Row]) -> None:
@@ -91,6 +95,13 @@ def _lines(panel: Any, study: Study, rows: Sequence[Row]) -> None:
             capsize=3,
             markersize=4,
         )
+    for number, mine in enumerate(lines.values()):
+        for row in mine:
+            panel.plot(
+                [row.arm.x] * len(row.values), list(row.values.values()), ".", markersize=3,
+                color=COLOURS[number % len(COLOURS)], alpha=0.5,
+            )  # fmt: skip
+    panel.set_ylim(*_seen([value for row in rows for value in row.values.values()]))
     if study.log_x:
         panel.set_xscale("log", base=2)
     ticks = sorted({row.arm.x for row in rows if row.arm.x is not None})
