@@ -38,7 +38,7 @@ class Arm:
     name: str
     label: str
     scale: float = 0.0
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
     against: str = REAL_ONLY
     line: str = ""
     x: float | None = None
