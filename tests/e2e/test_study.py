@@ -16,6 +16,8 @@ import yaml
 from PIL import Image, ImageDraw
 from runs import NO_LLM, ROOT, SMALL
 
+from ray_synth.studies.catalog import WRITERS
+
 SHAPES = ("disc", "square", "cross")
 TINY = [
     "studies.scale=2",
@@ -159,3 +161,39 @@ def test_a_killed_study_trains_nothing_twice_and_a_seed_more_only_what_is_new(tm
     assert len(made) == 3 * 5
     children = json.loads((models.parents[1] / "scaling" / "mlflow.json").read_text())["children"]
     assert len(children) == 15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_all_nine_studies_end_with_tables_plots_and_a_page(tmp_path):
+    """Small in every respect, but the models are the real ones, and so is every measure."""
+    config = ROOT / "jobs" / "configs" / "quickstart.yaml"
+    settings = [
+        *SMALL, *TINY, f"runs_dir={tmp_path}", "meaning.num_images=2",
+        "data.train.images_per_class=2", "studies.validation=4", "studies.scales=[1,2]",
+        "studies.images_per_class=[2]", "studies.lambdas=[0.5]", "studies.real_fractions=[0.75]",
+        "studies.generators={fonts: {generator: glyphs}}",
+        "studies.corruption={kinds: [blur], severities: [1], images: 8}",
+    ]  # fmt: skip
+    finished(study("all", config, *settings), timeout=900)
+    folder = tmp_path / "quickstart" / "studies"
+    for name in WRITERS:
+        found = json.loads((folder / name / "study.json").read_text())
+        assert all(table["rows"] for table in found["tables"]), name
+        for plot in found["plots"]:
+            assert (folder / name / f"{plot}.png").stat().st_size > 5000, (name, plot)
+    page = (folder / "index.html").read_text()
+    titles = {
+        "domain_shift": ["Distance from the real images", "Layers"],
+        "diversity": ["Diversity", "Prompts"],
+        "generators": ["Cost", "Diversity", "Distance from the real images"],
+        "llms": ["Meanings", "Chosen meanings", "Prompts"],
+        "robustness": ["Corrupted test images"],
+        "scaling": ["Where gains stop"],
+        "low_data": ["Rare classes"],
+        "mix": ["Chosen on the validation images"],
+    }
+    for name, expected in titles.items():
+        tables = json.loads((folder / name / "study.json").read_text())["tables"]
+        assert {table["title"] for table in tables} >= {*expected, "Accuracy", "Compute"}, name
+        assert all(title in page for title in expected)
