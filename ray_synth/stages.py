@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_synth.config import Config
+from ray_synth.progress import under_way
 from ray_synth.storage import Folder
 from ray_synth.tracking import flatten
 
@@ -117,7 +118,8 @@ class StageLog:
             log.info("%s: done before", stage)
             return record["result"]
         started = time.perf_counter()
-        result = work()
+        with under_way(self.folder.uri, stage):
+            result = work()
         seconds = time.perf_counter() - started
         self.folder.write_json(
             f"stages/{stage}.json",
