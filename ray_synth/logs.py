@@ -93,7 +93,9 @@ class JsonFormatter(logging.Formatter):
         if record.name != log.name:
             line["logger"] = record.name
         known = {**(_where.get() or {}), **record.__dict__}
-        line.update({field: known[field] for field in FIELDS if known.get(field) is not None})
+        for field in FIELDS:
+            if (value := known.get(field)) is not None:
+                line[field] = hide(value) if isinstance(value, str) else value
         if record.exc_info:
             line["error"] = hide(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False, default=str)
@@ -110,6 +112,9 @@ def set_up(log_format: str | None = None) -> None:
         raise ValueError(f"log format {chosen!r} ({VARIABLE}): it is one of {', '.join(FORMATS)}")
     global _form  # noqa: PLW0603
     _form = chosen
+    logging.captureWarnings(is_json())
+    if is_json():  # neither its bars
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.basicConfig(level=logging.WARNING)
     log.setLevel(logging.INFO)
     _format(logging.getLogger())

@@ -115,7 +115,7 @@ class StageLog:
         """Do a stage unless it is done; its result (small, JSON) either way."""
         record = self.record(stage)
         if record is not None:
-            log.info("%s: done before", stage)
+            log.info("%s: done before", stage, extra={"stage": stage})
             return record["result"]
         started = time.perf_counter()
         with under_way(self.folder.uri, stage):
@@ -125,7 +125,7 @@ class StageLog:
             f"stages/{stage}.json",
             {"inputs": self.inputs[stage], "seconds": seconds, "result": result},
         )
-        log.info("%s: %.1f s", stage, seconds)
+        log.info("%s: %.1f s", stage, seconds, extra={"stage": stage})
         return result
 
     def seconds(self) -> dict[str, float]:

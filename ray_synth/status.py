@@ -130,7 +130,8 @@ def _run_status(folder: Folder, now: float) -> RunStatus:
     for name in STAGES:
         record = records.get(f"{name}.json")
         bar = counts.get(name, {})
-        under_way = name in since or (lives and name == "generation" and _open(beat, name))
+        # A live feed trains while images are made.
+        under_way = name in since or (lives and name == "generation" and bool(bar.get("done")))
         if record is not None:
             stages.append(StageStatus(name, "done", record["seconds"], **_count_of(bar)))
         elif under_way:
@@ -307,10 +308,6 @@ def _left(bar: dict[str, Any], rate: float | None) -> float | None:
     if not rate or bar.get("total") is None:
         return None
     return max(0, bar["total"] - bar["done"]) / rate
-
-
-def _open(beat: dict[str, Any], name: str) -> bool:
-    return any(bar["name"] == name and bar["done"] < bar["total"] for bar in beat["bars"])
 
 
 def _studies_status(folder: Folder, now: float) -> RunStatus:
