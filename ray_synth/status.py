@@ -20,6 +20,7 @@ import yaml
 from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.cost import reason_label
 from ray_synth.heartbeat import PROGRESS, process_lives
+from ray_synth.logs import hide
 from ray_synth.stages import STAGES
 from ray_synth.storage import Folder
 
@@ -149,7 +150,7 @@ def _run_status(folder: Folder, now: float) -> RunStatus:
         beat, stages, complete=complete, lives=lives, silent=silent, still=now - moved, limit=limit
     )
     return RunStatus(
-        folder.uri, verdict, message, code, stages, silent, images.judged, images.rejected
+        hide(folder.uri), verdict, message, code, stages, silent, images.judged, images.rejected
     )
 
 
@@ -337,7 +338,7 @@ def _studies_status(folder: Folder, now: float) -> RunStatus:
     verdict, message, code = _verdict(
         {**beat, "bars": []}, stages, complete=False, lives=lives, silent=silent, still=0, limit=0
     )
-    return RunStatus(folder.uri, verdict, message, code, stages, silent)
+    return RunStatus(hide(folder.uri), verdict, message, code, stages, silent)
 
 
 def files(folder: Folder) -> dict[str, float]:
