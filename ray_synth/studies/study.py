@@ -63,7 +63,7 @@ def run_studies(
         for one in chosen
     }
     folder = workspace(config)
-    with watched(folder, name), connect(config.cluster):
+    with watched(folder, f"study {name}"), connect(config.cluster):
         for one in chosen:
             started = time.perf_counter()
             found = run_study(catalogue[one], config, wanted[one], until=until)
