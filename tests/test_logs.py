@@ -7,11 +7,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from painting import Painter
 
 from ray_synth import logs
+from ray_synth.config import GenerationConfig
+from ray_synth.generation.chunks import PlanTable
+from ray_synth.generation.maker import GenerationJob
+from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.stream import make_images
 from ray_synth.logs import (
     MOST,
     MOST_ALIKE,
@@ -25,7 +32,7 @@ from ray_synth.logs import (
     log,
     where,
 )
-from ray_synth.progress import Board
+from ray_synth.progress import Board, make_board, watch
 from ray_synth.storage import Folder
 
 
@@ -241,3 +248,45 @@ def test_the_command_says_its_errors_as_json_where_asked(capsys, tmp_path, monke
     assert ended.value.code == 2
     assert line["level"] == "error" and line["message"].startswith("no run at ")
     assert capsys.readouterr().err == ""
+
+
+class Talking(Painter):
+    """Warns at each batch."""
+
+    def generate(self, rows):
+        log.warning("a batch of %d", len(rows), extra={"step": len(rows)})
+        return super().generate(rows)
+
+
+@pytest.mark.slow
+def test_what_generators_say_reaches_the_run_and_its_driver(local_ray, tmp_path, said):
+    from test_store import plan_rows
+
+    rows = plan_rows(80)
+    config = GenerationConfig(
+        generator="test_logs:Talking",
+        generator_kwargs={"fail": "photo of 77"},
+        width=16,
+        height=16,
+        batch_size=2,
+        num_cpus=0.5,
+        checks={"policy": "off"},
+    )
+    board, folder = make_board(), Folder(tmp_path)
+    plan = PlanTable(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
+    store = ImageStore(folder.child("images"))
+    with RunLog(folder, run="cars"), watch(board, {}):
+        make_images(GenerationJob(config, plan, store, run=folder, board=board))
+    kept = lines_of(tmp_path)
+    warned = [line for line in kept if line["level"] == "warning"]
+    assert MOST_ALIKE <= len(warned) < 40, "of 40 batches: the rest is held back"
+    assert {(line["run"], line["stage"], line["step"]) for line in warned} == {
+        ("cars", "generation", 2)
+    }
+    assert {line["message"] for line in warned} <= {line["message"] for line in said()}
+    rejected = [line for line in kept if "rejected" in line["message"]]
+    assert sorted(i for line in rejected for i in line["sample_ids"]) == [
+        row["sample_id"] for row in rows if "photo of 77" in row["prompt"]
+    ]
+    assert rejected[0]["reason"] == "ValueError: this prompt cannot be painted"
+    assert rejected[0]["chunk"] == "76-78"

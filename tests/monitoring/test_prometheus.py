@@ -142,7 +142,7 @@ def scraped(head, tmp_path_factory):
     prometheus = Prometheus(folder, temporary / "prom_metrics_service_discovery.json")
     try:
         assert prometheus.until(
-            lambda: prometheus.ask("query", query='up{job="ray"} == 1')["data"]["result"], 120
+            lambda: prometheus.ask("query", query='up{job="ray"} == 1')["data"]["result"], 240
         ), (folder / "prometheus.log").read_text()[-3000:]
         started = time.time()
         line = [sys.executable, "jobs/run.py", "--config", "jobs/configs/quickstart.yaml"]
