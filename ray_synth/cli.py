@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ray_synth import serve_cli
+from ray_synth import logs, serve_cli
 from ray_synth.config import Config, load_config
 
 app = typer.Typer(
@@ -31,6 +31,16 @@ Force = Annotated[
     str | None, typer.Option("--force-stage", help="do this stage and all later ones again")
 ]
 QUICKSTART = Path("jobs/configs/quickstart.yaml")
+
+
+@app.callback()
+def common(
+    log_format: Annotated[
+        str | None, typer.Option(help="text, or json: an object a line", envvar=logs.VARIABLE)
+    ] = None,
+) -> None:
+    """Better image classifiers from synthetic images, at cluster scale."""
+    logs.set_up(log_format)
 
 
 def _run(config: Config, until: str, force_stage: str | None) -> dict[str, Any]:
@@ -244,6 +254,23 @@ def regenerate(
 
 
 @app.command()
+def status(
+    run_folder: Annotated[str, typer.Argument(help="a run's directory, or its URI")] = (
+        "runs/quickstart"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    watch: Annotated[
+        float | None, typer.Option(help="look again every so many seconds, until it runs no longer")
+    ] = None,
+) -> None:
+    """Say how a run stands, from its directory alone; exit code 0 done, 3 running, 4 neither."""
+    from ray_synth.status_view import show_status
+    from ray_synth.storage import Folder
+
+    raise typer.Exit(show_status(Folder(run_folder), as_json=as_json, watch=watch))
+
+
+@app.command()
 def show(
     run_folder: RunFolder = "runs/quickstart",
     class_names: Names = None,
@@ -349,14 +376,13 @@ def explain(error: BaseException) -> str | None:
 def prepare_process() -> None:
     """Logging, and what must be in the environment before torch is loaded (see cluster.py)."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("ray_synth").setLevel(logging.INFO)
+    logs.set_up()
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command and of `jobs/*.py`."""
-    prepare_process()
     try:
+        prepare_process()
         app(arguments, standalone_mode=True)
     except KeyboardInterrupt:
         typer.echo("stopped; the same command continues", err=True)
@@ -365,7 +391,10 @@ def main(arguments: list[str] | None = None) -> None:
         message = explain(error)
         if message is None or os.environ.get("RAY_SYNTH_DEBUG"):
             raise
-        typer.secho(f"error: {message}", fg="red", err=True)
+        if logs.is_json():
+            logging.getLogger("ray_synth").error(message)
+        else:
+            typer.secho(f"error: {message}", fg="red", err=True)
         sys.exit(2)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray_synth import logs
 from ray_synth.config import ClusterConfig
 from ray_synth.storage import Folder
 
@@ -55,6 +56,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     import ray
     import ray.data
 
+    logs.adopt("ray")
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -83,6 +85,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             " and RAY_ADDRESS (a cluster with token authentication wants RAY_AUTH_MODE=token and "
             "the token on both sides)"
         ) from None
+    logs.adopt("ray")  # ray.init gave it a new format
     try:
         _set_data_context(config)
         yield

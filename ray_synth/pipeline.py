@@ -36,6 +36,8 @@ from ray_synth.generation.chunks import PlanFile, missing_rows
 from ray_synth.generation.generator import check_generator, fingerprint, prompt_tokens
 from ray_synth.generation.maker import GenerationJob, write_references
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.heartbeat import watched
+from ray_synth.logs import hide_value_of
 from ray_synth.progress import Bar, make_board, watch
 from ray_synth.stages import StageLog, stage_inputs
 from ray_synth.storage import Folder
@@ -120,27 +122,29 @@ def run_pipeline(
         until: one of `stages.STAGES`, or `report`.
     """
     started = time.perf_counter()
+    hide_value_of(config.meaning.llm.api_key_env)
     run = open_run(config, force_stage)
     if until == "report" and run.folder.exists("metrics.json") and run.stages.record("evaluation"):
         write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
-    with connect(config.cluster):
-        check_budget(config, cluster_capacity(config))
-        tracker = _tracker(run)
-        try:
-            _run_stages(run, until, tracker)
-        except BaseException as error:
+    with watched(run.folder, until):
+        with connect(config.cluster):
+            check_budget(config, cluster_capacity(config))
+            tracker = _tracker(run)
+            try:
+                _run_stages(run, until, tracker)
+            except BaseException as error:
+                if tracker:
+                    tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+        if until != "report":
             if tracker:
-                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-    if until != "report":
+                tracker.end()
+            return {}
+        metrics = write_report(run, time.perf_counter() - started)
         if tracker:
-            tracker.end()
-        return {}
-    metrics = write_report(run, time.perf_counter() - started)
-    if tracker:
-        _track_results(run, tracker, metrics)
-    return metrics
+            _track_results(run, tracker, metrics)
+        return metrics
 
 
 def inspected(run: Run) -> Run:
@@ -188,7 +192,9 @@ def inspect_data(run: Run) -> dict[str, Any]:
     corrupt = inspect(run.train, max_pixels=run.config.data.max_pixels)
     index = drop(run.train, corrupt)
     for item in corrupt:
-        log.warning("set aside %(image_id)s: %(error)s", item)
+        log.warning(
+            "set aside %(image_id)s: %(error)s", item, extra={"sample_id": item["image_id"]}
+        )
     require_every_class(index, "data.train, without its corrupt images,")
     return {"num_real": len(index), "counts": index.counts(), "corrupt": corrupt}
 
@@ -212,6 +218,7 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
         with Bar("meaning", len(run.train.class_names), "classes", done=len(entries)) as bar:
             for entry in service.resolve_all(todo, seed=config.seed):
                 entries[entry["class_name"]] = entry
+                tell_refused(entry["class_name"], entry["num_refused"])
                 folder.write_json("meanings.partial.json", {"digest": digest, "entries": entries})
                 bar.advance()
     else:
@@ -219,6 +226,15 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
     folder.write_json("meanings.json", [entries[name] for name in run.train.class_names])
     folder.delete("meanings.partial.json")
     return {name: entry["choice"] for name, entry in entries.items()}
+
+
+def tell_refused(class_name: str, pieces: int) -> None:
+    """A line of the run's log where answers of the language model were of no use."""
+    if pieces:
+        log.debug(
+            "%s: %d pieces of the language model's answers were refused", class_name, pieces,
+            extra={"class_name": class_name},
+        )  # fmt: skip
 
 
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
@@ -240,6 +256,7 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
         with Bar("contexts", len(meanings), "classes", done=len(contexts)) as bar:
             for name, entry in service.write_contexts_all(todo, seed=config.seed):
                 contexts[name] = entry
+                tell_refused(name, entry["refused"])
                 folder.write_json("contexts.json", {"digest": digest, "classes": contexts})
                 bar.advance()
     guides = choose_references(run)

@@ -5,16 +5,44 @@ Actors on other machines count through a small Ray actor, the `Board`; the drive
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ray_synth import logs
+
 LOG_SECONDS = 10.0
+MOST_LINES = 500  # that workers said, until the driver reads them
 log = logging.getLogger("ray_synth")
+# What is under way in this process, for its heartbeat.
+_bars: list[Bar] = []
+_stages: dict[tuple[str, str], float] = {}
+
+
+def open_bars() -> list[Bar]:
+    return list(_bars)
+
+
+def stages_under_way() -> dict[tuple[str, str], float]:
+    """(the run directory's URI, stage) -> when it began, seconds since 1970."""
+    return dict(_stages)
+
+
+@contextmanager
+def under_way(uri: str, stage: str) -> Iterator[None]:
+    """A stage of a run, for the length of the block; lines that are logged say its name."""
+    _stages[uri, stage] = time.time()
+    try:
+        with logs.where(stage=stage):
+            yield
+    finally:
+        _stages.pop((uri, stage), None)
 
 
 class Bar:
@@ -39,10 +67,20 @@ class Bar:
     def advance(self, count: int = 1) -> None:
         self.update(self.done + count)
 
+    @property
+    def rate(self) -> float:
+        """Counted a second since the bar began."""
+        seconds = time.monotonic() - self.started
+        return (self.done - self.first) / seconds if seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the heartbeat."""
+        names = ("name", "unit", "done", "total", "rate", "note")
+        return {name: getattr(self, name) for name in names}
+
     def line(self, note: str = "") -> str:
         """`generation 320/1200 images, 18.4 images/s, 48 s left`."""
-        seconds = time.monotonic() - self.started
-        rate = (self.done - self.first) / seconds if seconds > 0 else 0.0
+        rate = self.rate
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
         text = (
             f"{self.name} {self.done:,}/{self.total:,} {self.unit}, {rate:.1f} {self.unit}/s{left}"
@@ -50,13 +88,15 @@ class Bar:
         return f"{text}, {note}" if note else text
 
     def __enter__(self) -> Bar:
-        if sys.stderr.isatty():
+        _bars.append(self)
+        if sys.stderr.isatty() and not logs.is_json():
             self._task = _Screen.enter().add_task(
                 self.name, total=self.total, completed=self.done, unit=self.unit, note=""
             )
         return self
 
     def __exit__(self, *exception: object) -> None:
+        _bars.remove(self)
         if self._task is not None:
             _Screen.leave()
         elif exception[0] is None:
@@ -112,10 +152,11 @@ def _rich_progress() -> Any:
 
 
 class Board:
-    """Counts that any actor may raise (a Ray actor once wrapped by `make_board`)."""
+    """Counts that any actor may raise, and what actors say (a Ray actor once wrapped by `make_board`)."""
 
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}
+        self._lines: deque[dict[str, Any]] = deque(maxlen=MOST_LINES)
 
     def add(self, name: str, count: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + count
@@ -129,6 +170,16 @@ class Board:
 
     def counts(self) -> dict[str, float]:
         return dict(self._counts)
+
+    def say(self, line: dict[str, Any]) -> None:
+        """Keep a log line (see `logs.Forwarder`) until the driver reads it."""
+        self._lines.append(line)
+
+    def read(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The counts, and what was said since the last time."""
+        lines = list(self._lines)
+        self._lines.clear()
+        return self.counts(), lines
 
 
 def make_board() -> Any:
@@ -146,7 +197,7 @@ def watch(
     notes: dict[str, Callable[[dict[str, float]], str]] | None = None,
     seconds: float = 1.0,
 ) -> Iterator[None]:
-    """Draw a board's counts in `bars` (count name -> bar) until the block ends.
+    """Draw a board's counts in `bars` (count name -> bar) until the block ends, and log what was said.
 
     Args:
         notes: count name -> what to say beside its bar, from all counts.
@@ -155,7 +206,8 @@ def watch(
 
     stop = threading.Event()
 
-    def draw(counts: dict[str, float]) -> None:
+    def draw(counts: dict[str, float], lines: list[dict[str, Any]]) -> None:
+        logs.repeat(lines)
         for name, bar in bars.items():
             if name in counts:
                 note = notes[name](counts) if notes and name in notes else ""
@@ -164,12 +216,12 @@ def watch(
     def poll() -> None:
         while not stop.wait(seconds):
             try:
-                counts = ray.get(board.counts.remote(), timeout=5)
+                found = ray.get(board.read.remote(), timeout=5)
             except Exception:
                 continue  # a slow or lost board must not end the run
-            draw(counts)
+            draw(*found)
 
-    thread = threading.Thread(target=poll, daemon=True)
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(poll,), daemon=True)
     for bar in bars.values():
         bar.__enter__()
     thread.start()
@@ -180,9 +232,9 @@ def watch(
         thread.join(timeout=10)
         with_error = sys.exc_info()
         try:
-            counts = ray.get(board.counts.remote(), timeout=5)
+            found = ray.get(board.read.remote(), timeout=5)
         except Exception:
-            counts = {}
-        draw(counts)
+            found = {}, []
+        draw(*found)
         for bar in bars.values():
             bar.__exit__(*with_error)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_synth.config import Config
+from ray_synth.progress import under_way
 from ray_synth.storage import Folder
 from ray_synth.tracking import flatten
 
@@ -114,16 +115,17 @@ class StageLog:
         """Do a stage unless it is done; its result (small, JSON) either way."""
         record = self.record(stage)
         if record is not None:
-            log.info("%s: done before", stage)
+            log.info("%s: done before", stage, extra={"stage": stage})
             return record["result"]
         started = time.perf_counter()
-        result = work()
+        with under_way(self.folder.uri, stage):
+            result = work()
         seconds = time.perf_counter() - started
         self.folder.write_json(
             f"stages/{stage}.json",
             {"inputs": self.inputs[stage], "seconds": seconds, "result": result},
         )
-        log.info("%s: %.1f s", stage, seconds)
+        log.info("%s: %.1f s", stage, seconds, extra={"stage": stage})
         return result
 
     def seconds(self) -> dict[str, float]:

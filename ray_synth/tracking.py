@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_synth import logs
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
 from ray_synth.storage import Folder
@@ -65,6 +66,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
+        logs.adopt("mlflow")
         self.config, self.folder = config, folder
         self.uri = tracking_uri(config, runs)
         self.client = MlflowClient(tracking_uri=self.uri)

@@ -1,4 +1,7 @@
-"""The service's own figures among Ray's Prometheus metrics (`ray_synth_...`), on each node's port."""
+"""The service's own figures among Ray's Prometheus metrics, on each node's port.
+
+They are declared with all others in `ray_synth/metrics.py`; Serve's classes add the deployment's labels.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray.serve.metrics import Counter, Histogram
+from ray.serve import metrics as serve_metrics
 
-SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120]
+from ray_synth.metrics import make
+
 logger = logging.getLogger("ray.serve")
 
 
@@ -18,21 +22,11 @@ class Metrics:
     """What the ingress counts; Serve counts requests, errors, queues and batches by itself."""
 
     def __init__(self) -> None:
-        self._seconds = Histogram(
-            "ray_synth_request_seconds",
-            description="time to an answer, by operation",
-            boundaries=SECONDS,
-            tag_keys=("operation",),
-        )
-        tags: Any = ("source", "ambiguous")  # Ray's hint says a tuple of one
-        self._resolved = Counter(
-            "ray_synth_meanings_total", description="class names resolved", tag_keys=tags
-        )
-        self._refused = Counter(
-            "ray_synth_refused_phrases_total",
-            description="pieces of LLM answers that were no phrases",
-        )
-        self._images = Counter("ray_synth_images_total", description="images that judged meanings")
+        self._seconds = make("request_seconds", serve_metrics)
+        self._questions = make("questions_total", serve_metrics)
+        self._refused = make("refused_phrases_total", serve_metrics)
+        self._resolved = make("meanings_total", serve_metrics)
+        self._images = make("images_total", serve_metrics)
 
     @contextmanager
     def timed(self, operation: str) -> Iterator[None]:
@@ -47,9 +41,18 @@ class Metrics:
         """Count an entry of meanings.json."""
         source = entry["candidates"][0]["source"]
         self._resolved.inc(1, {"source": source, "ambiguous": str(entry["ambiguous"]).lower()})
-        for counter, count in ((self._refused, "num_refused"), (self._images, "num_images")):
-            if entry[count]:  # Ray's counters refuse 0
-                counter.inc(entry[count])
+        self.refused(entry["num_refused"])
+        if entry["num_images"]:  # Ray's counters refuse 0
+            self._images.inc(entry["num_images"])
+
+    def asked(self) -> None:
+        """Count a question to the language model."""
+        self._questions.inc()
+
+    def refused(self, pieces: int) -> None:
+        """Count pieces of its answers that were of no use."""
+        if pieces:
+            self._refused.inc(pieces)
 
     def log_failure(self, error: Exception) -> None:
         """Say in the log what a caller is not told."""

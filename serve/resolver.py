@@ -61,6 +61,7 @@ class Resolver:
             "temperature": options.get("temperature", 0.8),
             "stop": options.get("stop", ("\n\n",)),
         }
+        self.metrics.asked()
         return await _ask(self.llm.complete, request)
 
     async def embed_texts(self, texts: list[str]) -> Any:
@@ -110,6 +111,7 @@ class Resolver:
             retries=retries,
             seed=seed,
         )
+        self.metrics.refused(result.refused)
         return result.as_dict()
 
     async def answered(self, work: Awaitable[Any]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_synth import logs, metrics
 from ray_synth.config import EvaluationConfig
 from ray_synth.data.dataset import Index, to_ray
 from ray_synth.evaluation.accuracy import VERDICT, Tally, judge
@@ -28,6 +29,7 @@ class Predictor:
         arms: names of `models/<arm>.json`.
         allowed: test set -> class indices to choose among.
         bns: which of a dual-BN model's exports are tested.
+        board: the progress board's handle.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Predictor:
         max_pixels: int,
         allowed: dict[str, np.ndarray] | None = None,
         bns: Sequence[str] = ("main", "aux"),
+        board: Any = None,
     ) -> None:
         import torch
         from safetensors.torch import load
@@ -46,6 +49,8 @@ class Predictor:
         from ray_synth.training.augmentation import eval_transform
         from ray_synth.training.decoder import Decoder
 
+        metrics.join(folder.uri)
+        logs.forward(board, stage="evaluation")
         self.allowed = allowed or {}
         self.device = pick_device("auto")
         if self.device == "cpu":
@@ -102,6 +107,7 @@ class Predictor:
                     logits = model(images).float().cpu().numpy()
                 verdicts[good] = self._judge(logits, batch, np.array(good))
             output[f"model/{name}"] = verdicts
+        metrics.record("evaluated_images_total", count)
         return output
 
     def _judge(
@@ -147,6 +153,7 @@ def evaluate(
             "max_pixels": max_pixels,
             "allowed": allowed,
             "bns": config.bns,
+            "board": board,
         },
         batch_size=config.batch_size,
         compute=ray.data.ActorPoolStrategy(size=config.num_actors),

@@ -14,6 +14,7 @@ from ray_synth.generation.store import ImageStore
 from ray_synth.storage import Folder
 
 DUPLICATES = "duplicates.parquet"
+REASONS = ("blank", "saturated", "clip score", "near-duplicate", "copy of a real")
 MOST_COMPARED = 500_000  # embeddings of more do not fit the driver
 
 
@@ -122,7 +123,12 @@ def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> in
 
 def reason_kind(reason: str) -> str:
     """A reason without its figures, for counting: `clip score 0.18 below 0.21` -> `clip score`."""
-    for kind in ("blank", "saturated", "clip score", "near-duplicate", "copy of a real"):
-        if reason.startswith(kind):
-            return kind
-    return reason
+    return next((kind for kind in REASONS if reason.startswith(kind)), reason)
+
+
+def reason_label(reason: str) -> str:
+    """The same as one of a few words, for a metric's label: what raised is an `error`."""
+    if "safety checker" in reason:
+        return "safety checker"
+    kind = reason_kind(reason)
+    return kind if kind in REASONS else "error"

@@ -6,16 +6,20 @@ Two chunks are at work at once: while one is on the device, the last one is judg
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ray_synth import logs, metrics
 from ray_synth.config import ClipConfig, GenerationConfig
 from ray_synth.data.images import encode_image
 from ray_synth.generation.chunks import Plan
+from ray_synth.generation.cost import reason_label
 from ray_synth.generation.generator import (
     Row,
     fingerprint,
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ray_synth.generation.quality import Judge, Verdict
+
+
+log = logging.getLogger("ray_synth")
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class ImageMaker:
         self._judge: Judge | None = None
         self._fingerprint = ""
         self._references: dict[str, bytes] = {}
+        metrics.join(job.run.uri if job.run else "")
+        logs.forward(job.board, stage="generation")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """The image rows of some chunks (columns start, stop, parts), in order."""
@@ -83,7 +92,10 @@ class ImageMaker:
                 done |= self._stored(missing, [name])
             else:
                 new = self.make(missing)
-                self.store.write(new)
+                with metrics.timed("store_write_seconds"):
+                    self.store.write(new)
+                metrics.record("generated_images_total", len(new))
+                self._tell_faults(new, f"{start}-{stop}")
                 done |= {row["sample_id"]: row for row in new}
         result = [done[row["sample_id"]] for row in rows]
         self._count(result, {row["sample_id"] for row in missing})
@@ -105,6 +117,7 @@ class ImageMaker:
             done |= {row["sample_id"]: row for row in made}
         if earlier:
             self.store.rejected.write(earlier)
+            count_faults(earlier, "retried")
         return [done[row["sample_id"]] for row in rows]
 
     def _attempt(self, rows: list[Row], attempt: int) -> tuple[list[Row], list[Row]]:
@@ -116,11 +129,12 @@ class ImageMaker:
         with self._device:
             started = time.perf_counter()
             results = generate_all(self._generator, inputs)
-            seconds = (time.perf_counter() - started) / len(rows)
+            seconds = time.perf_counter() - started
+            self._count_batch(len(rows), seconds)
             facts = {
                 "attempt": attempt,
                 "generator": provenance(self._generator, self.job.config, self._fingerprint),
-                "gpu_seconds": seconds,
+                "gpu_seconds": seconds / len(rows),
             }
         verdicts = self._judge_all(rows, [image for image, _ in results])
         made = [
@@ -200,6 +214,26 @@ class ImageMaker:
             if row["sample_id"] in wanted
         }
 
+    def _count_batch(self, rows: int, seconds: float) -> None:
+        size = int(getattr(self._generator, "batch_size", self.job.config.batch_size))
+        metrics.record("generator_seconds_total", seconds)
+        metrics.record("generator_rows_total", rows)
+        metrics.record("generator_places_total", -(-rows // size) * size)
+
+    def _tell_faults(self, rows: list[Row], chunk: str) -> None:
+        """Count what the checks found, and keep a line of it in the run's log."""
+        for outcome, accepted in (("rejected", False), ("flagged", True)):
+            found = [row for row in rows if row["accepted"] is accepted and row["reject_reason"]]
+            if not found:
+                continue
+            reasons = count_faults(found, outcome)
+            said = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+            ids = [row["sample_id"] for row in found[:8]]
+            log.debug(
+                "%d of %d images %s: %s", len(found), len(rows), outcome, said,
+                extra={"chunk": chunk, "sample_ids": ids, "reason": found[0]["reject_reason"]},
+            )  # fmt: skip
+
     def _count(self, rows: list[Row], new: set[str]) -> None:
         if self.job.board is not None:
             made = [row for row in rows if row["sample_id"] in new]
@@ -209,6 +243,14 @@ class ImageMaker:
                 "gpu_seconds": sum(row["gpu_seconds"] for row in made),
             }
             self.job.board.add_all.remote(counts)
+
+
+def count_faults(rows: list[Row], outcome: str) -> Counter[str]:
+    """Count rows in the metrics by the reason that a check gave; the reasons."""
+    reasons = Counter(reason_label(row["reject_reason"]) for row in rows)
+    for reason, count in reasons.items():
+        metrics.record("faulty_images_total", count, outcome=outcome, reason=reason)
+    return reasons
 
 
 def attempt_seed(seed: int, attempt: int) -> int:

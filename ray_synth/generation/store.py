@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tenacity
 
+from ray_synth import metrics
 from ray_synth.storage import Folder
 
 log = logging.getLogger("ray_synth")
@@ -146,6 +147,11 @@ class ImageStore:
                 )
 
 
+def _tell_retry(state: tenacity.RetryCallState) -> None:
+    metrics.record("storage_retries_total", 1)
+    tenacity.before_sleep_log(log, logging.WARNING)(state)
+
+
 def part_name(sample_ids: list[str]) -> str:
     """The name of the part that holds these rows."""
     digest = hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()[:16]
@@ -167,7 +173,7 @@ def patiently(work: Callable[[], T]) -> T:
         ),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
         stop=tenacity.stop_after_delay(PATIENCE_S),
-        before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
+        before_sleep=_tell_retry,
         reraise=True,
     )
     return retrying(work)

@@ -19,6 +19,7 @@ from ray_synth.cluster import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
 from ray_synth.pipeline import Run, inspected, open_run, run_images, run_words
+from ray_synth.progress import Bar
 from ray_synth.storage import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
 from ray_synth.tracking import digest
@@ -126,7 +127,14 @@ class Grid:
         threads = self.config.training.num_threads or max(1, (os.cpu_count() or 1) // room)
         if todo:
             log.info("%d trainings, %d at a time", len(todo), room)
-        side_by_side(lambda trial: self._train(trial, threads), list(todo.values()), room)
+        total = len({trial.digest for trial in self.trials})
+        with Bar("trainings", total, "trials", done=total - len(todo)) as bar:
+
+            def train(trial: Trial) -> None:
+                self._train(trial, threads)
+                bar.advance()
+
+            side_by_side(train, list(todo.values()), room)
 
     def _train(self, trial: Trial, threads: int) -> None:
         import ray

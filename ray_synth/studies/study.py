@@ -14,6 +14,7 @@ from typing import Any
 from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import hold_out, load_index, read_class_names, require_every_class
+from ray_synth.heartbeat import watched
 from ray_synth.storage import Folder
 from ray_synth.studies import measures, plots
 from ray_synth.studies.arm import Trial, trials_of
@@ -63,7 +64,7 @@ def run_studies(
         for one in chosen
     }
     run_folder = runs_folder(config.runs_dir).child(config.name)
-    with connect(config.cluster):
+    with watched(workspace(config), f"study {name}"), connect(config.cluster):
         for one in chosen:
             started = time.perf_counter()
             found = run_study(catalogue[one], config, wanted[one], until=until)

@@ -134,7 +134,7 @@ class Decoder:
     def _set_aside(self, name: str, error: ValueError) -> None:
         if name not in self.corrupt:
             self.corrupt.append(name)
-            log.warning("set aside %s: %s", name, error)
+            log.warning("set aside %s: %s", name, error, extra={"sample_id": name})
 
     def close(self) -> None:
         if self.pool is not None:

@@ -196,7 +196,7 @@ class LiveFeed:
         self.images = Reservoir(memory_bytes)
         self.fresh: deque[int] = deque()
         self.used: dict[int, list[int]] = {}  # by class
-        self.arrived = self.replayed = self.num_used = 0
+        self.arrived = self.fresh_drawn = self.replayed = self.num_used = 0
         self._rng = np.random.default_rng(seed)
         self._changed = threading.Condition()
         self._ended = self._closed = False
@@ -250,6 +250,7 @@ class LiveFeed:
             for key in keys:
                 self.used.setdefault(self.images.label(key), []).append(key)
             self.num_used += len(keys)
+            self.fresh_drawn += len(keys)
             keys += self._replays(self.batch_size - len(keys))
             items = [self.images.get(key) for key in keys]
             self._changed.notify_all()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ray_synth import logs, metrics
 from ray_synth.data.dataset import read_index
 from ray_synth.training.job import TrainJob
 
@@ -28,9 +29,12 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     from ray_synth.training.export import export_models
     from ray_synth.training.learner import Learner
+    from ray_synth.training.meter import Meter
     from ray_synth.training.prefetch import Prefetcher
 
     job: TrainJob = settings["job"]
+    metrics.join(job.folder.uri)
+    logs.forward(job.board, stage="training", arm=job.arm)
     config, context = job.config, ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     learner = Learner(job, ray.train.torch.get_device(), rank, world_size)
@@ -45,12 +49,14 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     )
     tracker = _tracker(job) if rank == 0 else None
     watch = LossWatch()
+    meter = Meter(job, feeds, prefetcher, rank=rank, start=start)
     waited_before = loop_started = 0.0
     try:
         for step in range(start, job.steps):
             batches = [prefetcher.next() for _ in range(config.accumulate_steps)]
             if step == start:  # from here on, waiting is a stall
                 loop_started, waited_before = time.perf_counter(), prefetcher.waited
+                meter.begin()
             loss, sums = learner.step(step, batches)
             watch.add(step, loss, [name for batch in batches for name in batch.names])
             done = step + 1
@@ -62,6 +68,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             if done % config.log_every == 0 or done == job.steps:
                 point = _point(sums, learner.weight(step), world_size)
                 history["curve"].append({"step": done, **point})
+                meter.tell(done, point)
                 if tracker:
                     tracker(point, done)
                 if rank == 0 and job.board is not None:
@@ -75,7 +82,9 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
                 history["corrupt"] = sorted({*history["corrupt"], *decoder.corrupt})
                 if rank == 0 and done == job.steps:
                     export_models(job, learner, history, feeds[-1])
+                saving = time.perf_counter()
                 _report(learner, history, rank)
+                meter.checkpointed(time.perf_counter() - saving)
     finally:
         prefetcher.close()
         decoder.close()
