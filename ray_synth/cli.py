@@ -7,12 +7,14 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ray_synth import serve_cli
+from ray_synth import __version__, serve_cli, signals, submit_cli
 from ray_synth.config import Config, load_config
 
 app = typer.Typer(
@@ -36,7 +38,18 @@ QUICKSTART = Path("jobs/configs/quickstart.yaml")
 def _run(config: Config, until: str, force_stage: str | None) -> dict[str, Any]:
     from ray_synth.pipeline import run_pipeline
 
-    return run_pipeline(config, until=until, force_stage=force_stage)
+    with _stoppable():
+        return run_pipeline(config, until=until, force_stage=force_stage)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A block that Ctrl-C and SIGTERM may end; typer would end in silence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was made is kept, and the same command continues", err=True)
+        raise
 
 
 @app.command()
@@ -183,7 +196,8 @@ def study(
         chosen = [int(part) for part in seeds.split(",")] if seeds else None
     except ValueError:
         raise ValueError(f"--seeds {seeds!r}: give whole numbers, such as 0,1,2") from None
-    folder = run_studies(name, settings, seeds=chosen)
+    with _stoppable():
+        folder = run_studies(name, settings, seeds=chosen)
     if name != "all":
         typer.echo(folder.read_bytes(f"{name}/table.md").decode())
     typer.echo(f"page:    {folder.path('index.html')}")
@@ -299,6 +313,9 @@ def export(
     )
 
 
+submit_cli.register(app)
+
+
 def _done(settings: Config, name: str) -> None:
     from ray_synth.cluster import runs_folder
 
@@ -351,16 +368,34 @@ def prepare_process() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("ray_synth").setLevel(logging.INFO)
+    signals.stop_on_sigterm()
+
+
+def _check_version() -> None:
+    """Raises ValueError in a job that was submitted from another version, and without its code."""
+    wanted = os.environ.get(submit_cli.VERSION)
+    if wanted and wanted != __version__:
+        raise ValueError(
+            f"the cluster has ray-synth {__version__}, and the job was submitted with {wanted}: install "
+            "that there, or submit with --code"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command and of `jobs/*.py`."""
-    prepare_process()
+    """Entry point of the command and of `jobs/*.py`.
+
+    Exits with 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     try:
+        prepare_process()
+        _check_version()
         app(arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command continues", err=True)
-        sys.exit(130)
+        sys.exit(signals.exit_code())
+    except SystemExit as end:
+        if end.code == signals.INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            sys.exit(signals.exit_code())
+        raise
     except Exception as error:
         message = explain(error)
         if message is None or os.environ.get("RAY_SYNTH_DEBUG"):
