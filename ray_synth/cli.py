@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ray_synth import __version__, serve_cli, signals, submit_cli
+from ray_synth import serve_cli, signals, submit_cli
 from ray_synth.config import Config, load_config
 
 app = typer.Typer(
@@ -371,16 +371,6 @@ def prepare_process() -> None:
     signals.stop_on_sigterm()
 
 
-def _check_version() -> None:
-    """Raises ValueError in a job that was submitted from another version, and without its code."""
-    wanted = os.environ.get(submit_cli.VERSION)
-    if wanted and wanted != __version__:
-        raise ValueError(
-            f"the cluster has ray-synth {__version__}, and the job was submitted with {wanted}: install "
-            "that there, or submit with --code"
-        )
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command and of `jobs/*.py`.
 
@@ -388,7 +378,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         prepare_process()
-        _check_version()
+        submit_cli.check_version()
         app(arguments, standalone_mode=True)
     except KeyboardInterrupt:
         sys.exit(signals.exit_code())

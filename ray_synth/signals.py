@@ -24,7 +24,8 @@ def stop_on_sigterm() -> None:
         _received.append(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        signal.signal(signal.SIGTERM, stop)
 
 
 def exit_code() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -10,22 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_synth import __version__
 from ray_synth.config import load_config
 
-VERBS = (
-    "run",
-    "disambiguate",
-    "plan",
-    "generate",
-    "train",
-    "evaluate",
-    "report",
-    "study",
-    "doctor",
-)
-VERSION = (
-    "RAY_SYNTH_VERSION"  # in the environment of a job that runs what its cluster has installed
-)
+VERBS = tuple("run disambiguate plan generate train evaluate report study doctor".split())
+# In the environment of a job that runs what its cluster has installed.
+VERSION = "RAY_SYNTH_VERSION"
 Address = Annotated[
     str | None,
     typer.Option(
@@ -68,7 +59,6 @@ def submit(
 
     The options of `submit` come before the verb. The same command again continues the run.
     """
-    import ray_synth
     from ray_synth import submit as jobs
     from ray_synth.upload import config_place, gather, is_checkout
 
@@ -86,7 +76,7 @@ def submit(
     upload = gather(config, config_path, code=code, include=[*files, *(include or [])])
     variables = jobs.passed_on(env or [])
     if not code:
-        variables[VERSION] = ray_synth.__version__
+        variables[VERSION] = __version__
     client = jobs.connect_jobs(address)
     for line in [*upload.describe(), *(f"note: {note}" for note in upload.notes)]:
         typer.echo(line, err=True)
@@ -176,6 +166,16 @@ def _split(arguments: list[str], config: Path | None) -> tuple[Path | None, list
     return known.config, known.set, rest
 
 
+def check_version() -> None:
+    """Raises ValueError in a job that was submitted from another version, and without its code."""
+    wanted = os.environ.get(VERSION)
+    if wanted and wanted != __version__:
+        raise ValueError(
+            f"the cluster has ray-synth {__version__}, and the job was submitted with {wanted}: install "
+            "that there, or submit with --code"
+        )
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command(
@@ -184,6 +184,3 @@ def register(app: typer.Typer) -> None:
     app.command()(follow)
     app.command()(stop)
     app.command("jobs")(list_jobs)
-
-
-__all__ = ["register"]
