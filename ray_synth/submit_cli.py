@@ -14,7 +14,9 @@ import typer
 from ray_synth import __version__
 from ray_synth.config import load_config
 
-VERBS = tuple("run disambiguate plan generate train evaluate report study doctor".split())
+VERBS = (
+    "run", "disambiguate", "plan", "generate", "train", "evaluate", "report", "study", "doctor",
+)  # fmt: skip
 # In the environment of a job that runs what its cluster has installed.
 VERSION = "RAY_SYNTH_VERSION"
 Address = Annotated[
