@@ -30,7 +30,7 @@ CHATTY = (
 RUN = "ray_synth_run"  # the key of the run's place in a job's metadata
 # Ray kills a stopped job's driver after 3 s, unless told otherwise: a run needs longer to take Serve's
 # replicas down and to close its MLflow run.
-STOP_WAIT_S = 60
+STOP_WAIT_S = 120
 AGENT_WAIT_S = 120  # a head is up some seconds before it takes jobs
 SILENCE_S = 60.0  # a log that says nothing for so long is opened again: the connection may be dead
 RECONNECT_S = 600.0

@@ -117,10 +117,10 @@ def test_a_job_stopped_at_any_stage_leaves_nothing_and_goes_on(head, tmp_path):
         stopped = ray_synth(head, "stop", f"stopped-{len(stops)}")
         assert stopped.returncode == 0, stopped.stderr
         assert "stopped; to continue, submit the same again" in stopped.stdout
-        output = job.communicate(timeout=120)[0]
+        output = job.communicate(timeout=180)[0]
         assert job.returncode == 130, output
         assert "what was made is kept" in output  # it ended by itself, and was not killed
-        wait_for(lambda: not living_actors(head), seconds=60)
+        wait_for(lambda: not living_actors(head), seconds=120)
         assert tracked(tmp_path) == ["KILLED"]
         stops.append(output)
 
