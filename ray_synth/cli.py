@@ -7,12 +7,14 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ray_synth import logs, serve_cli
+from ray_synth import logs, serve_cli, signals, submit_cli
 from ray_synth.config import Config, load_config
 
 app = typer.Typer(
@@ -46,7 +48,18 @@ def common(
 def _run(config: Config, until: str, force_stage: str | None) -> dict[str, Any]:
     from ray_synth.pipeline import run_pipeline
 
-    return run_pipeline(config, until=until, force_stage=force_stage)
+    with _stoppable():
+        return run_pipeline(config, until=until, force_stage=force_stage)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A block that Ctrl-C and SIGTERM may end; typer would end in silence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("stopped; what was made is kept, and the same command continues", err=True)
+        raise
 
 
 @app.command()
@@ -193,7 +206,8 @@ def study(
         chosen = [int(part) for part in seeds.split(",")] if seeds else None
     except ValueError:
         raise ValueError(f"--seeds {seeds!r}: give whole numbers, such as 0,1,2") from None
-    folder = run_studies(name, settings, seeds=chosen)
+    with _stoppable():
+        folder = run_studies(name, settings, seeds=chosen)
     if name != "all":
         typer.echo(folder.read_bytes(f"{name}/table.md").decode())
     typer.echo(f"page:    {folder.path('index.html')}")
@@ -326,6 +340,9 @@ def export(
     )
 
 
+submit_cli.register(app)
+
+
 def _done(settings: Config, name: str) -> None:
     from ray_synth.cluster import runs_folder
 
@@ -377,16 +394,24 @@ def prepare_process() -> None:
     """Logging, and what must be in the environment before torch is loaded (see cluster.py)."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logs.set_up()
+    signals.stop_on_sigterm()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command and of `jobs/*.py`."""
+    """Entry point of the command and of `jobs/*.py`.
+
+    Exits with 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C, 143 after SIGTERM.
+    """
     try:
         prepare_process()
+        submit_cli.check_version()
         app(arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command continues", err=True)
-        sys.exit(130)
+        sys.exit(signals.exit_code())
+    except SystemExit as end:
+        if end.code == signals.INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            sys.exit(signals.exit_code())
+        raise
     except Exception as error:
         message = explain(error)
         if message is None or os.environ.get("RAY_SYNTH_DEBUG"):

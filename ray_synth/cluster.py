@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_synth import logs
 from ray_synth.config import ClusterConfig
+from ray_synth.signals import own_handlers
 from ray_synth.storage import Folder
 
 log = logging.getLogger("ray_synth")
@@ -68,17 +69,18 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     if address:
         _require_answer(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address:
+        options |= {"address": address, "runtime_env": {"env_vars": ENVIRONMENT}}
+    else:
+        options |= {
+            "address": "local",
+            "num_cpus": config.num_cpus or max(os.cpu_count() or 1, 4),
+            "num_gpus": config.num_gpus,
+            "include_dashboard": False,
+        }
     try:
-        if address:
-            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **options)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=config.num_cpus or max(os.cpu_count() or 1, 4),
-                num_gpus=config.num_gpus,
-                include_dashboard=False,
-                **options,
-            )
+        with own_handlers():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         raise ValueError(
             f"no Ray cluster to be had at {address or 'this machine'}: {error}; check cluster.address"

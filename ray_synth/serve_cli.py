@@ -9,6 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from ray_synth.submit import require_answer
+
 app = typer.Typer(help="Check, run, deploy and ask the disambiguation service.")
 ConfigFile = Annotated[Path, typer.Argument(help="a Serve config: serve/config.yaml")]
 
@@ -39,7 +41,7 @@ def deploy(
 ) -> None:
     """Check, then send the config to a running cluster, and return."""
     _check(config)
-    _require_answer(address)
+    require_answer(address.rstrip("/"))
     _hand_over("deploy", str(config), "--address", address)
 
 
@@ -78,25 +80,6 @@ def _check(config: Path) -> None:
     from serve.schema import load_serve_config
 
     load_serve_config(config)
-
-
-def _require_answer(address: str) -> None:
-    """Raises ValueError where no dashboard answers, or one that wants a token which is not given;
-    Serve's own command would show its insides."""
-    import httpx
-
-    try:
-        response = httpx.get(f"{address.rstrip('/')}/api/version", timeout=10)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(
-            f"no Ray dashboard answers at {address} ({error}): check --address; from outside of a "
-            "cluster its port 8265 is forwarded"
-        ) from None
-    if response.status_code == 401 and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        raise ValueError(
-            f"the cluster at {address} asks for a token: set RAY_AUTH_MODE=token, and its token in "
-            "RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        )
 
 
 def _hand_over(*arguments: str) -> NoReturn:

@@ -22,14 +22,15 @@ class Service:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._handle: Any = None
-        self._started_serve = False
+        self._begun = self._started_serve = False
 
     def __enter__(self) -> Service:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Take the app down: its replicas' CPUs and GPUs are needed by the next stages."""
-        if self._handle is None:
+        """Take the app down, also one whose start was interrupted: its replicas' CPUs and GPUs are
+        needed by the next stages, and Serve would outlive this driver."""
+        if not self._begun:
             return
         from ray import serve
 
@@ -37,7 +38,7 @@ class Service:
             serve.shutdown()
         else:
             serve.delete(APP_NAME)
-        self._handle = None
+        self._handle, self._begun = None, False
 
     def _app(self) -> Any:
         if self._handle is None:
@@ -46,6 +47,7 @@ class Service:
             from serve.app import ServeConfig, build
 
             self._started_serve = not _serve_is_running()
+            self._begun = True
             if self._started_serve:
                 serve.start(proxy_location="Disabled")
             logging.getLogger("ray.serve").setLevel(logging.ERROR)  # after start, which sets it

@@ -12,6 +12,7 @@ from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index, to_ray
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.stream import image_stream, planned_parts
+from ray_synth.signals import own_handlers
 from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 
@@ -81,7 +82,12 @@ def run_training(
         datasets=datasets,
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
-    error = (getattr(trainer.fit(), "return_value", None) or {}).get("error")
+    try:
+        with own_handlers():
+            result = trainer.fit()
+    except SystemExit:  # what Ray Train makes of Ctrl-C, with code 0 as if all were done
+        raise KeyboardInterrupt from None
+    error = (getattr(result, "return_value", None) or {}).get("error")
     if error:
         raise ValueError(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
 
 
 class Forwarder:
@@ -29,6 +30,8 @@ class Forwarder:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for side in self._pairs:
+            with suppress(OSError):
+                side.shutdown(socket.SHUT_RDWR)  # also where a thread waits for its data
             side.close()
         self._pairs = []
 

@@ -1,0 +1,188 @@
+"""`ray-synth submit`, `follow`, `stop` and `jobs`: runs on a cluster, from anywhere that reaches it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ray_synth import __version__
+from ray_synth.config import load_config
+
+VERBS = (
+    "run", "disambiguate", "plan", "generate", "train", "evaluate", "report", "study", "doctor",
+)  # fmt: skip
+# In the environment of a job that runs what its cluster has installed.
+VERSION = "RAY_SYNTH_VERSION"
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS where that is "
+        "one, else http://127.0.0.1:8265"
+    ),
+]
+JobId = Annotated[
+    str, typer.Argument(help="as `ray-synth submit` said, and `ray-synth jobs` lists")
+]
+
+
+def submit(
+    context: typer.Context,
+    verb: Annotated[str, typer.Argument(help=f"one of: {', '.join(VERBS)}")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="as the verb takes them")] = None,
+    address: Address = None,
+    job_id: Annotated[
+        str | None, typer.Option("--id", help="default: the run's name, numbered")
+    ] = None,
+    follows: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends")
+    ] = True,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="pass on a variable of this environment, by name: HF_TOKEN"),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="upload this file or folder too: a plug-in's module")
+    ] = None,
+    code: Annotated[
+        bool | None,
+        typer.Option(
+            "--code/--no-code",
+            help="upload ray-synth itself; default: where it runs from a working copy",
+        ),
+    ] = None,
+) -> None:
+    """Run a verb as a job on a Ray cluster, show its log, and exit with its code.
+
+    The options of `submit` come before the verb. The same command again continues the run.
+    """
+    from ray_synth import submit as jobs
+    from ray_synth.upload import config_place, gather, is_checkout
+
+    if job_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job_id):
+        raise ValueError(f"--id {job_id!r}: letters, digits, dots, dashes and underscores only")
+    parameters = _parse(context, verb, arguments or [])
+    config_path, overrides, rest = _split(arguments or [], parameters.get("config"))
+    config = load_config(config_path, overrides) if config_path else None
+    code = is_checkout() if code is None else code
+    files = [
+        str(value)
+        for key, value in parameters.items()
+        if isinstance(value, Path) and key != "config" and not value.is_absolute()
+    ]
+    upload = gather(config, config_path, code=code, include=[*files, *(include or [])])
+    variables = jobs.passed_on(env or [])
+    if not code:
+        variables[VERSION] = __version__
+    client = jobs.connect_jobs(address)
+    for line in [*upload.describe(), *(f"note: {note}" for note in upload.notes)]:
+        typer.echo(line, err=True)
+    given = ["--config", config_place(config_path)] if config_path else []
+    for override in overrides:
+        given += ["--set", override]
+    with tempfile.TemporaryDirectory() as folder:
+        upload.write(Path(folder))
+        submitted = jobs.submit(
+            client,
+            jobs.entrypoint(verb, [*given, *rest]),
+            working_dir=Path(folder) if upload.files else None,
+            run=f"{config.runs_dir.rstrip('/')}/{config.name}"
+            if config and verb != "doctor"
+            else None,
+            name=config.name if config else verb,
+            job_id=job_id,
+            env=variables,
+        )
+    typer.echo(f"submitted job {submitted}", err=True)
+    if follows:
+        _follow(client, submitted)
+    else:
+        typer.echo(f"`ray-synth follow {submitted}` shows its log", err=True)
+
+
+def follow(job_id: JobId, address: Address = None) -> None:
+    """Show a job's log until it ends, and exit with its code. Ctrl-C leaves the job running."""
+    from ray_synth.submit import connect_jobs
+
+    _follow(connect_jobs(address), job_id)
+
+
+def stop(job_id: JobId, address: Address = None) -> None:
+    """Stop a job: it ends cleanly, and all that it made is kept."""
+    from ray.job_submission import JobStatus
+
+    from ray_synth import submit as jobs
+
+    status = jobs.stop(jobs.connect_jobs(address), job_id)
+    if status == JobStatus.STOPPED:
+        typer.echo(f"job {job_id} stopped; to continue, submit the same again")
+    else:
+        typer.echo(f"job {job_id} had ended before: {status.value}")
+
+
+def list_jobs(address: Address = None) -> None:
+    """List the cluster's submitted jobs."""
+    from rich.console import Console
+
+    from ray_synth.submit import connect_jobs, table
+
+    Console().print(table(connect_jobs(address).list_jobs()))
+
+
+def _follow(client: Any, job_id: str) -> None:
+    from ray_synth import submit as jobs
+
+    try:
+        job = jobs.follow(client, job_id)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nno longer following; job {job_id} goes on. `ray-synth follow {job_id}` shows it "
+            f"again, `ray-synth stop {job_id}` ends it",
+            err=True,
+        )
+        raise
+    typer.echo(jobs.outcome(job), err=True)
+    raise typer.Exit(jobs.exit_code(job))
+
+
+def _parse(context: typer.Context, verb: str, arguments: list[str]) -> dict[str, Any]:
+    """The verb's parameters, read as the verb itself would, so that a wrong one is refused here."""
+    if verb not in VERBS:
+        raise ValueError(f"no job can be made of {verb!r}: one of {', '.join(VERBS)}")
+    assert context.parent is not None
+    command = context.parent.command.commands[verb]  # type: ignore[attr-defined]
+    return command.make_context(f"ray-synth {verb}", list(arguments)).params
+
+
+def _split(arguments: list[str], config: Path | None) -> tuple[Path | None, list[str], list[str]]:
+    """A verb's config, its `--set` values, and all its other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", "-c", type=Path, default=config)
+    parser.add_argument("--set", action="append", default=[])
+    known, rest = parser.parse_known_args(arguments)
+    return known.config, known.set, rest
+
+
+def check_version() -> None:
+    """Raises ValueError in a job that was submitted from another version, and without its code."""
+    wanted = os.environ.get(VERSION)
+    if wanted and wanted != __version__:
+        raise ValueError(
+            f"the cluster has ray-synth {__version__}, and the job was submitted with {wanted}: install "
+            "that there, or submit with --code"
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    app.command(
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+    )(submit)
+    app.command()(follow)
+    app.command()(stop)
+    app.command("jobs")(list_jobs)

@@ -1,0 +1,111 @@
+"""What a job takes along, and what is said of the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from ray_synth import upload as upload_module
+from ray_synth.config import load_config
+from ray_synth.upload import gather, is_checkout
+
+QUICKSTART = Path(__file__).parents[1] / "jobs" / "configs" / "quickstart.yaml"
+
+
+def made(tmp_path, *overrides, code=False, include=()):
+    config = load_config(QUICKSTART, [f"runs_dir={tmp_path}/runs", *overrides])
+    return gather(config, QUICKSTART, code=code, include=include)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_config_of_the_embedded_default_is_uploaded_alone(here):
+    assert set(made(here).files) == {"config/quickstart.yaml"}
+
+
+def test_small_files_go_to_the_same_place_under_the_job(here):
+    (here / "lists").mkdir()
+    (here / "lists" / "names.txt").write_text("six\nseven\n")
+    (here / "styles.yaml").write_text("[]")
+    (here / "recipe.yaml").write_text("steps: 40\n")
+    upload = made(
+        here, "data.class_names=lists/names.txt", "prompting.styles=./styles.yaml",
+        "training.recipe=recipe.yaml",
+    )  # fmt: skip
+    target = here / "upload"
+    upload.write(target)
+    assert (target / "lists" / "names.txt").read_text() == "six\nseven\n"
+    assert (target / "styles.yaml").exists() and (target / "recipe.yaml").exists()
+
+
+def test_the_code_goes_along_with_its_weights_and_nothing_else(here):
+    assert is_checkout()
+    names = set(made(here, code=True).files)
+    assert "ray_synth/cli.py" in names and "serve/app.py" in names
+    assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in names)
+    assert {name.split("/")[0] for name in names} == {"config", "ray_synth", "serve"}
+    assert not any("__pycache__" in name for name in names)
+
+
+def test_images_by_a_relative_path_are_refused(here):
+    (here / "images").mkdir()
+    with pytest.raises(ValueError, match=r"data.train.path images is relative .* not uploaded"):
+        made(here, "data.train={format: imagefolder, path: images}")
+    with pytest.raises(ValueError, match=r"data.ood.sketches.path"):
+        made(here, "data.ood={sketches: {format: imagefolder, path: images}}")
+
+
+def test_absolute_paths_are_the_clusters_own_and_said(here):
+    upload = made(here, "data.train={format: imagefolder, path: /shared/images}")
+    assert (
+        "data.train.path is a local path: /shared/images must be there on every node"
+        in upload.notes
+    )
+    assert any(note.startswith("runs_dir is a local path") for note in upload.notes)
+
+
+def test_uris_and_hub_ids_need_no_word(here):
+    upload = made(
+        here, "runs_dir=s3://bucket/runs", "data.train={format: imagefolder, path: s3://bucket/images}",
+        "data.test={format: huggingface, path: someone/digits}", "generation.model=someone/model",
+    )  # fmt: skip
+    assert upload.notes == []
+
+
+def test_a_relative_runs_dir_is_said(here):
+    assert any("~/ray-synth/runs" in note for note in made(here, "runs_dir=runs").notes)
+
+
+def test_a_model_folder_by_a_relative_path_is_refused(here):
+    (here / "model").mkdir()
+    with pytest.raises(ValueError, match=r"generation.model model is a relative path"):
+        made(here, "generation.model=model")
+
+
+@pytest.mark.parametrize("value", ["../names.txt", "a/../../names.txt"])
+def test_files_outside_of_the_current_folder_are_refused(here, value):
+    with pytest.raises(ValueError, match="from the current folder downwards"):
+        made(here, f"data.class_names={value}")
+
+
+def test_a_file_that_is_not_there_is_refused(here):
+    with pytest.raises(ValueError, match="prompting.styles: no such file: styles.yaml"):
+        made(here, "prompting.styles=styles.yaml")
+
+
+def test_more_than_ray_takes_is_refused_with_the_largest_file(here, monkeypatch):
+    monkeypatch.setattr(upload_module, "LIMIT", 1 << 20)
+    (here / "plugin").mkdir()
+    (here / "plugin" / "large.bin").write_bytes(bytes(2 << 20))
+    with pytest.raises(ValueError, match=r"largest file is plugin/large.bin \(2.0 MiB\)"):
+        made(here, include=["plugin"])
+
+
+def test_what_is_uploaded_is_told_by_name_and_size(here):
+    (here / "plugin.py").write_text("x = 1\n" * 1000)
+    lines = made(here, code=True, include=["plugin.py"]).describe()
+    assert "uploads plugin.py (5.9 KiB)" in lines
+    assert any(line.startswith("uploads ray-synth ") for line in lines)
