@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_synth.data.dataset import read_index
+from ray_synth.preemption import Notices
 from ray_synth.training.job import TrainJob
 
 
@@ -44,7 +45,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         device=learner.device,
     )
     tracker = _tracker(job) if rank == 0 else None
-    watch = LossWatch()
+    watch, notices = LossWatch(), Notices()
     waited_before = loop_started = 0.0
     try:
         for step in range(start, job.steps):
@@ -54,7 +55,11 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             loss, sums = learner.step(step, batches)
             watch.add(step, loss, [name for batch in batches for name in batch.names])
             done = step + 1
-            saves = done == job.steps or done % config.checkpoint_every == 0
+            saves = (
+                done == job.steps
+                or done % config.checkpoint_every == 0
+                or (done % config.log_every == 0 and notices.save_now())
+            )
             if saves or done % config.log_every == 0:
                 bad = watch.first_bad(world_size)
                 if bad is not None:
