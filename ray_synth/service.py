@@ -116,11 +116,11 @@ def _answer(item: Any, response: Any, ask: Any) -> Any:
         retry=tenacity.retry_if_exception_type(RayActorError),
         stop=tenacity.stop_after_attempt(6),
         wait=tenacity.wait_exponential(0.5, max=20),
-        before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
         reraise=True,
     ):
         with attempt:
             if attempt.retry_state.attempt_number > 1:
+                log.warning("a replica of the service is gone; asking again")
                 response = ask(item)
             return response.result()
 

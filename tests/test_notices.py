@@ -7,7 +7,7 @@ from http.server import ThreadingHTTPServer
 import pytest
 from metadata import QUIET_ASKS, Metadata, metadata_service
 
-from ray_synth.notices import GCP_NOTICE_S, MARGIN_S, main, watch
+from ray_synth.notices import GCP_NOTICE_S, MARGIN_S, main, node_here, watch
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,9 @@ def test_a_service_that_is_away_for_a_while_is_asked_again():
 def test_another_cloud_s_machine_is_refused(capsys):
     with metadata_service(60) as (_, url), pytest.raises(SystemExit, match="no metadata service"):
         main(["aws", "--address=x", "--node-id=1", f"--metadata-url={url}/elsewhere"])
+
+
+@pytest.mark.slow
+def test_the_node_of_this_machine_is_found(local_ray):
+    context = local_ray.get_runtime_context()
+    assert node_here(context.gcs_address) == context.get_node_id()
