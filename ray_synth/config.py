@@ -378,7 +378,9 @@ class TrainingConfig(Section):
     num_cpus: Annotated[float, Field(gt=0)] = 1
     num_gpus: Annotated[float, Field(ge=0)] = 0
     num_threads: Positive | None = None
-    max_failures: Annotated[int, Field(ge=-1)] = 3
+    max_failures: Annotated[int, Field(ge=-1)] = Field(
+        3, description="failures without a new checkpoint between; -1: any number"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

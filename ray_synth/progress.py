@@ -183,10 +183,12 @@ class Board:
 
 
 def make_board() -> Any:
-    """Start a board on the cluster; it takes no CPU."""
+    """Start a board beside the driver, where no lost node takes it away; it takes no CPU."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote()
 
 
 @contextmanager

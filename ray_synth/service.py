@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+import tenacity
 
 from ray_synth.config import Config
 
+log = logging.getLogger("ray_synth")
 APP_NAME = "ray-synth-pipeline"
 IN_FLIGHT = 64  # classes asked about at once: enough to fill the batches
 
@@ -70,7 +73,7 @@ class Service:
                 context=meaning.context,
             )
 
-        for _, entry in _ask_all(list(images.items()), ask):
+        for _, entry in ask_all(images.items(), ask):
             yield entry
 
     def write_contexts_all(
@@ -87,21 +90,41 @@ class Service:
                 seed=seed,
             )
 
-        for (class_name, _), entry in _ask_all(list(meanings.items()), ask):
+        for (class_name, _), entry in ask_all(meanings.items(), ask):
             yield class_name, entry
 
 
-def _ask_all(items: list[Any], ask: Any) -> Iterator[tuple[Any, Any]]:
-    """Keep some questions in flight; give answers in the order of the items."""
+def ask_all(items: Iterable[Any], ask: Any) -> Iterator[tuple[Any, Any]]:
+    """Keep some questions in flight; give answers in the order of the items.
+
+    Args:
+        ask: the response of an item's question. A question that a replica died over is asked again.
+    """
     waiting: deque[tuple[Any, Any]] = deque()
     for item in items:
         waiting.append((item, ask(item)))
         if len(waiting) >= IN_FLIGHT:
             first, response = waiting.popleft()
-            yield first, response.result()
+            yield first, _answer(first, response, ask)
     while waiting:
         first, response = waiting.popleft()
-        yield first, response.result()
+        yield first, _answer(first, response, ask)
+
+
+def _answer(item: Any, response: Any, ask: Any) -> Any:
+    from ray.exceptions import RayActorError
+
+    for attempt in tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(RayActorError),
+        stop=tenacity.stop_after_attempt(6),
+        wait=tenacity.wait_exponential(0.5, max=20),
+        reraise=True,
+    ):
+        with attempt:
+            if attempt.retry_state.attempt_number > 1:
+                log.warning("a replica of the service is gone; asking again")
+                response = ask(item)
+            return response.result()
 
 
 def _serve_is_running() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ray_synth import logs, metrics
 from ray_synth.data.dataset import read_index
+from ray_synth.preemption import Notices
 from ray_synth.training.job import TrainJob
 
 
@@ -48,7 +49,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         device=learner.device,
     )
     tracker = _tracker(job) if rank == 0 else None
-    watch = LossWatch()
+    watch, notices = LossWatch(), Notices()
     meter = Meter(job, feeds, prefetcher, rank=rank, start=start)
     waited_before = loop_started = 0.0
     try:
@@ -60,7 +61,11 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
             loss, sums = learner.step(step, batches)
             watch.add(step, loss, [name for batch in batches for name in batch.names])
             done = step + 1
-            saves = done == job.steps or done % config.checkpoint_every == 0
+            saves = (
+                done == job.steps
+                or done % config.checkpoint_every == 0
+                or (done % config.log_every == 0 and notices.save_now())
+            )
             if saves or done % config.log_every == 0:
                 bad = watch.first_bad(world_size)
                 if bad is not None:

@@ -46,11 +46,14 @@ def run_training(
     """Train one arm to its end; a run of the same name goes on from its newest checkpoint.
 
     Raises:
-        ray.train.TrainingFailedError: when the workers failed more than `max_failures` times.
+        ray.train.TrainingFailedError: when the workers failed more than `max_failures` times without
+            a new checkpoint between.
         ValueError: the loss was not finite; or the config asks for what a streamed set cannot give.
     """
     import ray.train
     import ray.train.torch
+
+    from ray_synth.training.failures import FailuresInARow
 
     config = job.config
     if job.real is None and config.class_balance:
@@ -76,7 +79,9 @@ def run_training(
         run_config=ray.train.RunConfig(
             name=run_name,
             storage_path=job.folder.child("checkpoints").uri,
-            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            # Ours gives up, by failures in a row. Announced losses of nodes are not limited.
+            failure_config=ray.train.FailureConfig(max_failures=-1),
+            callbacks=[FailuresInARow(config.max_failures)],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
         datasets=datasets,

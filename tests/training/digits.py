@@ -28,7 +28,9 @@ from ray_synth.training.trainer import run_training
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def train_digits(folder: Folder, seconds: float = 0.0, rows: int = 32, **settings) -> dict:
+def train_digits(
+    folder: Folder, seconds: float = 0.0, rows: int = 32, board: object = None, **settings
+) -> dict:
     """Train one arm in the Ray that is running; its card."""
     values = {
         "model": "test_resnet",
@@ -62,9 +64,7 @@ def train_digits(folder: Folder, seconds: float = 0.0, rows: int = 32, **setting
     if config.feed == "stored":
         make_images(made)
     assert config.steps is not None
-    job = TrainJob(
-        "mixed", config, config.steps, NAMES, 0, folder, index, 10**6, num_synthetic=rows
-    )
+    job = TrainJob("mixed", config, config.steps, NAMES, 0, folder, index, 10**6, rows, board=board)
     run_training(job, made, real=index, run_name="run")
     return folder.read_json("models/mixed.json")
 

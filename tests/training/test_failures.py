@@ -1,0 +1,58 @@
+"""Training is given up after failures in a row, and only then."""
+
+import pytest
+from digits import train_digits
+from ray.exceptions import ActorDiedError
+
+from ray_synth.storage import Folder
+from ray_synth.training.failures import FailuresInARow
+
+BUG = {1: ValueError("a bug")}
+
+
+class Announced(ActorDiedError):
+    preempted = True
+
+
+def test_a_new_checkpoint_forgives_what_failed_before():
+    watch = FailuresInARow(2)
+    for _ in range(3):
+        watch.after_exception(None, BUG)
+        watch.after_exception(None, BUG)
+        watch.after_report(None, [], checkpoint=object())
+    watch.after_exception(None, BUG)
+    watch.after_exception(None, BUG)
+    watch.after_report(None, [], checkpoint=None)
+    with pytest.raises(RuntimeError, match=r"failed 3 times without a new .* worker 1.* a bug"):
+        watch.after_exception(None, BUG)
+
+
+def test_announced_losses_of_nodes_are_no_failures():
+    watch = FailuresInARow(0)
+    for _ in range(5):
+        watch.after_exception(None, {0: Announced(), 1: ConnectionError("gloo")})
+    never = FailuresInARow(-1)
+    for _ in range(50):
+        never.after_exception(None, BUG)
+
+
+class Bug:
+    """In the place of a progress board: raises at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.put = step, self
+
+    def remote(self, name: str, step: int) -> None:
+        if step == self.step:
+            raise ValueError(f"a bug at step {step}")
+
+
+@pytest.mark.slow
+def test_a_bug_that_comes_back_ends_training_and_says_what_it_was(local_ray, tmp_path):
+    from ray.train import TrainingFailedError
+
+    settings = {"feed": "stored", "checkpoint_every": 2, "max_failures": 1}
+    with pytest.raises(TrainingFailedError, match=r"failed 2 times .* a bug at step 5"):
+        train_digits(Folder(tmp_path), board=Bug(5), **settings)
+    card = train_digits(Folder(tmp_path), **settings)
+    assert [point["step"] for point in card["curve"]] == list(range(1, 9))
