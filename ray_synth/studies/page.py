@@ -27,7 +27,7 @@ def write_page(folder: Folder, names: list[str], run: str) -> str:
     found = [read_study(folder.child(name)) for name in names]
     text = render([study for study in found if study], run)
     folder.write_bytes(PAGE, text.encode())
-    return folder.path(PAGE)
+    return folder.address(PAGE)
 
 
 def read_study(folder: Folder) -> dict[str, Any] | None:

@@ -63,6 +63,7 @@ def run_training(
         datasets["real"] = lambda: to_ray(real)
     if job.mixed and generation is not None:
         datasets.update(_synthetic(job, generation))
+    checkpoints = job.folder.child("checkpoints")
     options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
     trainer = ray.train.torch.TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
@@ -74,7 +75,9 @@ def run_training(
         ),
         run_config=ray.train.RunConfig(
             name=run_name,
-            storage_path=job.folder.child("checkpoints").uri,
+            storage_path=checkpoints.path(),
+            # Ray would not read all that the URI may say, and nothing of our environment.
+            storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
