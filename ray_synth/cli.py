@@ -85,8 +85,8 @@ def run(
     )
     runs = runs_folder(settings.runs_dir)
     folder = runs.child(settings.name)
-    console.print(f"report:  {folder.path('report/index.html')}", soft_wrap=True)
-    console.print(f"metrics: {folder.path('metrics.json')}", soft_wrap=True)
+    console.print(f"report:  {folder.address('report/index.html')}", soft_wrap=True)
+    console.print(f"metrics: {folder.address('metrics.json')}", soft_wrap=True)
     if settings.tracking.enabled:
         from ray_synth.tracking import tracking_uri
 
@@ -210,7 +210,7 @@ def study(
         folder = run_studies(name, settings, seeds=chosen)
     if name != "all":
         typer.echo(folder.read_bytes(f"{name}/table.md").decode())
-    typer.echo(f"page:    {folder.path('index.html')}")
+    typer.echo(f"page:    {folder.address('index.html')}")
 
 
 @app.command()
@@ -256,9 +256,8 @@ def regenerate(
 ) -> None:
     """Make one image again from its row alone, and compare it with the one in the store."""
     from ray_synth.generation.regenerate import regenerate as again
-    from ray_synth.storage import Folder
 
-    found = again(Folder(run_folder), sample_id)
+    found = again(_opened(run_folder), sample_id)
     path = out or Path(f"{found.row['sample_id']}.{found.suffix}")
     path.write_bytes(found.image)
     typer.echo(found.describe())
@@ -302,10 +301,9 @@ def show(
 ) -> None:
     """Draw a contact sheet of any slice of a run's images."""
     from ray_synth.report.sheet import sheet_of
-    from ray_synth.storage import Folder
 
     sheet = sheet_of(
-        Folder(run_folder), class_names=class_names, kinds=kinds, style=style, rejected=rejected,
+        _opened(run_folder), class_names=class_names, kinds=kinds, style=style, rejected=rejected,
         sample_ids=sample_ids, limit=limit, columns=columns,
     )  # fmt: skip
     sheet.save(out)
@@ -328,10 +326,9 @@ def export(
 ) -> None:
     """Write a run's images as a data set with a card, for other tools."""
     from ray_synth.generation.export import export_images
-    from ray_synth.storage import Folder
 
     counts = export_images(
-        Folder(run_folder), to, layout=layout, accepted_only=not rejected,
+        _opened(run_folder), to, layout=layout, accepted_only=not rejected,
         class_names=class_names, kinds=kinds, limit=limit, shard_rows=shard_rows, licence=licence,
     )  # fmt: skip
     typer.echo(
@@ -343,10 +340,19 @@ def export(
 submit_cli.register(app)
 
 
+def _opened(run_folder: str) -> Any:
+    """The folder of a run. Raises ValueError where its storage does not answer at once."""
+    from ray_synth.storage import Folder
+
+    folder = Folder(run_folder)
+    folder.check_readable()
+    return folder
+
+
 def _done(settings: Config, name: str) -> None:
     from ray_synth.cluster import runs_folder
 
-    typer.echo(f"wrote {runs_folder(settings.runs_dir).child(settings.name).path(name)}")
+    typer.echo(f"wrote {runs_folder(settings.runs_dir).child(settings.name).address(name)}")
 
 
 def explain(error: BaseException) -> str | None:
@@ -354,6 +360,8 @@ def explain(error: BaseException) -> str | None:
 
     Ray wraps what its workers raise: the user's ValueError is looked for inside.
     """
+    from ray_synth.filesystems import storage_problem
+
     seen: set[int] = set()
     pending: list[Any] = [error]
     while pending:
@@ -368,6 +376,8 @@ def explain(error: BaseException) -> str | None:
                 f"no space left on the disk ({where[1] if where else 'while writing'}); free some "
                 "and run the same command again: what was finished is kept"
             )
+        if isinstance(current, OSError) and (problem := storage_problem(current)):
+            return f"{problem}. Run the same command again: what was finished is kept"
         if type(current) is ValueError or type(current).__name__ == "RayTaskError(ValueError)":
             cause = getattr(current, "cause", None)
             return str(cause if isinstance(cause, ValueError) else current).strip()

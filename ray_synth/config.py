@@ -22,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 
+from ray_synth.filesystems import redact, refuse_secrets
+
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -36,6 +38,13 @@ def _in_order(value: int | tuple[int, int]) -> int | tuple[int, int]:
     return value
 
 
+def _on_this_machine(value: str) -> str:
+    if "://" in value:
+        raise ValueError("answers are kept in an SQLite file, which needs a local disk")
+    return value
+
+
+Place = Annotated[str, AfterValidator(refuse_secrets)]  # a path or URI; it goes to config.yaml
 Replicas = Annotated[
     Positive | tuple[Positive, Positive],
     Field(description="a number, or [fewest, most] to follow the load"),
@@ -53,7 +62,7 @@ class SourceConfig(Section):
     """Where a set of labelled images is read from."""
 
     format: Literal["digits", "uci_digits", "imagefolder", "parquet", "webdataset", "huggingface"]
-    path: str | None = Field(None, description="folder, URI, glob, or Hugging Face dataset id")
+    path: Place | None = Field(None, description="folder, URI, glob, or Hugging Face dataset id")
     split: str | None = Field(None, description="split name (huggingface) or train|test (digits)")
     revision: str | None = Field(None, description="revision of a Hugging Face dataset")
     image_column: str = "image"
@@ -110,7 +119,9 @@ class LlmConfig(Section):
     )
     requests_per_minute: Positive | None = Field(None, description="sent to a server at most")
     structured: bool = Field(False, description="ask a server for JSON by schema")
-    cache_dir: str | None = Field(None, description="folder for answers, by model and prompt")
+    cache_dir: Annotated[str, AfterValidator(_on_this_machine)] | None = Field(
+        None, description="local folder for answers, by model and prompt"
+    )
     device: Device = "auto"
     dtype: Dtype = "auto"
     max_batch_size: Positive = 16
@@ -520,7 +531,7 @@ class Config(Section):
     """One run, from class names to a report."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    runs_dir: str = "runs"
+    runs_dir: Place = Field("runs", description="path or URI (s3://, gs://, abfs://, ...)")
     seed: Annotated[int, Field(ge=0)] = 0
     data: DataConfig
     meaning: MeaningConfig = MeaningConfig()
@@ -628,7 +639,7 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
-        return f"{dotted or model.__name__}: {message}{given}"
+        return redact(f"{dotted or model.__name__}: {message}{given}")
     section = _section_at(model, location[:-1])
     known = list(section.model_fields) if section else []
     near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)

@@ -84,4 +84,7 @@ def _stages(config: Config) -> list[str]:
         while not os.path.isdir(place):
             place = os.path.dirname(place)
         lines.append(f"disk: {shutil.disk_usage(place).free / 2**30:.1f} GiB free for {runs.uri}")
+    else:
+        runs.check_writable()
+        lines.append(f"storage: {runs.address()} can be written")
     return lines

@@ -97,17 +97,21 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
     }
     runs = runs_folder(config.runs_dir)
     folder = runs.child(config.name)
+    folder.check_readable()
     stages = StageLog(folder, stage_inputs(config, fingerprint(config.generation)))
     stages.check(force_stage)
     if force_stage in ("quality", "generation"):
         ImageStore(folder.child("images")).clear()
     if stages.record("generation") is None:
         check_generator(config.generation)
-        ImageStore(folder.child("images")).check_writable()
+        folder.check_writable()
     if stages.record("plan") is None:
         prompt_limit(config, *prompt_tokens(config.generation))
     if stages.record("training") is None:
         check_recipe(config.training)
+    for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
+        folder.child(name).sweep()
+    folder.sweep()
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     folder.write_yaml("config.yaml", {**config.model_dump(mode="json"), "versions": versions})
     return Run(config, runs, folder, stages, train, tests, validation)

@@ -106,7 +106,7 @@ class StageLog:
             changes = changed(record["inputs"], self.inputs[stage])
             if changes:
                 raise ValueError(
-                    f"{self.folder.uri} holds a finished {stage} stage with other settings:\n  "
+                    f"{self.folder.address()} holds a finished {stage} stage with other settings:\n  "
                     + "\n  ".join(changes)
                     + f"\nGive the run a new name, or redo it with --force-stage {stage}."
                 )

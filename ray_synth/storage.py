@@ -1,16 +1,24 @@
-"""A run directory on any file system that pyarrow knows: local, s3://, gs://, ...
+"""A run directory on any file system: local, s3://, gs://, abfs://, or what fsspec knows.
 
-Every write goes to a temporary name and is renamed, so that a file that exists is whole.
+A file that exists is whole. Where a rename puts a file in place (local disks, NFS, HDFS), writes go to a
+temporary name first; an object of S3 or GCS appears when its upload is complete, and is sent as it is.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
+import time
+import urllib.parse
+import urllib.request
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,66 +26,97 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
+from ray_synth.filesystems import open_uri, patiently, refuse_secrets, storage_problem
+
 ROW_GROUP_ROWS = 8_192
+# Their objects appear when an upload is complete. Azure's do not: opening one for writing leaves an
+# empty object under its name (seen on pyarrow 25.0.1).
+APPEAR_WHOLE = ("s3", "gcs")
+ABANDONED_S = 3600  # a temporary file that nobody has written to for so long belongs to no one
+T = TypeVar("T")
 
 
 class Folder:
-    """A folder addressed by path or URI, with atomic writes.
+    """A folder addressed by path or URI, whose files are written whole or not at all.
 
-    Cheap to make and to pickle, so it can travel to any actor.
+    Cheap to make and to pickle, so it can travel to any actor. What a storage fails to do for a while is
+    tried again (see `patiently`).
+
+    Raises:
+        ValueError: the URI holds a secret; once it is used, that it cannot be opened.
     """
 
     def __init__(self, uri: str | Path) -> None:
-        self.uri = str(uri) if "://" in str(uri) else str(Path(uri).expanduser().absolute())
+        text = str(uri)
+        if text.startswith("file://"):
+            text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+        remote = "://" in text
+        self.uri = refuse_secrets(text) if remote else str(Path(text).expanduser().absolute())
 
     def __reduce__(self) -> tuple[type[Folder], tuple[str]]:
         return Folder, (self.uri,)
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        return self._resolve()[0]
-
-    def _resolve(self) -> tuple[pafs.FileSystem, str]:
-        if "://" not in self.uri:
-            return pafs.LocalFileSystem(), self.uri
-        try:
-            return pafs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"cannot open {self.uri}: {error}") from None
+        return open_uri(self.uri)[0]
 
     @property
     def is_local(self) -> bool:
-        return isinstance(self.filesystem, pafs.LocalFileSystem)
+        return "://" not in self.uri
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+    def address(self, *parts: str) -> str:
+        """A path or URI for people, without options such as the endpoint."""
+        return "/".join(
+            [(self.uri if self.is_local else self.uri.partition("?")[0]).rstrip("/"), *parts]
+        )
 
     def path(self, *parts: str) -> str:
         """The path of a file inside, as `filesystem` knows it."""
-        return "/".join([self._resolve()[1].rstrip("/"), *parts])
+        return "/".join([open_uri(self.uri)[1].rstrip("/"), *parts])
 
     def child(self, name: str) -> Folder:
-        address, mark, options = (
-            self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        )
+        address, mark, options = (self.uri, "", "") if self.is_local else self.uri.partition("?")
         return Folder(f"{address.rstrip('/')}/{name}{mark}{options}")
 
+    def check_readable(self) -> None:
+        """Ask for the folder. Raises ValueError, with the mend, where its storage gives none."""
+        self._once("read", lambda: self.filesystem.get_file_info(self.path()))
+
+    def check_writable(self) -> None:
+        """Write and delete a file. Raises ValueError, with the mend, where that cannot be done."""
+
+        def work() -> None:
+            temporary = self._temporary("writable")
+            self._upload(temporary, pa.py_buffer(b""))
+            self.filesystem.delete_file(temporary)
+
+        self._once("write to", work)
+
     def exists(self, name: str) -> bool:
-        return self.filesystem.get_file_info(self.path(name)).type == pafs.FileType.File
+        info = self._do(lambda: self.filesystem.get_file_info(self.path(name)))
+        return info.type == pafs.FileType.File
 
     def names(self, suffix: str = "") -> list[str]:
         """Names of the finished files inside, sorted; none where the folder does not exist."""
-        selector = pafs.FileSelector(self.path(), allow_not_found=True)
-        names = (info.base_name for info in self.filesystem.get_file_info(selector) if info.is_file)
+        names = (info.base_name for info in self._infos() if info.is_file)
         return sorted(n for n in names if n.endswith(suffix) and not n.startswith("."))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all."""
-        temporary = self._temporary(name)
-        with self.filesystem.open_output_stream(temporary) as stream:
-            stream.write(data)
-        self._commit(temporary, name)
+        self._put(name, pa.py_buffer(data))
 
     def read_bytes(self, name: str) -> bytes:
-        with self.filesystem.open_input_stream(self.path(name)) as stream:
-            return stream.read()
+        def read() -> bytes:
+            # Not a stream: one asks an object store for 256 KiB at a time.
+            with self.filesystem.open_input_file(self.path(name)) as file:
+                return file.read()
+
+        return self._do(read)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
@@ -89,13 +128,20 @@ class Folder:
         self.write_bytes(name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write one Parquet file whole or not at all."""
-        temporary = self._temporary(name)
-        pq.write_table(table, temporary, filesystem=self.filesystem)
-        self._commit(temporary, name)
+        """Write one Parquet file whole or not at all; it is held in memory."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self._put(name, sink.getvalue())
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.read_table(self.path(name), columns=columns, filesystem=self.filesystem)
+        def read() -> pa.Table:
+            with pq.ParquetFile(
+                self.path(name), filesystem=self.filesystem, pre_buffer=True
+            ) as file:
+                table = file.read(columns)
+            return table if columns is None else table.select(columns)
+
+        return self._do(read)
 
     def write_tables(
         self,
@@ -114,23 +160,36 @@ class Folder:
             row_group_size: rows that `read_rows` reads at once; the last group of a table may have
                 fewer.
         """
-        temporary = self._temporary(name)
-        try:
-            # Without statistics the footer, which every reader fetches, has 40 % fewer bytes.
-            with pq.ParquetWriter(
-                temporary,
-                schema,
-                filesystem=self.filesystem,
-                compression="zstd",
-                write_statistics=False,
-            ) as writer:
-                for table in tables:
-                    writer.write_table(table, row_group_size=row_group_size)
-        except BaseException:
-            if self.filesystem.get_file_info(temporary).is_file:
-                self.filesystem.delete_file(temporary)
-            raise
-        self._commit(temporary, name)
+        # Without statistics the footer, which every reader fetches, has 40 % fewer bytes.
+        with (
+            self.stream(name) as sink,
+            pq.ParquetWriter(sink, schema, compression="zstd", write_statistics=False) as writer,
+        ):
+            for table in tables:
+                writer.write_table(table, row_group_size=row_group_size)
+
+    @contextmanager
+    def stream(self, name: str) -> Iterator[pa.NativeFile]:
+        """A file of any size that appears under its name when the block ends, and not if it fails.
+
+        For a remote folder it is first written to this machine's disk: a client completes the upload
+        of what it was given when it is closed, by whatever.
+        """
+        if self.is_local:
+            temporary = self._temporary(name)
+            try:
+                with pa.OSFile(temporary, "wb") as stream:
+                    yield stream
+                os.replace(temporary, self.path(name))
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+        else:
+            with tempfile.TemporaryDirectory(prefix="ray-synth-") as folder:
+                with pa.OSFile(f"{folder}/file", "wb") as stream:
+                    yield stream
+                with pa.memory_map(f"{folder}/file") as written:
+                    self._put(name, written.read_buffer())
 
     def read_rows(
         self, name: str, start: int, stop: int, columns: list[str] | None = None
@@ -140,6 +199,9 @@ class Folder:
         Only the row groups that hold them are read.
         """
         assert 0 <= start <= stop, f"rows {start} to {stop}"
+        return self._do(lambda: self._read_rows(name, start, stop, columns))
+
+    def _read_rows(self, name: str, start: int, stop: int, columns: list[str] | None) -> pa.Table:
         with pq.ParquetFile(self.path(name), filesystem=self.filesystem, pre_buffer=True) as file:
             groups = range(file.num_row_groups)
             ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
@@ -152,16 +214,75 @@ class Folder:
 
     def delete(self, name: str) -> None:
         if self.exists(name):
-            self.filesystem.delete_file(self.path(name))
+            self._do(lambda: self.filesystem.delete_file(self.path(name)))
+
+    def sweep(self) -> None:
+        """Delete temporary files right inside that a killed writer left, `ABANDONED_S` ago or more."""
+        if self.filesystem.type_name in APPEAR_WHOLE:
+            return
+        for info in self._infos():
+            name = info.base_name
+            old = info.mtime is not None and time.time() - info.mtime.timestamp() > ABANDONED_S
+            if info.is_file and old and name.startswith(".") and name.endswith(".tmp"):
+                self._do(partial(self.filesystem.delete_file, info.path))
+
+    def _infos(self) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(), allow_not_found=True)
+        return self._do(lambda: self.filesystem.get_file_info(selector))
+
+    def _do(self, work: Callable[[], T]) -> T:
+        return patiently(work, remote=not self.is_local)
+
+    def _once(self, what: str, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except (OSError, pa.ArrowException) as error:
+            missing = isinstance(error, FileNotFoundError) and not self.is_local
+            problem = "the bucket does not exist: create it first" if missing else None
+            problem = problem or storage_problem(error, self.uri)
+            if not problem and what == "write to":
+                problem = f"{error}; give another runs_dir, or the right to write there"
+            raise ValueError(f"cannot {what} {self.address()}: {problem or error}") from None
 
     def _temporary(self, name: str) -> str:
         *parents, base = name.split("/")
-        if isinstance(self.filesystem, pafs.LocalFileSystem):
+        if self.is_local:
             os.makedirs(self.path(*parents), exist_ok=True)
         return self.path(*parents, f".{base}.{uuid.uuid4().hex[:8]}.tmp")
 
-    def _commit(self, temporary: str, name: str) -> None:
-        if isinstance(self.filesystem, pafs.LocalFileSystem):
-            os.replace(temporary, self.path(name))
-        else:
-            self.filesystem.move(temporary, self.path(name))
+    def _put(self, name: str, data: pa.Buffer) -> None:
+        self._do(lambda: self._write(name, data))
+
+    def _write(self, name: str, data: pa.Buffer) -> None:
+        filesystem, path = self.filesystem, self.path(name)
+        if filesystem.type_name in APPEAR_WHOLE:
+            # A stream that is closed, by an exception or by the garbage collector, completes the upload
+            # of what it has: nothing may come between opening it and its last byte. Signals are
+            # handled in the main thread, and this is done in another.
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(self._upload, path, data).result()
+            return
+        temporary = self._temporary(name)
+        try:
+            self._upload(temporary, data)
+            if self.is_local:
+                os.replace(temporary, path)
+            else:
+                _move(filesystem, temporary, path)
+        except BaseException:
+            with suppress(Exception):  # what was written of it, if anything
+                filesystem.delete_file(temporary)
+            raise
+
+    def _upload(self, path: str, data: pa.Buffer) -> None:
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+
+def _move(filesystem: pafs.FileSystem, source: str, to: str) -> None:
+    """Put a finished file in its place. A copy within a storage appears whole, as a rename does."""
+    try:
+        filesystem.move(source, to)
+    except NotImplementedError:  # Azure without a hierarchical namespace
+        filesystem.copy_file(source, to)
+        filesystem.delete_file(source)

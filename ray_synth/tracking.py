@@ -46,8 +46,9 @@ def tracking_uri(config: Config, runs: Folder) -> str:
         Path(runs.path()).mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{runs.path('mlflow.db')}"
     raise ValueError(
-        f"runs_dir {runs.uri} is remote, where MLflow cannot keep an sqlite file: set tracking.uri "
-        "to an MLflow server, or tracking.enabled: false"
+        f"runs_dir {runs.address()} is remote, where MLflow cannot keep an sqlite file: set tracking.uri "
+        "to an MLflow server (on one machine, sqlite:////FOLDER/mlflow.db is one), or "
+        "tracking.enabled: false"
     )
 
 

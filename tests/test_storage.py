@@ -1,14 +1,20 @@
 """The run directory: whole files or none."""
 
+import errno
+import os
 import pickle
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow.fs import FileSelector
 
-from ray_synth.storage import Folder
+from ray_synth.config import parse_config
+from ray_synth.filesystems import patiently, redact
+from ray_synth.storage import ABANDONED_S, Folder
 
 
 def test_files_round_trip_and_are_listed_whole(tmp_path):
@@ -41,9 +47,127 @@ def test_uris_are_kept_and_a_folder_travels(tmp_path):
     folder = Folder(tmp_path.as_uri())
     folder.write_bytes("f", b"x")
     assert pickle.loads(pickle.dumps(folder)).read_bytes("f") == b"x"
-    assert Folder("s3://bucket/runs").child("a").uri == "s3://bucket/runs/a"
-    with pytest.raises(ValueError, match="cannot open"):
-        _ = Folder("nosuch://x").filesystem
+    away = Folder("s3://bucket/runs?region=x").child("a")
+    assert away.uri == "s3://bucket/runs/a?region=x"
+    assert (away.name, away.address("f")) == ("a", "s3://bucket/runs/a/f")
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("nosuch://x", "cannot open nosuch://x.*not known"),
+        ("adl://box/x", "cannot open adl://box.*adlfs"),  # a package that is missing
+        ("s3://", "names no bucket"),
+        ("gs:///folder", "names no bucket"),
+        ("s3://bucket/x?regoin=us-east-1", "regoin"),
+        ("abfs://box/x", "no storage account"),
+        ("abfs://box@account/x?scheme=http&account=y", "unknown option 'account'"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(uri, says, monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
+    with pytest.raises(ValueError, match=says):
+        _ = Folder(uri).filesystem
+
+
+SECRETS = [
+    ("s3://KEY:hush@bucket/runs", "AWS_SECRET_ACCESS_KEY"),
+    ("s3://KEY:hu/hush+sh@bucket/runs?region=x", "AWS_SECRET_ACCESS_KEY"),  # not encoded
+    ("s3://hush@bucket/runs", "AWS_SECRET_ACCESS_KEY"),
+    ("s3://bucket/runs?region=x&secret_key=hush", "AWS_SECRET_ACCESS_KEY"),
+    ("abfs://box:hush@account/runs", "AZURE_STORAGE_KEY"),
+    ("abfss://box@account/runs?sas_token=hush", "AZURE_STORAGE_SAS_TOKEN"),
+    ("sftp://me:hush@host/runs", "environment"),
+]
+
+
+@pytest.mark.parametrize(("uri", "names"), SECRETS)
+def test_a_secret_in_a_uri_is_refused_and_not_shown(uri, names):
+    sources = {"data": {"train": {"format": "parquet", "path": uri}, "test": {"format": "digits"}}}
+    digits = {"data": {"train": {"format": "digits"}, "test": {"format": "digits"}}}
+    for work in (
+        lambda: Folder(uri),
+        lambda: parse_config({"name": "a", "training": {"steps": 1}, "runs_dir": uri, **digits}),
+        lambda: parse_config({"name": "a", "training": {"steps": 1}, **sources}),
+    ):
+        with pytest.raises(ValueError, match=names) as error:
+            work()
+        assert "hush" not in str(error.value)
+    assert "hush" not in redact(f"cannot open {uri}: no")
+
+
+def test_what_is_no_secret_is_kept():
+    for uri in (
+        "gs://anonymous@bucket/runs",
+        "abfs://box@account.dfs.core.windows.net/runs",
+        "hdfs://me@host:8020/runs",
+        "s3://bucket/a@b?region=us-east-1&endpoint_override=127.0.0.1:9000",
+    ):
+        assert Folder(uri).uri == uri
+
+
+def test_a_file_system_of_fsspec_holds_whole_files_and_no_others():
+    """memory:// is one that renames; its files are those of this process."""
+    folder = Folder("memory://box/run")
+    folder.write_bytes("a/f", b"old")
+    folder.write_tables("t.parquet", SCHEMA, [numbered(0, 30)])
+    with pytest.raises(ZeroDivisionError), folder.stream("a/f") as stream:
+        stream.write(b"new" * (1 // 0))
+    with pytest.raises(TypeError):
+        folder.write_bytes("a/f", "text")  # type: ignore[arg-type]
+    folder.write_bytes("a/g", b"1")
+    folder.write_bytes("a/g", b"2")
+    assert (folder.read_bytes("a/f"), folder.read_bytes("a/g")) == (b"old", b"2")
+    assert folder.read_rows("t.parquet", 10, 20).equals(numbered(10, 20))
+    assert pickle.loads(pickle.dumps(folder)).child("a").names() == ["f", "g"]
+    found = folder.filesystem.get_file_info(FileSelector(folder.path(), recursive=True))
+    assert sorted(info.base_name for info in found if info.is_file) == ["f", "g", "t.parquet"]
+    folder.check_writable()
+    folder.delete("a/g")
+    assert folder.child("a").names() == ["f"]
+
+
+def test_what_a_killed_writer_left_is_swept_when_it_is_old(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write_bytes("part", b"x")
+    for name, age in ((".part.0123abcd.tmp", 2 * ABANDONED_S), (".part.4567abcd.tmp", 5)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, times=(time.time() - age,) * 2)
+    os.utime(tmp_path / "part", times=(0, 0))
+    folder.sweep()
+    assert {path.name for path in tmp_path.iterdir()} == {"part", ".part.4567abcd.tmp"}
+    assert folder.names() == ["part"]
+
+
+@pytest.mark.parametrize(
+    ("error", "remote", "tries"),
+    [
+        (OSError(errno.ESTALE, "stale"), False, 3),
+        (OSError(errno.ENOSPC, "full"), False, 1),
+        (OSError("Couldn't deserialize thrift"), False, 1),
+        (OSError("Couldn't deserialize thrift"), True, 1),
+        (FileNotFoundError(errno.ENOENT, "none"), True, 1),
+        (OSError("AWS Error NETWORK_CONNECTION during PutObject"), True, 3),
+        (OSError("AWS Error ACCESS_DENIED during PutObject"), True, 1),
+        (OSError("AWS Error NO_SUCH_BUCKET during PutObject"), True, 1),
+        (ValueError("ours"), True, 1),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error, remote, tries):
+    seen = []
+
+    def work():
+        seen.append(1)
+        if len(seen) < 3:
+            raise error
+        return "done"
+
+    if tries == 3:
+        assert patiently(work, remote=remote) == "done"
+    else:
+        with pytest.raises(type(error)):
+            patiently(work, remote=remote)
+    assert len(seen) == tries
 
 
 SCHEMA = pa.schema([("n", pa.int64()), ("text", pa.string())])

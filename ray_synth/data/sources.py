@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
+from ray_synth.filesystems import open_uri
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
@@ -86,11 +87,11 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
                 name = f"{source.format}/{source.split or 'test'}/{labels[row]}/{row}"
                 yield name, encode_array(pixels[row])
         case "imagefolder":
-            filesystem, _ = _open(str(source.path))
+            filesystem, _ = open_uri(str(source.path))
             for row in wanted:
                 path = shard.files[row][0]
-                with filesystem.open_input_stream(path) as stream:
-                    yield path, stream.read()
+                with filesystem.open_input_file(path) as file:
+                    yield path, file.read()
         case "parquet":
             column = _row_group(shard, [source.image_column]).column(0)
             for row in wanted:
@@ -110,12 +111,6 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
                 yield f"{shard.place}#{shard.start + row}", _image_bytes(value, source)
 
 
-def _open(place: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in place:
-        return pafs.FileSystem.from_uri(place)
-    return pafs.LocalFileSystem(), place
-
-
 def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
     """Files under a path: the file itself, those a `*` pattern names, or all in the folder."""
     import fnmatch
@@ -125,7 +120,7 @@ def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
     if "*" in place:
         place, _, tail = place.rpartition("/")
         place, pattern = place or ".", tail
-    filesystem, path = _open(place)
+    filesystem, path = open_uri(place)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
         raise ValueError(f"no such file or folder: {source.path}")
@@ -142,7 +137,7 @@ def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
 
 def _folder_shards(source: SourceConfig) -> list[Shard]:
     """Class folders of images, as torchvision's ImageFolder reads them."""
-    filesystem, root = _open(str(source.path))
+    filesystem, root = open_uri(str(source.path))
     root = root.rstrip("/")
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
         raise ValueError(f"no such folder: {source.path}")
@@ -176,7 +171,7 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
 def _parquet_shards(source: SourceConfig) -> list[Shard]:
     shards = []
     for path in _matching(source, (".parquet",)):
-        filesystem, _ = _open(str(source.path))
+        filesystem, _ = open_uri(str(source.path))
         file = pq.ParquetFile(path, filesystem=filesystem)
         for column in (source.image_column, source.label_column):
             if column not in file.schema_arrow.names:
@@ -187,7 +182,7 @@ def _parquet_shards(source: SourceConfig) -> list[Shard]:
 
 
 def _row_group(shard: Shard, columns: list[str]) -> Any:
-    filesystem, _ = _open(str(shard.source.path))
+    filesystem, _ = open_uri(str(shard.source.path))
     return pq.ParquetFile(shard.place, filesystem=filesystem).read_row_group(shard.start, columns)
 
 
@@ -198,7 +193,7 @@ def _tar_rows(shard: Shard) -> Iterator[tuple[str, bytes, str]]:
     import webdataset
 
     source = shard.source
-    filesystem, _ = _open(str(source.path))
+    filesystem, _ = open_uri(str(source.path))
     with filesystem.open_input_stream(shard.place) as stream:
         # Nothing is decoded by webdataset: its decoders would unpickle .pkl members.
         opened = [{"url": shard.place, "stream": io.BufferedReader(stream)}]
@@ -268,9 +263,9 @@ def _image_bytes(value: Any, source: SourceConfig) -> bytes:
         if value.get("bytes"):
             return value["bytes"]
         if value.get("path"):
-            filesystem, path = _open(value["path"])
-            with filesystem.open_input_stream(path) as stream:
-                return stream.read()
+            filesystem, path = open_uri(value["path"])
+            with filesystem.open_input_file(path) as file:
+                return file.read()
     if isinstance(value, bytes):
         return value
     return b""  # decode_image names it as empty, and the row is set aside

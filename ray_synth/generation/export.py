@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def export_images(
     chosen = choose(facts, class_names=class_names, kinds=kinds, rejected=accepted, limit=limit)
     to = to if isinstance(to, Folder) else Folder(to)
     export = {
-        "run": run_folder.uri.rstrip("/").rsplit("/", 1)[-1],
+        "run": run_folder.name,
         "layout": layout,
         "accepted_only": accepted_only,
         "class_names": sorted(set(class_names or ())),
@@ -116,7 +115,7 @@ def export_images(
     by_class = {classes[at]: count for at, count in sorted(done.by(0).items())}
     return {
         "layout": layout,
-        "to": to.uri,
+        "to": to.address(),
         "exported": done.total,
         "unreadable": done.unreadable,
         "classes": by_class,
@@ -172,7 +171,7 @@ def _write_imagefolder(rows: Iterator[Row], to: Folder, classes: list[str]) -> s
     text = [pa.field("file_name", pa.string()), pa.field("label", pa.string())]
     schema = pa.schema([*text, *(IMAGE_SCHEMA.field(name) for name in names)])
     written = {"metadata.parquet"}
-    with _whole_file(to, "metadata.parquet") as stream, ThreadPoolExecutor(16) as pool:
+    with to.stream("metadata.parquet") as stream, ThreadPoolExecutor(16) as pool:
 
         def saved() -> Iterator[Row]:
             while some := list(itertools.islice(rows, 64)):
@@ -198,7 +197,7 @@ def _write_webdataset(
     for number, rows in shards:
         name = f"shard-{number:06d}.tar"
         # A fixed time makes the same export the same bytes; user and mode are fixed by default.
-        with _whole_file(to, name) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
+        with to.stream(name) as stream, webdataset.TarWriter(stream, mtime=0) as tar:
             for row in rows:
                 facts = {name: row[name] for name in IMAGE_SCHEMA.names if name != "image"}
                 facts = {"label": classes[row["class_index"]], **facts}
@@ -230,7 +229,7 @@ def _write_huggingface(
     written = set()
     for number, rows in shards:
         name = f"data/train-{number:05d}.parquet"
-        with _whole_file(to, name) as stream:
+        with to.stream(name) as stream:
             cells = (
                 {
                     **row,
@@ -259,26 +258,17 @@ def _write_table(stream: pa.NativeFile, schema: pa.Schema, rows: Iterator[Row]) 
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-@contextmanager
-def _whole_file(folder: Folder, name: str) -> Iterator[pa.NativeFile]:
-    """A stream to a file that appears under its name when the block ends, and not if it fails."""
-    temporary = folder._temporary(name)
-    with folder.filesystem.open_output_stream(temporary) as stream:
-        yield stream
-    folder._commit(temporary, name)
-
-
 def _claim(to: Folder, export: dict[str, Any]) -> None:
     """Mark a folder as this export's. Raises ValueError where it holds anything else."""
     kind = to.filesystem.get_file_info(to.path()).type
     if kind == pafs.FileType.File:
-        raise ValueError(f"{to.uri} is a file; give a folder to export into")
+        raise ValueError(f"{to.address()} is a file; give a folder to export into")
     if to.exists(MARKER):
         before = to.read_json(MARKER)
         changes = [f"{k}: {before.get(k)} -> {v}" for k, v in export.items() if before.get(k) != v]
         if changes:
             raise ValueError(
-                f"{to.uri} holds another export ({'; '.join(changes)}); give another folder, or "
+                f"{to.address()} holds another export ({'; '.join(changes)}); give another folder, or "
                 "delete this one first"
             )
     else:
@@ -286,7 +276,7 @@ def _claim(to: Folder, export: dict[str, Any]) -> None:
         others = sorted(info.base_name for info in found if not info.base_name.startswith("."))
         if others:
             raise ValueError(
-                f"{to.uri} is not empty and holds no export (there is {others[0]}); give a new or "
+                f"{to.address()} is not empty and holds no export (there is {others[0]}); give a new or "
                 "an empty folder"
             )
     to.write_json(MARKER, {**export, "complete": False})

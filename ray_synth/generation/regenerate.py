@@ -111,12 +111,12 @@ def as_made(config: GenerationConfig, facts: dict[str, Any]) -> GenerationConfig
 def read_config(run: Folder) -> Config:
     """The config that a run directory keeps. Raises ValueError where there is none."""
     if not run.exists("config.yaml"):
-        raise ValueError(f"no run at {run.uri}: it has no config.yaml; name one with --run")
+        raise ValueError(f"no run at {run.address()}: it has no config.yaml; name one with --run")
     import yaml
 
     values = yaml.safe_load(run.read_bytes("config.yaml"))
     values.pop("versions", None)
-    return parse_config(values, origin=f"{run.uri}/config.yaml")
+    return parse_config(values, origin=run.address("config.yaml"))
 
 
 def find_row(store: ImageStore, sample_id: str) -> Row:
@@ -130,5 +130,5 @@ def find_row(store: ImageStore, sample_id: str) -> Row:
             found += [table.slice(i, 1).to_pylist()[0] for i in at]
     if len({row["sample_id"] for row in found}) != 1:
         what = "several images" if found else "no image"
-        raise ValueError(f"{what} in {store.folder.uri} with an id that starts {sample_id!r}")
+        raise ValueError(f"{what} in {store.folder.address()} with an id that starts {sample_id!r}")
     return found[0]

@@ -34,7 +34,7 @@ def scan(folder: Folder) -> pa.Table:
     """
     if not folder.exists("plan.parquet"):
         raise ValueError(
-            f"{folder.uri} holds no plan.parquet; give the directory of a run, such as "
+            f"{folder.address()} holds no plan.parquet; give the directory of a run, such as "
             "runs/quickstart"
         )
     planned = folder.read_table("plan.parquet", ["sample_id"])["sample_id"].combine_chunks()
@@ -45,7 +45,9 @@ def scan(folder: Folder) -> pa.Table:
         table = table.append_column("rank", pc.index_in(table["sample_id"], value_set=planned))
         table = table.filter(pc.is_valid(table["rank"]))
     if table is None or table.num_rows == 0:
-        raise ValueError(f"{folder.uri} holds no images of its plan yet; run `ray-synth generate`")
+        raise ValueError(
+            f"{folder.address()} holds no images of its plan yet; run `ray-synth generate`"
+        )
     ranks = table["rank"].to_numpy().astype(np.int64)
     _, first = np.unique(ranks, return_index=True)  # a row in two parts counts in the first
     table = table.set_column(table.schema.get_field_index("rank"), "rank", pa.array(ranks))

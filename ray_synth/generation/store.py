@@ -8,26 +8,18 @@ a new seed are kept beside, in `rejected/`.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tenacity
 
-from ray_synth import metrics
 from ray_synth.storage import Folder
 
-log = logging.getLogger("ray_synth")
-PATIENCE_S = 600  # how long a storage that does not answer is waited for
 READ_AHEAD = 16  # parts
-HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-T = TypeVar("T")
 PLAN_FIELDS = [
     pa.field("sample_id", pa.string()),
     pa.field("class_index", pa.int64()),
@@ -72,32 +64,19 @@ class ImageStore:
 
     def parts(self) -> list[str]:
         """Names of the finished parts, sorted."""
-        names = patiently(lambda: self.folder.names(".parquet"))
-        return [name for name in names if name.startswith("part-")]
+        return [name for name in self.folder.names(".parquet") if name.startswith("part-")]
 
     def holds(self, name: str) -> bool:
-        return patiently(lambda: self.folder.exists(name))
+        return self.folder.exists(name)
 
     def write(self, rows: list[dict[str, Any]]) -> str:
-        """Write one batch as a part; its name. A storage that fails for a while is waited for."""
+        """Write one batch as a part; its name."""
         name = part_name([row["sample_id"] for row in rows])
-        table = pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA)
-        patiently(lambda: self.folder.write_table(name, table))
+        self.folder.write_table(name, pa.Table.from_pylist(rows, schema=IMAGE_SCHEMA))
         return name
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return patiently(lambda: self.folder.read_table(name, columns))
-
-    def check_writable(self) -> None:
-        """Write and delete a file. Raises ValueError where that cannot be done."""
-        try:
-            self.folder.write_bytes(".writable", b"")
-            self.folder.filesystem.delete_file(self.folder.path(".writable"))
-        except OSError as error:
-            raise ValueError(
-                f"cannot write images to {self.folder.uri}: {error}; give another runs_dir, or the "
-                "right to write there"
-            ) from None
+        return self.folder.read_table(name, columns)
 
     def clear(self) -> None:
         """Delete every part."""
@@ -147,33 +126,7 @@ class ImageStore:
                 )
 
 
-def _tell_retry(state: tenacity.RetryCallState) -> None:
-    metrics.record("storage_retries_total", 1)
-    tenacity.before_sleep_log(log, logging.WARNING)(state)
-
-
 def part_name(sample_ids: list[str]) -> str:
     """The name of the part that holds these rows."""
     digest = hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()[:16]
     return f"part-{digest}.parquet"
-
-
-def patiently(work: Callable[[], T]) -> T:
-    """Do some input or output; a storage that does not answer is tried again for `PATIENCE_S`.
-
-    A full disk, a missing file or a forbidden one is raised at once: waiting would not mend it.
-    """
-    retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(
-            lambda error: (
-                isinstance(error, OSError)
-                and not isinstance(error, FileNotFoundError | PermissionError)
-                and error.errno not in HOPELESS
-            )
-        ),
-        wait=tenacity.wait_random_exponential(multiplier=0.5, max=30),
-        stop=tenacity.stop_after_delay(PATIENCE_S),
-        before_sleep=_tell_retry,
-        reraise=True,
-    )
-    return retrying(work)

@@ -6,13 +6,13 @@ Every part of the run may be missing; the page shows what there is and never loa
 from __future__ import annotations
 
 import base64
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ray_synth.data.images import encode_image
+from ray_synth.filesystems import redact
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
 from ray_synth.report.table import comparison_rows, signed, test_set_label, test_sets
@@ -49,7 +49,7 @@ def write_report(folder: Folder) -> str:
         ValueError: the folder holds no run.
     """
     folder.write_bytes(PAGE, render_report(folder).encode())
-    return f"{folder.uri.rstrip('/')}/{PAGE}"
+    return folder.address(PAGE)
 
 
 def render_report(folder: Folder) -> str:
@@ -62,7 +62,7 @@ def render_report(folder: Folder) -> str:
 
     if not (folder.exists("config.yaml") or folder.exists("metrics.json")):
         raise ValueError(
-            f"{folder.uri} holds no run: neither config.yaml nor metrics.json is there; give the "
+            f"{folder.address()} holds no run: neither config.yaml nor metrics.json is there; give the "
             "directory that `ray-synth run` wrote, such as runs/quickstart"
         )
     environment = Environment(
@@ -341,11 +341,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def redact(text: str) -> str:
-    """Without the user and password of any address in it."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "…@", text)
 
 
 def _corrupt(item: Any) -> dict[str, str]:

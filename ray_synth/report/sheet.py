@@ -205,7 +205,7 @@ def write_contact_sheet(folder: Folder, name: str = "report/contact_sheet.png") 
     rows = choose_examples(folder, per_class=12, max_classes=50)
     columns = 12 // max(1, len(kinds_of(rows)))
     folder.write_bytes(name, encode_image(contact_sheet(rows, columns=columns)))
-    return f"{folder.uri.rstrip('/')}/{name}"
+    return folder.address(name)
 
 
 def thumbnail(data: bytes, side: int, *, enlarge: bool = False) -> Image.Image | None:

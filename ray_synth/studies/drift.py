@@ -71,7 +71,9 @@ def _write(
     return {
         name: load_index(
             SourceConfig(
-                format="parquet", path=f"{folder.uri}/{name}.parquet", label_column="class_name"
+                format="parquet",
+                path=folder.child(f"{name}.parquet").uri,
+                label_column="class_name",
             ),
             few.class_names,
         )

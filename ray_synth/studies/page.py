@@ -34,7 +34,7 @@ def write_page(run: Folder, names: list[str], title: str) -> str:
     folder.write_bytes(PAGE, text.encode())
     if has_report:
         write_report(run)
-    return folder.path(PAGE)
+    return folder.address(PAGE)
 
 
 def read_study(folder: Folder) -> dict[str, Any] | None:

@@ -67,6 +67,7 @@ def run_training(
         datasets["real"] = lambda: to_ray(real)
     if job.mixed and generation is not None:
         datasets.update(_synthetic(job, generation))
+    checkpoints = job.folder.child("checkpoints")
     options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
     trainer = ray.train.torch.TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
@@ -78,7 +79,9 @@ def run_training(
         ),
         run_config=ray.train.RunConfig(
             name=run_name,
-            storage_path=job.folder.child("checkpoints").uri,
+            storage_path=checkpoints.path(),
+            # Ray would not read all that the URI may say, and nothing of our environment.
+            storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
             # Ours gives up, by failures in a row. Announced losses of nodes are not limited.
             failure_config=ray.train.FailureConfig(max_failures=-1),
             callbacks=[FailuresInARow(config.max_failures)],  # type: ignore[list-item]

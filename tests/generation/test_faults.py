@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from buckets import make_bucket, serving
 from forwarder import Forwarder
-from service import free_port
 from test_store import plan_rows
 from tiny import embedded
 
@@ -131,35 +130,15 @@ def test_a_full_disk_is_named_and_the_same_call_continues(local_ray, small_disk,
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket(monkeypatch, tmp_path):
     """A run's folder on a real S3 server, and the way to it, which can be shut."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    port = free_port()
-    server = subprocess.Popen(
-        [Path(sys.executable).parent / "moto_server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for(port)
-    way = Forwarder(port)
-    options = f"endpoint_override=127.0.0.1:{way.port}&scheme=http&region=us-east-1"
-    folder = Folder(f"s3://bucket/run?{options}&allow_bucket_creation=true")
-    folder.filesystem.create_dir("bucket")
-    yield folder, way
-    server.kill()
-    server.wait()
-
-
-def wait_for(port):
-    for _ in range(300):
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise AssertionError("the S3 server did not come up")
+    with serving("s3", tmp_path) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        make_bucket(server)
+        way = Forwarder(server.port)
+        yield Folder(server.uri.replace(str(server.port), str(way.port))), way
 
 
 def test_a_bucket_that_cannot_be_reached_for_a_while_is_waited_for(bucket, tmp_path):

@@ -15,11 +15,11 @@ from PIL import Image, ImageDraw
 
 from ray_synth.data.images import encode_image
 from ray_synth.evaluation.accuracy import interval
+from ray_synth.filesystems import redact
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.report.page import (
     duration,
     meanings,
-    redact,
     stage_times,
     write_report,
 )
