@@ -23,9 +23,11 @@ from ray_synth.progress import Bar
 from ray_synth.storage import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
 from ray_synth.tracking import digest
+from ray_synth.training.job import TrainJob, total_steps
 
 log = logging.getLogger("ray_synth")
 VALIDATION = "validation"
+SHORT_STEPS = 1_000
 T = TypeVar("T")
 
 
@@ -139,8 +141,6 @@ class Grid:
     def _train(self, trial: Trial, threads: int) -> None:
         import ray
 
-        from ray_synth.training.job import TrainJob, total_steps
-
         run = self.runs[trial.source]
         training = trial.config.training
         if not training.num_gpus:
@@ -158,9 +158,12 @@ class Grid:
             source=run.folder,
         )
         generation = run.generation_job() if trial.mixed else None
-        # In a task, since Ray Train wants a main thread; it waits, and needs no CPU of its own.
-        train = ray.remote(num_cpus=0, max_retries=0)(_run_training)
-        ray.get(train.remote(job, generation, run.train, trial.digest))
+        # In a task, since Ray Train wants a main thread. Where workers train, it waits, and needs no
+        # CPU of its own. Ray's idle processes serve the next short training, their imports done.
+        short = is_short(job)
+        options = {"num_cpus": training.num_cpus} if short else {"num_cpus": 0, "max_retries": 0}
+        train = ray.remote(**options)(_run_training)
+        ray.get(train.remote(job, generation, run.train, trial.digest, short))
         log.info("trained %s, seed %d", trial.arm.label, trial.seed)
 
     def validate(self) -> None:
@@ -239,11 +242,24 @@ class Grid:
         return max(1, int(room))
 
 
-def _run_training(job: Any, generation: Any, real: Index, run_name: str) -> None:
+def is_short(job: TrainJob) -> bool:
+    """Whether a training is over before its checkpoints would be of use: one CPU, all in memory."""
+    return (
+        job.config.max_workers == 1
+        and not job.config.num_gpus
+        and job.steps <= SHORT_STEPS
+        and job.real is not None
+        and (job.reads_store or not job.mixed)
+    )
+
+
+def _run_training(job: Any, generation: Any, real: Index, run_name: str, short: bool) -> None:
     """The task that trains one trial; its checkpoints are of no use once it is done."""
     from ray_synth.training.trainer import run_training
 
-    run_training(job, generation, real=real, run_name=run_name)
+    run_training(job, generation, real=real, run_name=run_name, in_process=short)
+    if short:
+        return
     checkpoints = job.folder.child("checkpoints")
     checkpoints.filesystem.delete_dir(checkpoints.path(run_name))
 

@@ -42,8 +42,13 @@ def run_training(
     *,
     real: Index,
     run_name: str,
+    in_process: bool = False,
 ) -> None:
     """Train one arm to its end; a run of the same name goes on from its newest checkpoint.
+
+    Args:
+        in_process: train in the calling process (Ray Train's local mode). No checkpoint outlives it: for
+            short trainings, of which starting a worker and its helpers would take most of the time.
 
     Raises:
         ray.train.TrainingFailedError: when the workers failed more than `max_failures` times without
@@ -73,7 +78,7 @@ def run_training(
         train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.num_workers,  # type: ignore[arg-type]
+            num_workers=0 if in_process else config.num_workers,  # type: ignore[arg-type]
             use_gpu=config.num_gpus > 0,
             resources_per_worker=_resources(config.num_cpus, config.num_gpus),
         ),
