@@ -29,7 +29,12 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def train_digits(
-    folder: Folder, seconds: float = 0.0, rows: int = 32, board: object = None, **settings
+    folder: Folder,
+    seconds: float = 0.0,
+    rows: int = 32,
+    board: object = None,
+    in_process: bool = False,
+    **settings,
 ) -> dict:
     """Train one arm in the Ray that is running; its card."""
     values = {
@@ -65,7 +70,7 @@ def train_digits(
         make_images(made)
     assert config.steps is not None
     job = TrainJob("mixed", config, config.steps, NAMES, 0, folder, index, 10**6, rows, board=board)
-    run_training(job, made, real=index, run_name="run")
+    run_training(job, made, real=index, run_name="run", in_process=in_process)
     return folder.read_json("models/mixed.json")
 
 

@@ -29,6 +29,24 @@ def test_two_workers_train_in_step_from_a_store(local_ray, tmp_path):
     assert card["bns"] == ["main", "aux", "average"]
 
 
+@pytest.mark.slow
+def test_training_in_process_gives_the_same_weights(local_ray, tmp_path):
+    """As the studies do it: in a task, with the same thread count as a worker of Ray Train's."""
+    folders = [Folder(tmp_path / name) for name in ("worker", "task")]
+    cards = [
+        local_ray.get(
+            local_ray.remote(num_cpus=0.5)(train_digits).remote(
+                folder, feed="stored", in_process=place == 1
+            )
+        )
+        for place, folder in enumerate(folders)
+    ]
+    assert cards[0]["curve"] == cards[1]["curve"]
+    for bn in cards[0]["bns"]:
+        one, other = (folder.read_bytes(f"models/mixed.{bn}.safetensors") for folder in folders)
+        assert one == other
+
+
 def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(local_ray, tmp_path):
     optimizer = {"name": "sgd", "lr": 1e30, "clip_grad_norm": None, "warmup_fraction": 0.9}
     with pytest.raises(ValueError, match=r"the loss of step (\d+) is not a number") as error:
