@@ -132,23 +132,27 @@ def run_pipeline(
         write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
     with watched(run.folder, until):
-        with connect(config.cluster):
-            check_budget(config, cluster_capacity(config))
-            tracker = _tracker(run)
-            try:
-                _run_stages(run, until, tracker)
-            except BaseException as error:
-                if tracker:
-                    tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-                raise
-        if until != "report":
+        return _run_until(run, config, until, started)
+
+
+def _run_until(run: Run, config: Config, until: str, started: float) -> dict[str, Any]:
+    with connect(config.cluster):
+        check_budget(config, cluster_capacity(config))
+        tracker = _tracker(run)
+        try:
+            _run_stages(run, until, tracker)
+        except BaseException as error:
             if tracker:
-                tracker.end()
-            return {}
-        metrics = write_report(run, time.perf_counter() - started)
+                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+    if until != "report":
         if tracker:
-            _track_results(run, tracker, metrics)
-        return metrics
+            tracker.end()
+        return {}
+    metrics = write_report(run, time.perf_counter() - started)
+    if tracker:
+        _track_results(run, tracker, metrics)
+    return metrics
 
 
 def inspected(run: Run) -> Run:
