@@ -70,6 +70,7 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         ValueError: an unknown scheme or option, a package that is missing, no bucket in the URI, or a
             secret in it.
+        OSError: the storage does not answer.
     """
     if "://" not in uri:
         import pyarrow.fs as pafs
@@ -114,6 +115,8 @@ def _open_root(
     except ImportError as error:
         raise ValueError(f"cannot open {root}: {error}") from None
     except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and kind in CREDENTIALS and SILENT.search(str(error)):
+            raise  # it may answer later: for `patiently`
         raise ValueError(f"cannot open {root}: {storage_problem(error, root) or error}") from None
 
 

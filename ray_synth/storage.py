@@ -227,8 +227,11 @@ class Folder:
                 self._do(partial(self.filesystem.delete_file, info.path))
 
     def _infos(self) -> list[pafs.FileInfo]:
-        selector = pafs.FileSelector(self.path(), allow_not_found=True)
-        return self._do(lambda: self.filesystem.get_file_info(selector))
+        def look() -> list[pafs.FileInfo]:
+            selector = pafs.FileSelector(self.path(), allow_not_found=True)
+            return self.filesystem.get_file_info(selector)
+
+        return self._do(look)
 
     def _do(self, work: Callable[[], T]) -> T:
         return patiently(work, remote=not self.is_local)

@@ -8,7 +8,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow.fs import FileSelector
 
@@ -187,6 +187,7 @@ def rows_on_disk(tmp_path_factory) -> Folder:
     return folder
 
 
+@settings(deadline=None)  # of a busy machine
 @given(st.integers(0, 120), st.integers(0, 120), st.sampled_from([None, ["text"], ["text", "n"]]))
 def test_any_rows_are_read_as_a_slice_of_the_whole(rows_on_disk, start, length, columns):
     found = rows_on_disk.read_rows("t.parquet", start, start + length, columns)

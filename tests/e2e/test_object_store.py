@@ -61,7 +61,8 @@ def mlflow_server(place):
             f"--backend-store-uri=sqlite:///{place}/mlflow/mlflow.db", "--workers=1",
             "--artifacts-destination=s3://bucket/mlflow",
         ],
-        cwd=place / "mlflow", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        cwd=place / "mlflow", env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     try:
