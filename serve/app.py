@@ -47,6 +47,7 @@ PAGE_POLICY = (
     "frame-ancestors 'none'"
 )
 INGRESS_CPUS = 0.1
+MODEL_FINISH_S = 30.0
 
 
 api = FastAPI(
@@ -202,20 +203,23 @@ class Disambiguation(Resolver):
 def build(config: ServeConfig) -> Application:
     """The app of a Serve config or of the pipeline."""
     llm, clip, limits = config.llm, config.clip, config.limits
-    # a replica that is told to stop finishes what it was asked
-    drain = {"graceful_shutdown_timeout_s": limits.timeout_s + 10}
+    # A replica that is told to stop finishes what it was asked. On a node that is announced to go it is
+    # told so this long before, if by then no other is ready: with a model's, which takes longest to be
+    # ready and whose questions are asked again, the most is made of a notice of two minutes.
+    finish_s = limits.timeout_s + 10
     ingress: Any = Disambiguation.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_queued_requests=limits.max_queued_requests,
+        graceful_shutdown_timeout_s=finish_s,
         **_replicas(config, busy=64),
-        **drain,
     )
     deployments: list[Any] = []
     models: Any = ((LlmDeployment, llm), (ClipDeployment, clip))
     for deployment, model in models:
         options: dict[str, Any] = _replicas(model, busy=2 * model.max_batch_size)
         options["ray_actor_options"] = {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus}
-        deployments.append(deployment.options(**options, **drain))
+        options["graceful_shutdown_timeout_s"] = min(finish_s, MODEL_FINISH_S)
+        deployments.append(deployment.options(**options))
     return ingress.bind(
         config, deployments[0].bind(llm), deployments[1].bind(clip, limits.max_pixels)
     )
