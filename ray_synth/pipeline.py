@@ -18,7 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.budget import check_budget, cluster_capacity
+from ray_synth.budget import preflight
+from ray_synth.budget.demands import Sizes
 from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import ClipConfig, Config, QualityConfig
 from ray_synth.data.dataset import (
@@ -37,7 +38,7 @@ from ray_synth.generation.generator import check_generator, fingerprint, prompt_
 from ray_synth.generation.maker import GenerationJob, write_references
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.progress import Bar, make_board, watch
-from ray_synth.stages import StageLog, stage_inputs
+from ray_synth.stages import STAGES, StageLog, stage_inputs
 from ray_synth.storage import Folder
 from ray_synth.training.trainer import check_recipe
 
@@ -67,6 +68,17 @@ class Run:
     def store(self) -> ImageStore:
         return ImageStore(self.folder.child("images"))
 
+    @property
+    def sizes(self) -> Sizes:
+        """How much there is to do."""
+        tests = {name: len(index) for name, index in self.tests.items()}
+        return Sizes(len(self.train), len(self.train.class_names), tests)
+
+    def todo(self, until: str) -> list[str]:
+        """The stages up to one, or to `report`, that are not done."""
+        last = STAGES.index(until) if until in STAGES else len(STAGES)
+        return [stage for stage in STAGES[: last + 1] if self.stages.record(stage) is None]
+
     def generation_job(self, board: Any = None) -> GenerationJob:
         return GenerationJob(
             self.config.generation,
@@ -79,10 +91,21 @@ class Run:
 
 
 def open_run(config: Config, force_stage: str | None = None) -> Run:
-    """Check everything that can be checked without a cluster, and open the run directory.
+    """Check everything that can be checked without a cluster, and begin the run directory.
 
     Raises:
         ValueError: bad data, an unknown model, or a directory that holds other settings' results.
+    """
+    run = check_run(config, force_stage)
+    begin(run, force_stage)
+    return run
+
+
+def check_run(config: Config, force_stage: str | None = None) -> Run:
+    """The run of a config, with all that can be known to be wrong looked for; nothing is written.
+
+    Raises:
+        ValueError: as `open_run` does.
     """
     names = read_class_names(config.data.class_names)
     train = require_every_class(load_index(config.data.train, names), "data.train")
@@ -97,18 +120,29 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
     folder = runs.child(config.name)
     stages = StageLog(folder, stage_inputs(config, fingerprint(config.generation)))
     stages.check(force_stage)
-    if force_stage in ("quality", "generation"):
-        ImageStore(folder.child("images")).clear()
     if stages.record("generation") is None:
         check_generator(config.generation)
-        ImageStore(folder.child("images")).check_writable()
     if stages.record("plan") is None:
         prompt_limit(config, *prompt_tokens(config.generation))
     if stages.record("training") is None:
         check_recipe(config.training)
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    folder.write_yaml("config.yaml", {**config.model_dump(mode="json"), "versions": versions})
     return Run(config, runs, folder, stages, train, tests, validation)
+
+
+def begin(run: Run, force_stage: str | None = None) -> None:
+    """Keep the config in the run directory, and forget what is to be done again.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    run.stages.forget()
+    if force_stage in ("quality", "generation"):
+        run.store.clear()
+    if run.stages.record("generation") is None:
+        run.store.check_writable()
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    values = run.config.model_dump(mode="json")
+    run.folder.write_yaml("config.yaml", {**values, "versions": versions})
 
 
 def run_pipeline(
@@ -120,12 +154,14 @@ def run_pipeline(
         until: one of `stages.STAGES`, or `report`.
     """
     started = time.perf_counter()
-    run = open_run(config, force_stage)
+    run = check_run(config, force_stage)
     if until == "report" and run.folder.exists("metrics.json") and run.stages.record("evaluation"):
+        begin(run)
         write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
     with connect(config.cluster):
-        check_budget(config, cluster_capacity(config))
+        preflight(config, run.sizes, run.todo(until))
+        begin(run, force_stage)
         tracker = _tracker(run)
         try:
             _run_stages(run, until, tracker)
