@@ -33,15 +33,26 @@ Force = Annotated[
 QUICKSTART = Path("jobs/configs/quickstart.yaml")
 
 
-def _run(config: Config, until: str, force_stage: str | None) -> dict[str, Any]:
+Probe = Annotated[
+    bool,
+    typer.Option("--estimate", help="probe first: seconds, device hours and cost of each stage"),
+]
+
+
+def _run(
+    config: Config, until: str, force_stage: str | None, *, estimate: bool = False
+) -> dict[str, Any]:
     from ray_synth.pipeline import run_pipeline
 
-    return run_pipeline(config, until=until, force_stage=force_stage)
+    return run_pipeline(config, until=until, force_stage=force_stage, estimate=estimate)
 
 
 @app.command()
 def run(
-    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    force_stage: Force = None,
+    estimate: Probe = False,
 ) -> None:
     """Run all stages, then print what was gained."""
     from rich.console import Console
@@ -50,7 +61,7 @@ def run(
     from ray_synth.report.table import comparison_table
 
     settings = load_config(config, overrides)
-    metrics = _run(settings, "report", force_stage)
+    metrics = _run(settings, "report", force_stage, estimate=estimate)
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(comparison_table(metrics))
     console.print(_stage_table(metrics))
@@ -207,11 +218,15 @@ def init(
 def doctor(
     config: Annotated[Path | None, typer.Option("--config", "-c")] = None,
     overrides: Overrides = None,
+    estimate: Probe = False,
 ) -> None:
     """Print versions, devices and cluster resources, and what of a config would not fit."""
     from ray_synth.doctor import diagnose
 
-    lines, fits = diagnose(load_config(config, overrides) if config else None)
+    if estimate and config is None:
+        raise ValueError("--estimate goes with --config: there is nothing to estimate")
+    settings = load_config(config, overrides) if config else None
+    lines, fits = diagnose(settings, estimate=estimate)
     typer.echo("\n".join(lines))
     if not fits:
         raise typer.Exit(1)

@@ -27,8 +27,12 @@ PACKAGES = (
 )
 
 
-def diagnose(config: Config | None) -> tuple[list[str], bool]:
-    """Lines to print, and whether the config fits the cluster (True without a config)."""
+def diagnose(config: Config | None, *, estimate: bool = False) -> tuple[list[str], bool]:
+    """Lines to print, and whether the config fits the cluster (True without a config).
+
+    Args:
+        estimate: where it fits, probe the cluster for the time and the cost of each stage.
+    """
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
     for package in PACKAGES:
         try:
@@ -51,6 +55,8 @@ def diagnose(config: Config | None) -> tuple[list[str], bool]:
         if config is None:
             return lines, True
         problems, found = _look(config)
+        if estimate and not problems:
+            found += _estimate(config)
     return lines + found, not problems
 
 
@@ -72,6 +78,17 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
     if not problems and not wrong:
         lines.append("the config fits")
     return problems + wrong, lines
+
+
+def _estimate(config: Config) -> list[str]:
+    from ray_synth.budget.estimate import lines
+    from ray_synth.budget.probe import forecast, share_cores
+    from ray_synth.pipeline import check_run
+
+    run = check_run(config)
+    if not run.todo("report"):
+        return ["nothing is left to do: the run is finished"]
+    return lines(forecast(run, "report", shared=share_cores(config, cluster_reach(config))))
 
 
 def _sizes(config: Config) -> tuple[Sizes, list[str]]:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.budget import preflight
+from ray_synth.budget import Reach, preflight
 from ray_synth.budget.demands import Sizes
 from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import ClipConfig, Config, QualityConfig
@@ -146,12 +146,17 @@ def begin(run: Run, force_stage: str | None = None) -> None:
 
 
 def run_pipeline(
-    config: Config, *, until: str = "report", force_stage: str | None = None
+    config: Config,
+    *,
+    until: str = "report",
+    force_stage: str | None = None,
+    estimate: bool = False,
 ) -> dict[str, Any]:
     """Run all stages up to `until`; the metrics (empty before evaluation).
 
     Args:
         until: one of `stages.STAGES`, or `report`.
+        estimate: first probe the cluster, and in the end say how far off the estimate was.
     """
     started = time.perf_counter()
     run = check_run(config, force_stage)
@@ -160,8 +165,10 @@ def run_pipeline(
         write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
     with connect(config.cluster):
-        preflight(config, run.sizes, run.todo(until))
+        reach = preflight(config, run.sizes, run.todo(until))
         begin(run, force_stage)
+        expected = _forecast(run, until, reach) if estimate else None
+        estimated = time.perf_counter()
         tracker = _tracker(run)
         try:
             _run_stages(run, until, tracker)
@@ -172,11 +179,35 @@ def run_pipeline(
     if until != "report":
         if tracker:
             tracker.end()
+        if expected:
+            _compare(run, expected, time.perf_counter() - estimated)
         return {}
     metrics = write_report(run, time.perf_counter() - started)
+    if expected:
+        _compare(run, expected, time.perf_counter() - estimated)
     if tracker:
         _track_results(run, tracker, metrics)
     return metrics
+
+
+def _forecast(run: Run, until: str, reach: Reach) -> dict[str, Any]:
+    """estimate.json, from a short probe."""
+    from ray_synth.budget.probe import forecast, share_cores
+
+    found = forecast(run, until, shared=share_cores(run.config, reach)).as_dict()
+    run.folder.write_json("estimate.json", found)
+    return found
+
+
+def _compare(run: Run, expected: dict[str, Any], total: float) -> None:
+    """How far off the estimate was, in the log and in estimate.json."""
+    from ray_synth.budget.estimate import compare
+
+    done = run.stages.seconds()
+    taken = {stage: done[stage] for stage in expected["seconds"] if stage in done}
+    taken["around"] = total - sum(taken.values())
+    run.folder.write_json("estimate.json", {**expected, "taken": taken})
+    log.info("%s", compare(expected["seconds"], taken))
 
 
 def inspected(run: Run) -> Run:

@@ -39,6 +39,10 @@ class Service:
             serve.delete(APP_NAME)
         self._handle = None
 
+    def start(self) -> None:
+        """Start the app now, where it was not asked anything yet."""
+        self._app()
+
     def _app(self) -> Any:
         if self._handle is None:
             from ray import serve
