@@ -6,11 +6,12 @@ import importlib.metadata
 import os
 import platform
 
+from ray_synth.budget.check import fit_stages, table, unsure
 from ray_synth.budget.demands import Sizes
+from ray_synth.budget.memory import look
 from ray_synth.budget.mend import mends
-from ray_synth.budget.preflight import fit_stages, table, unsure
 from ray_synth.budget.reach import cluster_reach
-from ray_synth.cluster import connect
+from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import ClusterConfig, Config
 
 PACKAGES = (
@@ -70,14 +71,17 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
         who = ", ".join(reach.holders) or "other jobs or actors"
         lines.append(f"held by {who}: {reach.held_cpus:g} CPUs, {reach.held_gpus:g} GPUs")
     lines += [unsure(fit) for fit in fits if fit.placement and not fit.placement.sure]
+    memory = look(config, reach, sizes, runs=runs_folder(config.runs_dir))
+    lines += memory.notes + [f"warning: {warning}" for warning in memory.warnings]
     problems = [fit.problem for fit in fits if fit.problem]
-    lines += [f"does not fit: {problem}" for problem in problems]
+    lines += [f"does not fit: {problem}" for problem in problems + memory.problems]
     if problems:
         lines += [f"would fit: {way}" for way in mends(config, reach, sizes)]
     lines += [f"wrong: {problem}" for problem in wrong]
-    if not problems and not wrong:
+    problems += memory.problems + wrong
+    if not problems:
         lines.append("the config fits")
-    return problems + wrong, lines
+    return problems, lines
 
 
 def _estimate(config: Config) -> list[str]:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from samples import ROOT
 from test_packing import reference
 
+from ray_synth.budget.check import check_budget, fit_stages
 from ray_synth.budget.demands import Sizes, demands
 from ray_synth.budget.mend import Change, changed, fits, mends
 from ray_synth.budget.packing import Nodes
-from ray_synth.budget.preflight import check_budget, fit_stages
 from ray_synth.budget.reach import Reach, added_nodes, reach_of_cluster_yaml
 from ray_synth.config import ReachConfig, load_config
 from ray_synth.stages import STAGES

@@ -12,18 +12,20 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from pyarrow.fs import FileType
 
 from ray_synth.budget.demands import asks_for_contexts, demands
 from ray_synth.budget.estimate import Estimate, Measured, estimate, lines
 from ray_synth.budget.reach import Reach
-from ray_synth.config import Config
+from ray_synth.config import Config, PoolConfig
 from ray_synth.storage import Folder
 
 log = logging.getLogger("ray_synth")
 CLASSES = 4  # asked about: enough to fill the language model's batches
 BATCHES = 4  # of images
 STEPS = 10
+QUALITY_IMAGES = 500
 TEST_START = 0.75  # of the time in which an actor is ready to make images (measured)
 AROUND_S = 9.0  # MLflow's start, Serve's end and the report (measured)
 
@@ -82,9 +84,9 @@ def _words(run: Any) -> dict[str, float]:
     config: Config = run.config
     names = run.train.class_names[:CLASSES]
     images: dict[str, list[bytes]] = {name: [] for name in names}
-    for row in read_index(select(run.train, config.meaning.num_images, config.seed)):
-        if row["class_index"] < len(names):
-            images[names[row["class_index"]]].append(row["image"])
+    few = run.train.take(np.flatnonzero(run.train.label < len(names)))
+    for row in read_index(select(few, config.meaning.num_images, config.seed)):
+        images[names[row["class_index"]]].append(row["image"])
     found = {}
     with Service(config) as service:
         found["service_start"] = _timed(service.start)
@@ -101,23 +103,28 @@ def _words(run: Any) -> dict[str, float]:
 def _images(run: Any, folder: Folder) -> dict[str, float]:
     """The quality task, and a few batches of images: when the first came, and the pace after it."""
     from ray_synth.generation.chunks import PlanTable
+    from ray_synth.generation.diffusion import wants_compile
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore
     from ray_synth.generation.stream import image_stream, settled
-    from ray_synth.pipeline import measure_quality
 
     config: Config = run.config
-    names = [{"class_name": name, "choice": name} for name in run.train.class_names]
-    folder.write_json("meanings.json", names)
-    generation = config.generation.model_copy(update={"reference": None})
+    generation = config.generation
+    share = (run.sizes.synthetic(config) or 0) // generation.pool.max_size
+    compiled = wants_compile(generation, num_images=share, on_gpu=generation.num_gpus > 0)
+    one = {"reference": None, "pool": PoolConfig(), "compile": compiled}
     job = GenerationJob(
-        generation, PlanTable(_plan(run, 1)), ImageStore(folder.child("images")), folder,
+        generation.model_copy(update=one),
+        PlanTable(_plan(run, 1)),
+        ImageStore(folder.child("images")),
+        folder,
         config.meaning.clip,
-    )  # fmt: skip
+    )
     job = settled(job)
-    job = replace(job, plan=PlanTable(_plan(run, BATCHES * int(job.config.batch_size))))
-    folder.write_table("plan.parquet", job.plan.table)
-    found = {"quality": _timed(lambda: measure_quality(replace(run, folder=folder)))}
+    plan = _plan(run, BATCHES * int(job.config.batch_size))
+    job = replace(job, plan=PlanTable(plan))
+    folder.write_table("plan.parquet", plan)
+    found = {"quality": _quality(run, folder)}
     started = time.perf_counter()
     seen: list[tuple[float, int]] = []
     for batch in image_stream(job, columns=["sample_id"]).iter_batches(
@@ -127,9 +134,25 @@ def _images(run: Any, folder: Folder) -> dict[str, float]:
     (first, some), (last, _) = seen[0], seen[-1]
     rest = sum(rows for _, rows in seen[1:])
     make = (last - first) / rest if rest else first / some
-    if config.generation.reference is not None:
-        make *= config.generation.reference.strength
+    if generation.reference is not None:
+        make *= generation.reference.strength
     return {**found, "make": make, "make_start": max(0.0, first - some * make)}
+
+
+def _quality(run: Any, folder: Folder) -> float:
+    """Seconds of the quality task, for as many images as it will have; of many it sees some."""
+    from ray_synth.pipeline import measure_quality
+
+    names = run.train.class_names
+    folder.write_json("meanings.json", [{"class_name": n, "choice": n} for n in names])
+    checks = run.config.generation.checks
+    wanted = checks.real_images_per_class
+    few = max(1, min(wanted, QUALITY_IMAGES // len(names)))
+    fewer = checks.model_copy(update={"real_images_per_class": few})
+    generation = run.config.generation.model_copy(update={"checks": fewer})
+    config = run.config.model_copy(update={"generation": generation})
+    seconds = _timed(lambda: measure_quality(replace(run, folder=folder, config=config)))
+    return seconds * min(wanted / few, max(1.0, len(run.train) / (few * len(names))))
 
 
 def _plan(run: Any, rows: int) -> Any:
@@ -168,7 +191,7 @@ def _training(run: Any, folder: Folder) -> dict[str, float]:
     job = TrainJob(
         arm="probe",
         config=config.training.model_copy(update={"num_workers": 1}),
-        steps=STEPS,
+        steps=STEPS + 3,
         class_names=run.train.class_names,
         seed=config.seed,
         folder=folder,

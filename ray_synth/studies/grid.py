@@ -15,9 +15,9 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ray_synth.budget import Reach, check_budget, preflight
+from ray_synth.budget.check import fit, most_at_once
 from ray_synth.budget.demands import READ, demands
 from ray_synth.budget.packing import Demand
-from ray_synth.budget.preflight import fit, most_at_once
 from ray_synth.cluster import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index

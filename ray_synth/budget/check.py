@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from ray_synth.budget.demands import Sizes, demands
 from ray_synth.budget.packing import Demand, Placement, pack
 from ray_synth.budget.reach import Reach, cluster_reach
+from ray_synth.cluster import runs_folder
 from ray_synth.config import Config
 from ray_synth.stages import STAGES
 
@@ -176,18 +177,26 @@ def preflight(
     """Check the connected cluster before a run; what an earlier run is still letting go is waited for.
 
     Raises:
-        ValueError: a stage of the run does not fit.
+        ValueError: a stage of the run does not fit the cluster, its memory or the disk.
     """
+    from ray_synth.budget.memory import look
+
     end = time.monotonic() + PATIENCE_S
     while True:
         reach = cluster_reach(config)
         try:
             check_budget(config, reach, sizes, stages)
-            return reach
+            break
         except ValueError:
             if not (reach.held_cpus or reach.held_gpus) or time.monotonic() > end:
                 raise
         time.sleep(0.5)
+    found = look(config, reach, sizes, stages, runs_folder(config.runs_dir))
+    if found.problems:
+        raise ValueError("this run does not fit:\n  " + "\n  ".join(found.problems))
+    for warning in found.warnings:
+        log.warning("%s", warning)
+    return reach
 
 
 def most_at_once(parts: Sequence[Demand], beside: Sequence[Demand], reach: Reach, most: int) -> int:
