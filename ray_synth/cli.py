@@ -35,6 +35,12 @@ Force = Annotated[
 QUICKSTART = Path("jobs/configs/quickstart.yaml")
 
 
+Probe = Annotated[
+    bool,
+    typer.Option("--estimate", help="probe first: seconds, device hours and cost of each stage"),
+]
+
+
 @app.callback()
 def common(
     log_format: Annotated[
@@ -45,11 +51,13 @@ def common(
     logs.set_up(log_format)
 
 
-def _run(config: Config, until: str, force_stage: str | None) -> dict[str, Any]:
+def _run(
+    config: Config, until: str, force_stage: str | None, *, estimate: bool = False
+) -> dict[str, Any]:
     from ray_synth.pipeline import run_pipeline
 
     with _stoppable():
-        return run_pipeline(config, until=until, force_stage=force_stage)
+        return run_pipeline(config, until=until, force_stage=force_stage, estimate=estimate)
 
 
 @contextmanager
@@ -64,7 +72,10 @@ def _stoppable() -> Iterator[None]:
 
 @app.command()
 def run(
-    config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    force_stage: Force = None,
+    estimate: Probe = False,
 ) -> None:
     """Run all stages, then print what was gained."""
     from rich.console import Console
@@ -73,7 +84,7 @@ def run(
     from ray_synth.report.table import comparison_table
 
     settings = load_config(config, overrides)
-    metrics = _run(settings, "report", force_stage)
+    metrics = _run(settings, "report", force_stage, estimate=estimate)
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(comparison_table(metrics))
     console.print(_stage_table(metrics))
@@ -231,11 +242,15 @@ def init(
 def doctor(
     config: Annotated[Path | None, typer.Option("--config", "-c")] = None,
     overrides: Overrides = None,
+    estimate: Probe = False,
 ) -> None:
     """Print versions, devices and cluster resources, and what of a config would not fit."""
     from ray_synth.doctor import diagnose
 
-    lines, fits = diagnose(load_config(config, overrides) if config else None)
+    if estimate and config is None:
+        raise ValueError("--estimate goes with --config: there is nothing to estimate")
+    settings = load_config(config, overrides) if config else None
+    lines, fits = diagnose(settings, estimate=estimate)
     typer.echo("\n".join(lines))
     if not fits:
         raise typer.Exit(1)

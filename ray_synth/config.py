@@ -504,13 +504,35 @@ class StudiesConfig(Section):
     )
 
 
-class ReachConfig(Section):
-    """What an autoscaling cluster can grow to, counted by the preflight."""
+class NodeTypeConfig(Section):
+    """Nodes of one kind, as many as an autoscaling cluster can have of them."""
 
+    count: Positive
+    num_cpus: Annotated[float, Field(ge=0)]
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    memory_gb: Annotated[float, Field(ge=0)] = Field(0, description="of each node; 0: not known")
+    accelerator: str = Field("", description="the GPU's type: A10G, L4, A100-80G, H100, ...")
+
+
+class ReachConfig(Section):
+    """What an autoscaling cluster can grow to, nodes that run now included.
+
+    Either types of nodes, or the cluster launcher's file, or sums and the largest node.
+    """
+
+    nodes: list[NodeTypeConfig] = Field(default_factory=list)
+    file: str | None = Field(None, description="the YAML file of `ray up`")
     num_cpus: Annotated[float, Field(ge=0)] = 0
     num_gpus: Annotated[float, Field(ge=0)] = 0
     node_cpus: Annotated[float, Field(ge=0)] = Field(0, description="CPUs of the largest node")
     node_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of the largest node")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return {"nodes": value}
+        return {"file": value} if isinstance(value, str) else value
 
 
 class ClusterConfig(Section):
@@ -519,7 +541,11 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="default: RAY_ADDRESS, else a local Ray")
     num_cpus: Positive | None = Field(None, description="logical CPUs of a local Ray")
     num_gpus: Annotated[int, Field(ge=0)] | None = None
-    max_reach: ReachConfig | None = Field(None, description="what autoscaling can reach")
+    max_reach: ReachConfig | None = Field(
+        None,
+        description="what autoscaling can reach: a list of node types, or the path of the cluster "
+        "launcher's file",
+    )
     no_progress_timeout_s: Positive = Field(900, description="a stalled pipeline is an error")
     price_per_gpu_hour: Annotated[float, Field(ge=0)] = Field(
         0, description="for the cost of generation, in your currency"
@@ -657,6 +683,8 @@ def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] 
             current = _strip(current.model_fields[part].annotation)
         elif get_origin(current) is dict:
             current = _strip(get_args(current)[1])
+        elif get_origin(current) is list:
+            current = _strip(get_args(current)[0])
     return current if isinstance(current, type) and issubclass(current, BaseModel) else None
 
 

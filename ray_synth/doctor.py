@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 
-from ray_synth.budget import cluster_capacity, demands, shortfalls
+from ray_synth.budget.check import fit_stages, table, unsure
+from ray_synth.budget.demands import Sizes
+from ray_synth.budget.memory import look
+from ray_synth.budget.mend import mends
+from ray_synth.budget.reach import cluster_reach
 from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import ClusterConfig, Config
 
@@ -25,8 +28,12 @@ PACKAGES = (
 )
 
 
-def diagnose(config: Config | None) -> tuple[list[str], bool]:
-    """Lines to print, and whether the config fits the cluster (True without a config)."""
+def diagnose(config: Config | None, *, estimate: bool = False) -> tuple[list[str], bool]:
+    """Lines to print, and whether the config fits the cluster (True without a config).
+
+    Args:
+        estimate: where it fits, probe the cluster for the time and the cost of each stage.
+    """
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
     for package in PACKAGES:
         try:
@@ -48,10 +55,58 @@ def diagnose(config: Config | None) -> tuple[list[str], bool]:
             )
         if config is None:
             return lines, True
-        lines += _stages(config)
-        problems = shortfalls(config, cluster_capacity(config))
-    lines += [f"does not fit: {problem}" for problem in problems] or ["the config fits"]
-    return lines, not problems
+        problems, found = _look(config)
+        if estimate and not problems:
+            found += _estimate(config)
+    return lines + found, not problems
+
+
+def _look(config: Config) -> tuple[list[str], list[str]]:
+    """What is wrong with a config on the connected cluster, and the lines to print."""
+    sizes, wrong = _sizes(config)
+    reach = cluster_reach(config)
+    fits = fit_stages(config, reach, sizes)
+    lines = table(fits, reach)
+    if reach.held_cpus or reach.held_gpus:
+        who = ", ".join(reach.holders) or "other jobs or actors"
+        lines.append(f"held by {who}: {reach.held_cpus:g} CPUs, {reach.held_gpus:g} GPUs")
+    lines += [unsure(fit) for fit in fits if fit.placement and not fit.placement.sure]
+    runs = runs_folder(config.runs_dir)
+    memory = look(config, reach, sizes, runs=runs)
+    if not runs.is_local:
+        runs.check_writable()
+        lines.append(f"storage: {runs.address()} can be written")
+    lines += memory.notes + [f"warning: {warning}" for warning in memory.warnings]
+    problems = [fit.problem for fit in fits if fit.problem]
+    lines += [f"does not fit: {problem}" for problem in problems + memory.problems]
+    if problems:
+        lines += [f"would fit: {way}" for way in mends(config, reach, sizes)]
+    lines += [f"wrong: {problem}" for problem in wrong]
+    problems += memory.problems + wrong
+    if not problems:
+        lines.append("the config fits")
+    return problems, lines
+
+
+def _estimate(config: Config) -> list[str]:
+    from ray_synth.budget.estimate import lines
+    from ray_synth.budget.probe import forecast, share_cores
+    from ray_synth.pipeline import check_run
+
+    run = check_run(config)
+    if not run.todo("report"):
+        return ["nothing is left to do: the run is finished"]
+    return lines(forecast(run, "report", shared=share_cores(config, cluster_reach(config))))
+
+
+def _sizes(config: Config) -> tuple[Sizes, list[str]]:
+    """How much there is to do, and what a run would refuse to start with."""
+    from ray_synth.pipeline import check_run
+
+    try:
+        return check_run(config).sizes, []
+    except ValueError as error:
+        return Sizes(), [str(error)]
 
 
 def _devices() -> list[str]:
@@ -68,23 +123,4 @@ def _devices() -> list[str]:
         lines.append(f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.device_count():
         lines.append("GPU: none" + (" (mps)" if torch.backends.mps.is_available() else ""))
-    return lines
-
-
-def _stages(config: Config) -> list[str]:
-    """What each stage asks for, and the disk it writes to."""
-    lines = []
-    for stage, parts in demands(config).items():
-        cpus = sum(part.count * part.cpus for part in parts)
-        gpus = sum(part.count * part.gpus for part in parts)
-        lines.append(f"{stage}: asks for {cpus:g} CPUs and {gpus:g} GPUs at once")
-    runs = runs_folder(config.runs_dir)
-    if runs.is_local:
-        place = runs.path()
-        while not os.path.isdir(place):
-            place = os.path.dirname(place)
-        lines.append(f"disk: {shutil.disk_usage(place).free / 2**30:.1f} GiB free for {runs.uri}")
-    else:
-        runs.check_writable()
-        lines.append(f"storage: {runs.address()} can be written")
     return lines

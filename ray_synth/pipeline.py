@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.budget import check_budget, cluster_capacity
+from ray_synth.budget import Reach, preflight
+from ray_synth.budget.demands import Sizes
 from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import ClipConfig, Config, QualityConfig
 from ray_synth.data.dataset import (
@@ -39,7 +41,7 @@ from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.heartbeat import watched
 from ray_synth.logs import hide_value_of
 from ray_synth.progress import Bar, make_board, watch
-from ray_synth.stages import StageLog, stage_inputs
+from ray_synth.stages import STAGES, StageLog, stage_inputs
 from ray_synth.storage import Folder
 from ray_synth.training.trainer import check_recipe
 
@@ -69,6 +71,17 @@ class Run:
     def store(self) -> ImageStore:
         return ImageStore(self.folder.child("images"))
 
+    @property
+    def sizes(self) -> Sizes:
+        """How much there is to do."""
+        tests = {name: len(index) for name, index in self.tests.items()}
+        return Sizes(len(self.train), len(self.train.class_names), tests)
+
+    def todo(self, until: str) -> list[str]:
+        """The stages up to one, or to `report`, that are not done."""
+        last = STAGES.index(until) if until in STAGES else len(STAGES)
+        return [stage for stage in STAGES[: last + 1] if self.stages.record(stage) is None]
+
     def generation_job(self, board: Any = None) -> GenerationJob:
         return GenerationJob(
             self.config.generation,
@@ -81,10 +94,21 @@ class Run:
 
 
 def open_run(config: Config, force_stage: str | None = None) -> Run:
-    """Check everything that can be checked without a cluster, and open the run directory.
+    """Check everything that can be checked without a cluster, and begin the run directory.
 
     Raises:
         ValueError: bad data, an unknown model, or a directory that holds other settings' results.
+    """
+    run = check_run(config, force_stage)
+    begin(run, force_stage)
+    return run
+
+
+def check_run(config: Config, force_stage: str | None = None) -> Run:
+    """The run of a config, with all that can be known to be wrong looked for; nothing is written.
+
+    Raises:
+        ValueError: as `open_run` does.
     """
     names = read_class_names(config.data.class_names)
     train = require_every_class(load_index(config.data.train, names), "data.train")
@@ -100,59 +124,96 @@ def open_run(config: Config, force_stage: str | None = None) -> Run:
     folder.check_readable()
     stages = StageLog(folder, stage_inputs(config, fingerprint(config.generation)))
     stages.check(force_stage)
-    if force_stage in ("quality", "generation"):
-        ImageStore(folder.child("images")).clear()
     if stages.record("generation") is None:
         check_generator(config.generation)
-        folder.check_writable()
     if stages.record("plan") is None:
         prompt_limit(config, *prompt_tokens(config.generation))
     if stages.record("training") is None:
         check_recipe(config.training)
-    for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
-        folder.child(name).sweep()
-    folder.sweep()
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-    folder.write_yaml("config.yaml", {**config.model_dump(mode="json"), "versions": versions})
     return Run(config, runs, folder, stages, train, tests, validation)
 
 
+def begin(run: Run, force_stage: str | None = None) -> None:
+    """Keep the config in the run directory, and forget what is to be done again.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    run.stages.forget()
+    if force_stage in ("quality", "generation"):
+        run.store.clear()
+    if run.stages.record("generation") is None:
+        run.folder.check_writable()
+    for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
+        run.folder.child(name).sweep()
+    run.folder.sweep()
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    values = run.config.model_dump(mode="json")
+    run.folder.write_yaml("config.yaml", {**values, "versions": versions})
+
+
 def run_pipeline(
-    config: Config, *, until: str = "report", force_stage: str | None = None
+    config: Config,
+    *,
+    until: str = "report",
+    force_stage: str | None = None,
+    estimate: bool = False,
 ) -> dict[str, Any]:
     """Run all stages up to `until`; the metrics (empty before evaluation).
 
     Args:
         until: one of `stages.STAGES`, or `report`.
+        estimate: first probe the cluster, and in the end say how far off the estimate was.
     """
     started = time.perf_counter()
     hide_value_of(config.meaning.llm.api_key_env)
-    run = open_run(config, force_stage)
+    run = check_run(config, force_stage)
     if until == "report" and run.folder.exists("metrics.json") and run.stages.record("evaluation"):
+        begin(run)
         write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
-    with watched(run.folder, until):
-        return _run_until(run, config, until, started)
-
-
-def _run_until(run: Run, config: Config, until: str, started: float) -> dict[str, Any]:
-    with connect(config.cluster):
-        check_budget(config, cluster_capacity(config))
-        tracker = _tracker(run)
-        try:
-            _run_stages(run, until, tracker)
-        except BaseException as error:
-            if tracker:
-                tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-    if until != "report":
-        if tracker:
+    with ExitStack() as watching:
+        with connect(config.cluster):
+            reach = preflight(config, run.sizes, run.todo(until))
+            begin(run, force_stage)
+            watching.enter_context(watched(run.folder, until))
+            expected = _forecast(run, until, reach) if estimate else None
+            estimated = time.perf_counter()
+            tracker = _tracker(run)
+            try:
+                _run_stages(run, until, tracker)
+            except BaseException as error:
+                if tracker:
+                    tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+        metrics = write_report(run, time.perf_counter() - started) if until == "report" else {}
+        if expected:
+            _compare(run, expected, time.perf_counter() - estimated)
+        if tracker and metrics:
+            _track_results(run, tracker, metrics)
+        elif tracker:
             tracker.end()
-        return {}
-    metrics = write_report(run, time.perf_counter() - started)
-    if tracker:
-        _track_results(run, tracker, metrics)
-    return metrics
+        return metrics
+
+
+def _forecast(run: Run, until: str, reach: Reach) -> dict[str, Any]:
+    """estimate.json, from a short probe."""
+    from ray_synth.budget.probe import forecast, share_cores
+
+    found = forecast(run, until, shared=share_cores(run.config, reach)).as_dict()
+    run.folder.write_json("estimate.json", found)
+    return found
+
+
+def _compare(run: Run, expected: dict[str, Any], total: float) -> None:
+    """How far off the estimate was, in the log and in estimate.json."""
+    from ray_synth.budget.estimate import compare
+
+    done = run.stages.seconds()
+    taken = {stage: done[stage] for stage in expected["seconds"] if stage in done}
+    taken["around"] = total - sum(taken.values())
+    run.folder.write_json("estimate.json", {**expected, "taken": taken})
+    log.info("%s", compare(expected["seconds"], taken))
 
 
 def inspected(run: Run) -> Run:

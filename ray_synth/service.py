@@ -43,6 +43,10 @@ class Service:
             serve.delete(APP_NAME)
         self._handle, self._begun = None, False
 
+    def start(self) -> None:
+        """Start the app now, where it was not asked anything yet."""
+        self._app()
+
     def _app(self) -> Any:
         if self._handle is None:
             from ray import serve

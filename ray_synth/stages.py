@@ -80,13 +80,16 @@ class StageLog:
 
     def __init__(self, folder: Folder, inputs: dict[str, dict[str, Any]]) -> None:
         self.folder, self.inputs = folder, inputs
+        self._again: set[str] = set()
 
     def record(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left; None where it is still to do."""
         name = f"stages/{stage}.json"
-        return self.folder.read_json(name) if self.folder.exists(name) else None
+        done = stage not in self._again and self.folder.exists(name)
+        return self.folder.read_json(name) if done else None
 
     def check(self, force_stage: str | None = None) -> None:
-        """Compare all finished stages with the current inputs.
+        """Compare all finished stages with the current inputs; nothing is written.
 
         Args:
             force_stage: do this stage and all that follow it again.
@@ -97,8 +100,7 @@ class StageLog:
         if force_stage:
             if force_stage not in STAGES:
                 raise ValueError(f"unknown stage {force_stage!r}: one of {', '.join(STAGES)}")
-            for stage in STAGES[STAGES.index(force_stage) :]:
-                self.folder.delete(f"stages/{stage}.json")
+            self._again = set(STAGES[STAGES.index(force_stage) :])
         for stage in STAGES:
             record = self.record(stage)
             if record is None:
@@ -110,6 +112,12 @@ class StageLog:
                     + "\n  ".join(changes)
                     + f"\nGive the run a new name, or redo it with --force-stage {stage}."
                 )
+
+    def forget(self) -> None:
+        """Delete the records of the stages that are to be done again."""
+        for stage in self._again:
+            self.folder.delete(f"stages/{stage}.json")
+        self._again = set()
 
     def run(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do a stage unless it is done; its result (small, JSON) either way."""

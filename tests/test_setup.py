@@ -43,7 +43,13 @@ def test_doctor_says_what_there_is_and_what_does_not_fit(local_ray):
     config = "jobs/configs/quickstart.yaml"
     good = CliRunner().invoke(app, ["doctor", "--config", config])
     assert good.exit_code == 0, good.output
-    for expected in ("torch ", "CPU: ", "cluster: 1 node", "training: asks for 2 CPUs", "fits"):
+    for expected in (
+        "torch ",
+        "CPU: ",
+        "cluster: 1 node",
+        "training    2 CPUs, 0 GPUs",
+        "the config fits",
+    ):
         assert expected in good.output
     bad = CliRunner().invoke(
         app, ["doctor", "--config", config, "--set", "training.num_workers=99"]

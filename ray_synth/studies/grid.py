@@ -14,7 +14,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ray_synth.budget import Capacity, check_budget, cluster_capacity
+from ray_synth.budget import Reach, check_budget, preflight
+from ray_synth.budget.check import fit, most_at_once
+from ray_synth.budget.demands import READ, demands
+from ray_synth.budget.packing import Demand
 from ray_synth.cluster import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
@@ -28,6 +31,7 @@ from ray_synth.training.job import TrainJob, total_steps
 log = logging.getLogger("ray_synth")
 VALIDATION = "validation"
 SHORT_STEPS = 1_000
+MOST_AT_A_TIME = 256
 T = TypeVar("T")
 
 
@@ -63,8 +67,9 @@ class Grid:
         return config.model_copy(update={"runs_dir": self.folder.child("sources").uri})
 
     @cached_property
-    def capacity(self) -> Capacity:
-        return cluster_capacity(self.config)
+    def reach(self) -> Reach:
+        """The cluster, before any of this was started. Raises ValueError where a source does not fit."""
+        return preflight(self.trials[0].config)
 
     def make_sources(self) -> None:
         """Inspect, resolve, plan and generate what the trials train on.
@@ -72,10 +77,12 @@ class Grid:
         Raises:
             ValueError: as the pipeline's stages do; a source that does not fit the cluster.
         """
+        for config in {trial.source: trial.config for trial in self.trials}.values():
+            check_budget(config, self.reach)
+        self._check_parallel()
         mixed: dict[str, Run] = {}
         for trial in self.trials:
             if trial.source not in self.runs:
-                check_budget(trial.config, self.capacity)
                 run = open_run(trial.config)
                 self._share(run, "data")
                 self.runs[trial.source] = inspected(run)
@@ -86,7 +93,7 @@ class Grid:
                 mixed[trial.source] = self.runs[trial.source]
         self._write_words([run for run in mixed.values() if run.stages.record("plan") is None])
         missing = [run for run in mixed.values() if run.stages.record("generation") is None]
-        side_by_side(run_images, missing, self._room_for_images())
+        side_by_side(run_images, missing, self._room_for("generation"))
 
     def _write_words(self, runs: list[Run]) -> None:
         """Meanings and plans; the models are loaded once for all runs that ask the same ones."""
@@ -125,7 +132,7 @@ class Grid:
             for trial in self.trials
             if not self.arms.exists(f"models/{trial.digest}.json")
         }
-        room = self._room_for_training()
+        room = self._room_for("training")
         threads = self.config.training.num_threads or max(1, (os.cpu_count() or 1) // room)
         if todo:
             log.info("%d trainings, %d at a time", len(todo), room)
@@ -220,26 +227,36 @@ class Grid:
                     results.setdefault(bn or "main", {})[test_set] = result
             self.arms.write_json(f"results/{trial.digest}.{kind}.json", results)
 
-    def _room_for_images(self) -> int:
-        generation = self.config.generation
-        pool = generation.pool.min_size
-        return self._room(pool * generation.num_cpus, pool * generation.num_gpus)
+    def _check_parallel(self) -> None:
+        """Raises ValueError where `studies.parallel` is more than the cluster holds at a time."""
+        given = self.config.studies.parallel
+        for stage in ("generation", "training") if given else ():
+            parts, read = self._parts(stage)
+            many = [replace(part, count=part.count * given) for part in parts]
+            found = fit(stage, [*many, *read], self.reach)
+            if found.problem:
+                most = most_at_once(parts, read, self.reach, given)
+                raise ValueError(
+                    f"studies.parallel {given} does not fit the cluster; Ray would wait for ever:\n  "
+                    f"{found.problem}\nThe most that fits: --set studies.parallel={most}"
+                )
 
-    def _room_for_training(self) -> int:
-        training = self.config.training
-        workers = training.max_workers
-        return self._room(workers * training.num_cpus, workers * training.num_gpus)
+    def _parts(self, stage: str) -> tuple[list[Demand], list[Demand]]:
+        """What each of several at a time asks for, and the read task that they share."""
+        training = self.config.training.model_copy(update={"feed": "stored"})
+        parts = demands(self.config.model_copy(update={"training": training}))[stage]
+        most = training.max_workers
+        parts = [replace(p, count=most) if p.what == "training.num_workers" else p for p in parts]
+        return [p for p in parts if p.what != READ], [p for p in parts if p.what == READ]
 
-    def _room(self, cpus: float, gpus: float) -> int:
-        """How many of a kind the cluster holds at a time; on a laptop, no more than it has cores."""
+    def _room_for(self, stage: str) -> int:
+        """How many the cluster holds at a time; on a laptop, no more than it has cores."""
         if self.config.studies.parallel:
             return self.config.studies.parallel
-        room = self.capacity.cpus / cpus
-        if gpus:
-            room = min(room, self.capacity.gpus / gpus)
-        elif self.capacity.cpus == self.capacity.node_cpus:  # one node, and its CPUs may be logical
-            room = min(room, os.cpu_count() or 1)
-        return max(1, int(room))
+        parts, read = self._parts(stage)
+        logical = self.reach.count == 1 and not any(part.gpus for part in parts)
+        most = (os.cpu_count() or 1) if logical else MOST_AT_A_TIME
+        return most_at_once(parts, read, self.reach, most)
 
 
 def is_short(job: TrainJob) -> bool:

@@ -48,6 +48,8 @@ def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
     error = capsys.readouterr().err
     check_message(ended.value.code, error, "does not fit the cluster")
     assert "training needs" in error
+    assert "--set cluster.num_cpus=" in error
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
 @pytest.mark.parametrize(

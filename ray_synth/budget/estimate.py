@@ -1,0 +1,185 @@
+"""Seconds, device hours and cost of each stage, from what a short probe measured; pure arithmetic.
+
+    a stage = what its start takes + how much there is to do x what one of it takes
+
+Where generation and training share the same cores (a laptop) their work adds up; on GPUs, or on nodes of
+their own, it overlaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ray_synth.budget.demands import Sizes, asks_for_contexts, demands
+from ray_synth.config import Config
+from ray_synth.stages import STAGES
+from ray_synth.training.job import total_steps
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the probe saw, in seconds.
+
+    Attributes:
+        service_start: until the language model and CLIP serve.
+        meaning, contexts: a class, many being asked at once.
+        quality: the whole task on so many real images as it will have.
+        make_start: until the first image could be begun; `make`: an image of one actor, judged,
+            encoded and kept.
+        train_start: until the first step is done; `train_end`: from the last one.
+        step_real, step_mixed: an optimizer step of one worker.
+        save: a checkpoint.
+        test_start: until the first test image could be begun; `test`: an image through one model.
+        data, around: the stage `data`, and what lies before and after all stages.
+    """
+
+    service_start: float = 0.0
+    meaning: float = 0.0
+    contexts: float = 0.0
+    quality: float = 0.0
+    make_start: float = 0.0
+    make: float = 0.0
+    train_start: float = 0.0
+    train_end: float = 0.0
+    step_real: float = 0.0
+    step_mixed: float = 0.0
+    save: float = 0.0
+    test_start: float = 0.0
+    test: float = 0.0
+    data: float = 0.0
+    around: float = 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run should take.
+
+    Attributes:
+        seconds: of each stage; `around` is what lies before and after them.
+        hours: `gpu_hours` and `cpu_hours` that the stages' units reserve.
+        cost: by `cluster.price_per_gpu_hour` and `price_per_cpu_hour`.
+    """
+
+    seconds: dict[str, float]
+    hours: dict[str, float]
+    cost: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "total": self.total}
+
+
+def estimate(
+    config: Config,
+    sizes: Sizes,
+    measured: Measured,
+    *,
+    shared: bool,
+    stages: Collection[str] = STAGES,
+) -> Estimate:
+    """The stages that are to do.
+
+    Args:
+        sizes: all of it known.
+        shared: generation and training run on the same cores.
+    """
+    synthetic = sizes.synthetic(config)
+    assert sizes.real is not None and sizes.classes is not None and synthetic is not None
+    m, training = measured, config.training
+    served = config.meaning.enabled and "meaning" in stages
+    found = {
+        "data": m.data,
+        "meaning": m.service_start + sizes.classes * m.meaning if config.meaning.enabled else 0.0,
+        "plan": (0.0 if served else m.service_start) + sizes.classes * m.contexts
+        if asks_for_contexts(config)
+        else 0.0,
+        "quality": m.quality if demands(config, sizes)["quality"] else 0.0,
+    }
+    pool = 1 if shared else config.generation.pool.max_size
+    made = m.make_start + synthetic * m.make / pool
+    steps = total_steps(training, sizes.real)
+    crowd = training.max_workers if shared else 1  # workers that share the cores
+    once = m.train_start + m.train_end + (steps // training.checkpoint_every) * m.save
+    batches = steps * training.accumulate_steps * crowd
+    alone = (once + batches * m.step_real) if training.baseline else 0.0
+    mixed = batches * m.step_mixed
+    if training.feed == "stored":
+        found |= {"generation": made, "training": alone + once + mixed}
+    else:
+        beside, left = _beside(config, synthetic, m.make / pool, mixed, batches // crowd, shared)
+        found["training"] = alone + once + m.make_start + beside
+        found["generation"] = m.make_start + left if left else 0.0
+    models = len(config.evaluation.bns) if training.dual_bn else 1
+    models += training.baseline
+    testers = 1 if shared else config.evaluation.num_actors
+    tested = sum(sizes.tests.values()) * models * m.test / testers
+    found["evaluation"] = m.test_start + tested
+    seconds = {stage: found[stage] for stage in STAGES if stage in stages}
+    hours = _hours(config, sizes, seconds)
+    prices = config.cluster
+    cost = hours["gpu_hours"] * prices.price_per_gpu_hour
+    cost += hours["cpu_hours"] * prices.price_per_cpu_hour
+    return Estimate({**seconds, "around": m.around}, hours, cost)
+
+
+def _beside(
+    config: Config, synthetic: int, make: float, mixed: float, batches: int, shared: bool
+) -> tuple[float, float]:
+    """Seconds of training on images that are being made, and of what is left to make after it."""
+    training = config.training
+    if training.feed == "lockstep":  # waits for each image once, then goes round
+        needed = min(synthetic, batches * training.num_synth * training.max_workers) * make
+        left = (synthetic * make) - needed
+        return (needed + mixed if shared else max(needed, mixed)), left
+    warmup = training.warmup_images or 2 * training.num_synth
+    first = min(synthetic, warmup * training.max_workers)
+    rest = (synthetic - first) * make
+    # Two that share the cores have half of them each, until the shorter one is done.
+    together = mixed + min(rest, mixed) if shared else mixed
+    return first * make + together, max(0.0, rest - mixed)
+
+
+def _hours(config: Config, sizes: Sizes, seconds: dict[str, float]) -> dict[str, float]:
+    """What the units of the stages reserve while they are at work; pools count with their most."""
+    largest = {
+        "generation.pool.min_size": config.generation.pool.max_size,
+        "training.num_workers": config.training.max_workers,
+    }
+    cpus = gpus = 0.0
+    for stage, parts in demands(config, sizes).items():
+        for part in parts:
+            hours = seconds.get(stage, 0.0) / 3600 * largest.get(part.what, part.count)
+            cpus += hours * part.cpus
+            gpus += hours * part.gpus
+    return {"gpu_hours": gpus, "cpu_hours": cpus}
+
+
+def lines(found: Estimate) -> list[str]:
+    """A table for people."""
+    rows = [f"{stage:<12}{seconds:>9.0f} s" for stage, seconds in found.seconds.items() if seconds]
+    rows.append(f"{'total':<12}{found.total:>9.0f} s")
+    used = [
+        f"{found.hours['cpu_hours']:.2f} CPU-hours",
+        f"{found.hours['gpu_hours']:.2f} GPU-hours",
+    ]
+    rows.append("reserved: " + ", ".join(used) + (f", cost {found.cost:.2f}" if found.cost else ""))
+    return rows
+
+
+def compare(expected: dict[str, float], taken: dict[str, float]) -> str:
+    """`estimate: 200 s expected, 210 s taken (-5%); meaning 30/31, ...`, of expected and taken."""
+    total, real = sum(expected.values()), sum(taken.values())
+    parts = [
+        f"{stage} {seconds:.0f}/{taken[stage]:.0f}"
+        for stage, seconds in expected.items()
+        if stage in taken and (seconds or taken[stage] >= 1)
+    ]
+    return (
+        f"estimate: {total:.0f} s expected, {real:.0f} s taken ({100 * (total / real - 1):+.0f}%); "
+        f"expected/taken by stage: {', '.join(parts)}"
+    )

@@ -1,0 +1,341 @@
+"""Does it fit in memory and on the disk? Estimates by stated formulas; only what is certain is refused.
+
+    generation   weights + batch x 10 tensors of (the VAE's first channels, height, width)
+    training     parameters x (4 + 4 + 4 a state of the optimizer [+ 4 for an average]) bytes
+                 + batch x the outputs of all layers of one forward pass
+    language     weights + a fifth
+    a process    0.7 GB of host memory with torch, 0.9 GB with open_clip (measured), and its weights
+
+Weights are counted from the headers of safetensors files that are at hand: a folder, or the hub's cache.
+What is not at hand is unknown, and never refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ray_synth.budget.demands import Sizes, asks_for_contexts, fewest
+from ray_synth.budget.reach import GIB, Reach
+from ray_synth.config import Config, TrainingConfig
+from ray_synth.stages import STAGES
+from ray_synth.storage import Folder
+
+# GiB of a GPU by Ray's name of its type; of types that come in two sizes the larger one.
+GPU_GIB = {
+    "K80": 12, "P4": 8, "P100": 16, "V100": 32, "T4": 16, "A10G": 24, "L4": 24, "L40S": 48,
+    "A100": 80, "A100-40G": 40, "A100-80G": 80, "H100": 80, "H200": 141, "H20": 96, "B200": 192,
+}  # fmt: skip
+VAE_TENSORS = 10  # of full size that are alive at once while a batch is decoded
+PROCESS = int(0.7e9)
+PROCESS_WITH_CLIP = int(0.9e9)
+# Bytes a pixel of encoded photographs; drawings take less.
+ENCODED = {"png": 1.6, "webp": 0.35, "jpeg": 0.4}
+ROW = 1_600  # bytes of a row besides its image: prompts, ids, an embedding
+SURE = 0.25  # of the images' estimated size, that they surely take
+OPTIMIZER_STATES = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "rmsprop": 1, "adafactor": 1}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Memory of one unit, in bytes.
+
+    Attributes:
+        what: the setting that asks for it.
+        count: units at once, at the least.
+        gpus: the share of a GPU that it has; 0: it runs on the host.
+        sure: what it surely takes; 0 where that is not known.
+        likely: what it will take by the formulas.
+        mend: the settings that lower it.
+    """
+
+    what: str
+    stage: str
+    count: int
+    gpus: float
+    sure: int
+    likely: int
+    mend: str
+
+
+@dataclass
+class Findings:
+    """What is certainly too small, what may be, and what was found, for people."""
+
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def look(
+    config: Config,
+    reach: Reach,
+    sizes: Sizes | None = None,
+    stages: Collection[str] = STAGES,
+    runs: Folder | None = None,
+) -> Findings:
+    """Memory of GPUs and hosts, object store and disk.
+
+    Args:
+        runs: where run directories lie; a local one is asked for its free space.
+    """
+    findings = Findings()
+    needs = [need for need in memory_needs(config) if need.stage in stages]
+    for need in needs:
+        if need.gpus:
+            _look_at_gpus(need, reach, findings)
+    _look_at_hosts(needs, reach, findings)
+    if runs is not None and runs.is_local and {"generation", "training"} & set(stages):
+        place = Path(runs.path())
+        while not place.is_dir():
+            place = place.parent
+        made = _bytes_in(Path(runs.path(config.name, "images")))
+        _look_at_disk(config, sizes or Sizes(), shutil.disk_usage(place).free, made, findings)
+    return findings
+
+
+def _look_at_gpus(need: Need, reach: Reach, findings: Findings) -> None:
+    """A unit against the GPUs that have room for it."""
+    sizes = {
+        (node.accelerator, GPU_GIB[node.accelerator] * GIB)
+        for node in reach.nodes
+        if node.gpus >= min(need.gpus, 1) and node.accelerator in GPU_GIB
+    }
+    if not sizes or len(sizes) < len({n.accelerator for n in reach.nodes if n.gpus}):
+        findings.notes.append(f"{need.what}: about {_gib(need.likely)} of GPU memory each")
+        return
+    kind, largest = max(sizes, key=lambda item: item[1])
+    room = int(largest * need.gpus)
+    text = (
+        f"{need.what} needs {{}} of GPU memory, and {need.gpus:g} of "
+        f"{'an' if kind[0] in 'AHL' else 'a'} {kind} has {_gib(room)}; {need.mend}"
+    )
+    if need.sure > room:
+        findings.problems.append(text.format(f"at least {_gib(need.sure)}"))
+    elif need.likely > min(size for _, size in sizes) * need.gpus:
+        findings.warnings.append(text.format(f"about {_gib(need.likely)}"))
+
+
+def _look_at_hosts(needs: list[Need], reach: Reach, findings: Findings) -> None:
+    """All processes of a stage against the memory of all nodes; one against the largest node."""
+    if not reach.nodes or any(not node.memory for node in reach.nodes):
+        return
+    whole = sum(node.count * node.memory for node in reach.nodes)
+    largest = max(node.memory for node in reach.nodes)
+    for need in needs:
+        if not need.gpus and need.sure > largest:
+            findings.problems.append(
+                f"{need.what} needs at least {_gib(need.sure)} of memory, the largest node has "
+                f"{_gib(largest)}; {need.mend}"
+            )
+    for stage in dict.fromkeys(need.stage for need in needs):
+        likely = sum(
+            need.count * (PROCESS if need.gpus else need.likely)
+            for need in needs
+            if need.stage == stage
+        )
+        if likely > whole:
+            findings.warnings.append(
+                f"{stage} takes about {_gib(likely)} of memory, all nodes have {_gib(whole)}"
+            )
+
+
+def _look_at_disk(config: Config, sizes: Sizes, free: int, made: int, findings: Findings) -> None:
+    """Images, plan, checkpoints and models against what is free; `made` bytes of images are there."""
+    images, rest = disk_needs(config, sizes)
+    findings.notes.append(f"disk: about {_gib(images + rest)} in all, {_gib(free)} are free")
+    missing = max(0, images - made) + rest
+    if max(0, SURE * images - made) + rest > free:
+        findings.problems.append(
+            f"the run needs {_gib(missing)} of disk (images {_gib(images)}, of which {_gib(made)} are "
+            f"there; checkpoints and the rest {_gib(rest)}), {_gib(free)} are free: free some, give "
+            "another runs_dir, or make fewer images (prompting.multiplier)"
+        )
+    elif missing > free:
+        findings.warnings.append(f"the run may need {_gib(missing)} of disk, {_gib(free)} are free")
+
+
+def disk_needs(config: Config, sizes: Sizes) -> tuple[int, int]:
+    """Bytes of the images, and of plan, checkpoints (two are kept, one is being written) and models."""
+    generation, training = config.generation, config.training
+    synthetic = sizes.synthetic(config) or 0
+    pixels = generation.width * generation.height
+    images = int(synthetic * (pixels * ENCODED[generation.image_format] + ROW))
+    parameters, _ = classifier_size(training.model, _frozen(training), sizes.classes or 1000)
+    arms = 1 + training.baseline
+    kept = arms * 3 * (4 * parameters + _state_bytes(training, parameters))
+    exported = 4 * parameters * (3 if training.dual_bn else 1) * arms
+    return images, synthetic * 400 + kept + exported
+
+
+def memory_needs(config: Config) -> list[Need]:
+    """What each kind of unit takes."""
+    llm, generation, training = config.meaning.llm, config.generation, config.training
+    needs = []
+    served = [
+        *(["meaning"] if config.meaning.enabled else []),
+        *(["plan"] if asks_for_contexts(config) else []),
+    ]
+    for stage in served:
+        if llm.backend == "transformers":
+            weights = _weights(llm.model, llm.revision, _bytes(llm.dtype, llm.num_gpus))
+            base = 0 if llm.num_gpus else PROCESS
+            needs.append(
+                Need(
+                    "meaning.llm", stage, fewest(llm.replicas), llm.num_gpus, weights,
+                    int(1.2 * weights) + base, "take a smaller meaning.llm.model",
+                )
+            )  # fmt: skip
+        clip = config.meaning.clip
+        if not clip.num_gpus:
+            needs.append(
+                Need(
+                    "meaning.clip", stage, fewest(clip.replicas), 0, 0, PROCESS_WITH_CLIP,
+                    "take a smaller meaning.clip.model",
+                )
+            )  # fmt: skip
+    size = _bytes(generation.dtype, generation.num_gpus)
+    weights = 0
+    if generation.generator == "diffusers" and not generation.offload:
+        weights = _weights(generation.model, generation.revision, size)
+    batch = generation.batch_size if isinstance(generation.batch_size, int) else 1
+    pixels = generation.width * generation.height
+    decoded = batch * VAE_TENSORS * _vae_channels(generation.model) * pixels * size
+    base = 0 if generation.num_gpus else PROCESS_WITH_CLIP
+    likely = weights + (decoded if generation.generator == "diffusers" else 0) + base
+    maker = (
+        generation.pool.min_size, generation.num_gpus, weights, likely,
+        "lower generation.batch_size (or 'auto'), take half precision or generation.offload",
+    )  # fmt: skip
+    needs.append(Need("generation", "generation", *maker))
+    if training.feed != "stored":
+        needs.append(Need("generation", "training", *maker))
+    parameters, outputs = classifier_size(training.model, _frozen(training), 1000)
+    sure = 4 * parameters + 4 * parameters + _state_bytes(training, parameters)
+    kept = outputs * training.batch_size * _bytes(training.dtype, training.num_gpus)
+    needs.append(
+        Need(
+            "training", "training", training.min_workers, training.num_gpus, sure,
+            sure + kept + (0 if training.num_gpus else PROCESS),
+            "lower training.batch_size (and raise accumulate_steps), or train in bfloat16",
+        )
+    )  # fmt: skip
+    return needs
+
+
+def _state_bytes(training: TrainingConfig, parameters: int) -> int:
+    """Of the optimizer, and of an average of the weights."""
+    states = OPTIMIZER_STATES.get(training.optimizer.name.lower(), 2)
+    return 4 * parameters * (states + (training.ema_decay is not None))
+
+
+def _frozen(training: TrainingConfig) -> tuple[str, int]:
+    return json.dumps(training.model_kwargs, sort_keys=True), training.image_size
+
+
+@lru_cache(maxsize=8)
+def classifier_size(model: str, settings: tuple[str, int], classes: int) -> tuple[int, int]:
+    """Parameters of a timm model, and the numbers that its layers put out for one image.
+
+    A forward pass on torch's meta device, which computes nothing. Outputs are 0 where it cannot be
+    done there.
+    """
+    import torch
+
+    from ray_synth.training import recipe
+
+    kwargs, image_size = json.loads(settings[0]), settings[1]
+    with torch.device("meta"):
+        built = recipe.build_model(model, num_classes=classes, model_kwargs=kwargs)
+    parameters = sum(p.numel() for p in built.parameters())
+    outputs = 0
+
+    def add(_module: Any, _inputs: Any, output: Any) -> None:
+        nonlocal outputs
+        outputs += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    for module in built.modules():
+        if not list(module.children()):
+            module.register_forward_hook(add)
+    try:
+        with torch.no_grad():
+            built.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, NotImplementedError, AssertionError):
+        outputs = 0
+    return parameters, outputs
+
+
+def _weights(model: str, revision: str | None, size: int) -> int:
+    """Bytes of a model's weights at `size` bytes each; 0 where it is not at hand."""
+    folder = model_folder(model, revision)
+    return size * stored_parameters(folder) if folder else 0
+
+
+def model_folder(model: str, revision: str | None = None) -> Path | None:
+    """Where a diffusers or transformers model lies on this machine; None where it does not."""
+    if model == "embedded":
+        from ray_synth.mini import sd_folder
+
+        return sd_folder()
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model_index.json", "config.json"):
+        found = try_to_load_from_cache(model, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
+
+
+def stored_parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a model's folder; of variants of a part, one is counted."""
+    total = 0
+    for part in {path.parent for path in folder.rglob("*.safetensors")}:
+        plain = [p for p in part.glob("*.safetensors") if ".fp16." not in p.name]
+        total += sum(_numbers(path) for path in plain or part.glob("*.safetensors"))
+    return total
+
+
+def _numbers(path: Path) -> int:
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(
+        math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
+    )
+
+
+def _vae_channels(model: str) -> int:
+    folder = model_folder(model)
+    config = folder / "vae" / "config.json" if folder else None
+    if config is None or not config.is_file():
+        return 128  # of all Stable Diffusions
+    return int(json.loads(config.read_text()).get("block_out_channels", [128])[0])
+
+
+def _bytes(dtype: str, gpus: float) -> int:
+    """Bytes a number; "auto" is half precision on GPUs."""
+    if dtype == "auto":
+        return 2 if gpus else 4
+    return 4 if dtype == "float32" else 2
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files right in a folder."""
+    if not folder.is_dir():
+        return 0
+    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
+
+
+def _gib(amount: float) -> str:
+    return f"{amount / GIB:.1f} GiB" if amount >= GIB / 10 else f"{amount / 2**20:.0f} MiB"

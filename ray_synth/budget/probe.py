@@ -1,0 +1,281 @@
+"""A short probe of every stage on the connected cluster, through the code that the run will use.
+
+A few classes are asked about, a few batches of images made, a few steps taken. What is measured is what
+`estimate` multiplies. Nothing of the run is touched: the probe works in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from pyarrow.fs import FileType
+
+from ray_synth.budget.demands import asks_for_contexts, demands
+from ray_synth.budget.estimate import Estimate, Measured, estimate, lines
+from ray_synth.budget.reach import Reach
+from ray_synth.config import Config, PoolConfig
+from ray_synth.storage import Folder
+
+log = logging.getLogger("ray_synth")
+CLASSES = 4  # asked about: enough to fill the language model's batches
+BATCHES = 4  # of images
+STEPS = 10
+QUALITY_IMAGES = 500
+TEST_START = 0.75  # of the time in which an actor is ready to make images (measured)
+AROUND_S = 9.0  # MLflow's start, Serve's end and the report (measured)
+
+
+def forecast(run: Any, until: str, *, shared: bool) -> Estimate:
+    """Probe the cluster and estimate the stages of a run that are to do.
+
+    Args:
+        run: a `pipeline.Run`; its directory is left alone.
+        until: the last stage.
+        shared: generation and training run on the same cores.
+
+    Raises:
+        ValueError: as the stages themselves do.
+    """
+    stages = run.todo(until)
+    found = estimate(run.config, run.sizes, probe(run, stages), shared=shared, stages=stages)
+    for line in lines(found):
+        log.info("estimate: %s", line)
+    return found
+
+
+def share_cores(config: Config, reach: Reach) -> bool:
+    """Whether generation and training run on the same cores: on one machine, without GPUs."""
+    return reach.count == 1 and not (config.generation.num_gpus or config.training.num_gpus)
+
+
+def probe(run: Any, stages: Collection[str]) -> Measured:
+    """Measure what the stages that are to do will need; the run's directory is left alone."""
+    config: Config = run.config
+    folder: Folder = run.runs.child(f".probe-{config.name}")
+    asked = demands(config, run.sizes)
+    seconds: dict[str, float] = {"around": AROUND_S}
+    started = time.perf_counter()
+    try:
+        if any(asked[stage] and stage in stages for stage in ("meaning", "plan")):
+            seconds |= _words(run)
+        if {"generation", "training"} & set(stages):
+            seconds |= _images(run, folder)
+        if {"training", "evaluation"} & set(stages):
+            seconds |= _training(run, folder)
+    finally:
+        if folder.filesystem.get_file_info(folder.path()).type == FileType.Directory:
+            folder.filesystem.delete_dir(folder.path())
+    # An actor of Ray Data that loads models, as the one that makes images.
+    seconds["test_start"] = TEST_START * seconds.get("make_start", 0.0)
+    log.info("probe: %.1f s; %s", time.perf_counter() - started, seconds)
+    return Measured(**seconds)
+
+
+def _words(run: Any) -> dict[str, float]:
+    """The service: its start, and seconds a class of both kinds of question."""
+    from ray_synth.data.dataset import read_index, select
+    from ray_synth.service import Service
+
+    config: Config = run.config
+    names = run.train.class_names[:CLASSES]
+    images: dict[str, list[bytes]] = {name: [] for name in names}
+    few = run.train.take(np.flatnonzero(run.train.label < len(names)))
+    for row in read_index(select(few, config.meaning.num_images, config.seed)):
+        images[names[row["class_index"]]].append(row["image"])
+    found = {}
+    with Service(config) as service:
+        found["service_start"] = _timed(service.start)
+        if config.meaning.enabled:
+            ask = lambda: list(service.resolve_all(images, seed=config.seed))  # noqa: E731
+            found["meaning"] = _timed(ask) / len(names)
+        if asks_for_contexts(config):
+            same = {name: name for name in names}
+            write = lambda: list(service.write_contexts_all(same, seed=config.seed))  # noqa: E731
+            found["contexts"] = _timed(write) / len(names)
+    return found
+
+
+def _images(run: Any, folder: Folder) -> dict[str, float]:
+    """The quality task, and a few batches of images: when the first came, and the pace after it."""
+    from ray_synth.generation.chunks import PlanTable
+    from ray_synth.generation.diffusion import wants_compile
+    from ray_synth.generation.maker import GenerationJob
+    from ray_synth.generation.store import ImageStore
+    from ray_synth.generation.stream import image_stream, settled
+
+    config: Config = run.config
+    generation = config.generation
+    share = (run.sizes.synthetic(config) or 0) // generation.pool.max_size
+    compiled = wants_compile(generation, num_images=share, on_gpu=generation.num_gpus > 0)
+    one = {"reference": None, "pool": PoolConfig(), "compile": compiled}
+    job = GenerationJob(
+        generation.model_copy(update=one),
+        PlanTable(_plan(run, 1)),
+        ImageStore(folder.child("images")),
+        folder,
+        config.meaning.clip,
+    )
+    job = settled(job)
+    plan = _plan(run, BATCHES * int(job.config.batch_size))
+    job = replace(job, plan=PlanTable(plan))
+    folder.write_table("plan.parquet", plan)
+    found = {"quality": _quality(run, folder)}
+    started = time.perf_counter()
+    seen: list[tuple[float, int]] = []
+    for batch in image_stream(job, columns=["sample_id"]).iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    ):
+        seen.append((time.perf_counter() - started, batch.num_rows))
+    (first, some), (last, _) = seen[0], seen[-1]
+    rest = sum(rows for _, rows in seen[1:])
+    make = (last - first) / rest if rest else first / some
+    if generation.reference is not None:
+        make *= generation.reference.strength
+    return {**found, "make": make, "make_start": max(0.0, first - some * make)}
+
+
+def _quality(run: Any, folder: Folder) -> float:
+    """Seconds of the quality task, for as many images as it will have; of many it sees some."""
+    from ray_synth.pipeline import measure_quality
+
+    names = run.train.class_names
+    folder.write_json("meanings.json", [{"class_name": n, "choice": n} for n in names])
+    checks = run.config.generation.checks
+    wanted = checks.real_images_per_class
+    few = max(1, min(wanted, QUALITY_IMAGES // len(names)))
+    fewer = checks.model_copy(update={"real_images_per_class": few})
+    generation = run.config.generation.model_copy(update={"checks": fewer})
+    config = run.config.model_copy(update={"generation": generation})
+    seconds = _timed(lambda: measure_quality(replace(run, folder=folder, config=config)))
+    return seconds * min(wanted / few, max(1.0, len(run.train) / (few * len(names))))
+
+
+def _plan(run: Any, rows: int) -> Any:
+    """Plain prompts of all classes."""
+    from ray_synth.generation.generator import fingerprint, prompt_tokens
+    from ray_synth.prompting.plan import ClassPrompts, make_plan
+    from ray_synth.prompting.styles import load_styles
+
+    config: Config = run.config
+    count, limit = prompt_tokens(config.generation)
+    names = enumerate(run.train.class_names)
+    return make_plan(
+        [ClassPrompts(index, name, name, []) for index, name in names],
+        num_images=rows,
+        mix={"plain": 1.0},
+        styles=load_styles(None),
+        negative_prompt=config.prompting.negative_prompt,
+        fingerprint=fingerprint(config.generation),
+        seed=config.seed,
+        count_tokens=count,
+        max_tokens=limit,
+    )
+
+
+def _training(run: Any, folder: Folder) -> dict[str, float]:
+    """One Ray Train worker that takes some steps of both arms, saves, and tests a batch."""
+    import ray.train
+    import ray.train.torch
+
+    from ray_synth.data.dataset import select
+    from ray_synth.training.job import TrainJob
+    from ray_synth.training.trainer import _resources
+
+    config: Config = run.config
+    few = select(run.train, max(1, 2_000 // len(run.train.class_names)), config.seed)
+    job = TrainJob(
+        arm="probe",
+        config=config.training.model_copy(update={"num_workers": 1}),
+        steps=STEPS + 3,
+        class_names=run.train.class_names,
+        seed=config.seed,
+        folder=folder,
+        real=few,
+        max_pixels=config.data.max_pixels,
+    )
+    trainer = ray.train.torch.TorchTrainer(
+        probe_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
+        train_loop_config={"job": job, "test_batch": config.evaluation.batch_size},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=1,
+            use_gpu=config.training.num_gpus > 0,
+            resources_per_worker=_resources(config.training.num_cpus, config.training.num_gpus),
+        ),
+        run_config=ray.train.RunConfig(name="probe", storage_path=folder.child("checkpoints").uri),
+    )
+    started = time.time()
+    seen = getattr(trainer.fit(), "return_value", None) or {}
+    return {
+        "train_start": seen.pop("first") - started,
+        "train_end": time.time() - seen.pop("ended"),
+        **seen,
+    }
+
+
+def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
+    """In the worker: seconds a step and a save, and the times of the first step and of the end."""
+    import tempfile
+    from pathlib import Path
+
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from ray_synth.training.learner import Learner
+
+    job = settings["job"]
+    device = ray.train.torch.get_device()
+    found: dict[str, float] = {}
+    for name, num_synthetic in (("step_real", 0), ("step_mixed", 1)):
+        learner = Learner(replace(job, num_synthetic=num_synthetic), device, 0, 1)
+        first, found[name] = _steps(learner)
+        found.setdefault("first", first - found[name])
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as place:
+        learner.save(Path(place), {})
+        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(place))
+    found["save"] = time.perf_counter() - started
+    size = job.config.image_size
+    images = torch.rand(settings["test_batch"], 3, size, size, device=device)
+    model = learner.model.eval()
+    with torch.inference_mode():
+        model(images)
+        found["test"] = _timed(lambda: model(images).cpu()) / len(images)
+    return {**found, "ended": time.time()}
+
+
+def _steps(learner: Any) -> tuple[float, float]:
+    """When the first step was done, and seconds of each that followed, with feeds and all."""
+    from ray_synth.data.dataset import read_index
+    from ray_synth.training.decoder import Decoder
+    from ray_synth.training.feed import CachedFeed
+    from ray_synth.training.prefetch import Prefetcher
+
+    job, config = learner.job, learner.config
+    decoder = Decoder(learner.transform, job.max_pixels, workers=config.decode_workers)
+    rows = list(read_index(job.real))
+    counts = [config.num_real] + ([config.num_synth] if job.mixed else [])
+    feeds: list[Any] = [CachedFeed(rows, decoder, batch_size=n, seed=n) for n in counts]
+    prefetcher = Prefetcher(feeds, start=0, finish=learner.finish, device=learner.device)
+    try:
+        for step in range(STEPS + 3):
+            learner.step(step, [prefetcher.next()])[0].item()
+            if step == 0:
+                first = time.time()
+            if step == 2:  # the first ones find the batches that were prepared before them
+                started = time.perf_counter()
+        return first, (time.perf_counter() - started) / STEPS
+    finally:
+        prefetcher.close()
+        decoder.close()
+
+
+def _timed(work: Any) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

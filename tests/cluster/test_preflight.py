@@ -1,0 +1,96 @@
+"""The preflight on a real cluster: what others hold, what comes free, what a study would start."""
+
+import time
+
+import pytest
+from samples import ROOT
+
+from ray_synth.budget import preflight
+from ray_synth.budget.reach import cluster_reach
+from ray_synth.config import load_config
+
+pytestmark = pytest.mark.slow
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("ray_synth.budget.check.PATIENCE_S", 2.0)
+
+
+def hold(ray, cpus):
+    """An actor that somebody else started."""
+
+    class Holder:
+        def ready(self):
+            return True
+
+    actor = ray.remote(num_cpus=cpus)(Holder).remote()
+    assert ray.get(actor.ready.remote(), timeout=120)
+    return actor
+
+
+def wait_until(condition, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_what_an_actor_holds_is_not_free(local_ray, impatient):
+    config = load_config(QUICKSTART)
+    assert preflight(config).cpus == 4
+    actor = hold(local_ray, 3)
+    wait_until(lambda: cluster_reach(config).held_cpus == 3)
+    with pytest.raises(ValueError, match=r"reaches 1 \(3 more CPUs are held by other jobs"):
+        preflight(config)
+    local_ray.kill(actor)
+    wait_until(lambda: cluster_reach(config).held_cpus == 0)
+    preflight(config)
+
+
+def test_what_is_about_to_be_let_go_is_waited_for(local_ray):
+    config = load_config(QUICKSTART)
+    actor = hold(local_ray, 3)
+    wait_until(lambda: cluster_reach(config).held_cpus == 3)
+    local_ray.kill(actor)
+    preflight(config)
+
+
+def test_a_serve_app_is_named_and_ones_own_is_taken_over(local_ray, impatient):
+    from ray import serve
+
+    from ray_synth.service import APP_NAME
+
+    @serve.deployment(name="LLM", ray_actor_options={"num_cpus": 2.5})
+    class Held:
+        def __call__(self):
+            return 1
+
+    config = load_config(QUICKSTART, ["meaning.llm.num_cpus=2.5"])
+    serve.start(proxy_location="Disabled")
+    try:
+        serve.run(Held.bind(), name="somebodys", route_prefix=None)
+        wait_until(lambda: cluster_reach(config).held_cpus == 2.5)
+        assert cluster_reach(config).holders == ("the Serve app 'somebodys'",)
+        with pytest.raises(ValueError, match="held by the Serve app 'somebodys'"):
+            preflight(config)
+        serve.delete("somebodys")
+        serve.run(Held.bind(), name=APP_NAME, route_prefix=None)
+        wait_until(lambda: cluster_reach(config).held_cpus == 0)
+        preflight(config)
+    finally:
+        serve.shutdown()
+
+
+def test_a_study_that_does_not_fit_starts_nothing(local_ray, tmp_path):
+    from ray_synth.studies.study import run_studies
+
+    few = [f"runs_dir={tmp_path}", "studies.seeds=[0]", "tracking.enabled=false"]
+    for settings, says in (
+        (["generation.num_cpus=64"], "generation.pool.min_size asks for 64 CPUs"),
+        (["studies.parallel=40"], "The most that fits: --set studies.parallel=6"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            run_studies("ablation", load_config(QUICKSTART, [*few, *settings]))
+        assert list(tmp_path.iterdir()) == []

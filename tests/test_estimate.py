@@ -1,0 +1,80 @@
+"""The arithmetic of estimates: what adds up, what overlaps, and what is left over."""
+
+import pytest
+from samples import ROOT
+
+from ray_synth.budget.demands import Sizes
+from ray_synth.budget.estimate import Measured, compare, estimate
+from ray_synth.config import load_config
+
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+SIZES = Sizes(real=50, classes=10, tests={"in_domain": 2500, "uci": 1797})
+MEASURED = Measured(
+    service_start=15, meaning=1.5, contexts=1.9, quality=4, make_start=8, make=0.05,
+    train_start=15, train_end=2, step_real=0.03, step_mixed=0.08, save=0.5,
+    test_start=6, test=0.0004, data=0, around=9,
+)  # fmt: skip
+
+
+def seconds(*overrides, shared=True, measured=MEASURED, **more):
+    config = load_config(QUICKSTART, list(overrides))
+    return estimate(config, SIZES, measured, shared=shared, **more).seconds
+
+
+def test_a_stage_is_its_start_and_its_work():
+    found = seconds("training.feed=stored")
+    assert found["meaning"] == 15 + 10 * 1.5
+    assert found["plan"] == 10 * 1.9  # the service is up
+    assert found["generation"] == 8 + 1200 * 0.05
+    once = 15 + 2 + 6 * 0.5
+    assert found["training"] == pytest.approx(2 * once + 300 * (0.03 + 0.08))
+    assert found["evaluation"] == pytest.approx(6 + 3 * 4297 * 0.0004)
+
+
+def test_on_shared_cores_a_live_feed_adds_up():
+    found = seconds()
+    once = 15 + 2 + 6 * 0.5
+    warmup, rest, steps = 640 * 0.05, 560 * 0.05, 300 * 0.08
+    # Both have half the cores until the steps are done: 24 s of the 28 s of making, too.
+    assert found["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + warmup + 2 * steps)
+    assert found["generation"] == pytest.approx(8 + rest - steps)
+
+
+def test_apart_generation_and_training_overlap():
+    found = seconds("generation.pool={min_size: 1, max_size: 4}", shared=False)
+    once = 15 + 2 + 6 * 0.5
+    warmup = 640 * 0.05 / 4
+    assert found["training"] == pytest.approx(2 * once + 300 * (0.03 + 0.08) + 8 + warmup)
+    assert found["generation"] == 0  # 7 s of making, 24 s of training
+
+
+def test_lockstep_waits_for_every_image():
+    apart = seconds("training.feed=lockstep", shared=False)
+    once = 15 + 2 + 6 * 0.5
+    assert apart["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + max(1200 * 0.05, 24))
+    together = seconds("training.feed=lockstep")
+    assert together["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + 60 + 24)
+
+
+def test_only_what_is_to_do_counts():
+    found = seconds(stages=("plan", "evaluation"))
+    assert found["plan"] == 15 + 19  # the service must be started for it alone
+    assert set(found) == {"plan", "evaluation", "around"}
+
+
+def test_hours_are_what_the_units_reserve():
+    config = load_config(
+        QUICKSTART,
+        ["generation.num_gpus=1", "generation.pool={min_size: 1, max_size: 4}", "training.feed=stored",
+         "cluster.price_per_gpu_hour=3.6"],
+    )  # fmt: skip
+    found = estimate(config, SIZES, MEASURED, shared=False, stages=("generation",))
+    assert found.seconds["generation"] == 8 + 15
+    assert found.hours["gpu_hours"] == pytest.approx(4 * 23 / 3600)
+    assert found.cost == pytest.approx(4 * 23 / 1000)
+
+
+def test_the_comparison_says_how_far_off_it_was():
+    text = compare({"meaning": 30.0, "around": 10.0}, {"meaning": 25.0, "around": 7.0})
+    assert text.startswith("estimate: 40 s expected, 32 s taken (+25%)")
+    assert "meaning 30/25" in text

@@ -1,0 +1,148 @@
+"""Memory and disk: what is certainly too small is refused, what may be is said, the rest is unknown."""
+
+import json
+import struct
+
+import pytest
+from samples import ROOT
+
+from ray_synth.budget.demands import Sizes
+from ray_synth.budget.memory import (
+    GIB,
+    classifier_size,
+    disk_needs,
+    look,
+    memory_needs,
+    model_folder,
+    stored_parameters,
+)
+from ray_synth.budget.packing import Nodes
+from ray_synth.budget.reach import Reach
+from ray_synth.config import load_config
+from ray_synth.storage import Folder
+
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+
+
+RESNET = ("training.model=resnet50", "training.model_kwargs={}", "training.num_gpus=1",
+          "training.image_size=224")  # fmt: skip
+
+
+def config_of(*overrides):
+    return load_config(QUICKSTART, list(overrides))
+
+
+def write_headers(path, *shapes):
+    """A safetensors file of these shapes whose numbers are left out: headers are all that is read."""
+    header = json.dumps(
+        {f"w{i}": {"dtype": "F16", "shape": list(s)} for i, s in enumerate(shapes)}
+    ).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+@pytest.fixture
+def large_model(tmp_path):
+    """The headers of a pipeline of 13 billion parameters, one part in two variants."""
+    folder = tmp_path / "large"
+    write_headers(folder / "unet" / "a-00001-of-00002.safetensors", (100_000, 60_000))
+    write_headers(folder / "unet" / "a-00002-of-00002.safetensors", (100_000, 60_000))
+    write_headers(folder / "text_encoder" / "model.safetensors", (100_000, 10_000))
+    write_headers(folder / "text_encoder" / "model.fp16.safetensors", (100_000, 10_000))
+    return folder
+
+
+def gpus(kind, **facts):
+    return Reach((Nodes(2, 16, 1, 64 * GIB, kind),), **facts)
+
+
+def test_parameters_are_counted_from_headers_one_variant_of_a_part(large_model):
+    assert stored_parameters(large_model) == 13_000_000_000
+    embedded = stored_parameters(model_folder("embedded"))
+    from safetensors import safe_open
+
+    counted = 0
+    for path in model_folder("embedded").rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            counted += sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert embedded == counted > 0
+
+
+def test_weights_that_no_gpu_holds_are_refused(large_model):
+    config = config_of(f"generation.model={large_model}", "generation.num_gpus=1")
+    (problem, *_) = look(config, gpus("T4")).problems
+    assert "generation needs at least 24.2 GiB of GPU memory, and 1 of a T4 has 16.0 GiB" in problem
+    assert "generation.offload" in problem
+    assert look(config, gpus("A100")).problems == []
+    # Half of a GPU of 40 GiB is too little as well.
+    half = config_of(f"generation.model={large_model}", "generation.num_gpus=0.5")
+    assert "0.5 of an A100-40G has 20.0 GiB" in look(half, gpus("A100-40G")).problems[0]
+
+
+def test_what_may_be_too_large_is_a_warning(large_model):
+    config = config_of(
+        f"generation.model={large_model}", "generation.num_gpus=1", "generation.width=1024",
+        "generation.height=1024", "generation.batch_size=16",
+    )  # fmt: skip
+    found = look(config, gpus("A100-40G"))
+    assert found.problems == []
+    assert any("generation needs about" in warning for warning in found.warnings)
+
+
+def test_what_is_not_at_hand_is_unknown_and_not_refused():
+    config = config_of(
+        "generation.model=nobody/has-this", "generation.num_gpus=1",
+        "meaning.llm={model: nobody/has-that, num_gpus: 1}",
+    )  # fmt: skip
+    assert model_folder("nobody/has-this") is None
+    found = look(config, gpus("T4"))
+    assert found.problems == []
+    unknown_gpu = look(config_of("generation.num_gpus=1"), gpus("SOMETHING"))
+    assert unknown_gpu.problems == unknown_gpu.warnings == []
+
+
+def test_training_needs_follow_the_model_and_the_batch():
+    parameters, outputs = classifier_size("resnet50", ("{}", 224), 1000)
+    assert parameters == 25_557_032
+    assert (
+        20e6 < outputs < 40e6
+    )  # 66 MB an image in half precision; 22 GB for 256 were seen elsewhere
+    small, large = (
+        next(n for n in memory_needs(config_of(*RESNET, size)) if n.what == "training")
+        for size in ("training.batch_size=64", "training.batch_size=256")
+    )
+    assert large.sure == small.sure == 16 * parameters  # weights, gradients, two states of adamw
+    assert large.likely - large.sure == 4 * (small.likely - small.sure)
+    config = config_of(*RESNET, "training.batch_size=512", "training.dtype=float32")
+    assert any("lower training.batch_size" in text for text in look(config, gpus("L4")).warnings)
+
+
+def test_a_disk_that_is_certainly_too_small_is_refused(tmp_path, monkeypatch):
+    config = config_of(
+        "generation.width=1024", "generation.height=1024", "prompting.multiplier=1000",
+        f"runs_dir={tmp_path}",
+    )  # fmt: skip
+    sizes = Sizes(real=1000, classes=10)
+    images, rest = disk_needs(config, sizes)
+    assert images > 1e12  # a million of 1.6 MB
+    reach = Reach((Nodes(1, 8, 0, 64 * GIB),))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 100 * GIB}))
+    found = look(config, reach, sizes, runs=Folder(str(tmp_path)))
+    assert "free some, give another runs_dir" in found.problems[0]
+    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": images // 2}))
+    found = look(config, reach, sizes, runs=Folder(str(tmp_path)))
+    assert found.problems == []
+    assert "of disk" in found.warnings[0]
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda place: type("Usage", (), {"free": images + rest})
+    )
+    assert look(config, reach, sizes, runs=Folder(str(tmp_path))).warnings == []
+
+
+def test_the_quickstart_is_modest():
+    reach = Reach((Nodes(1, 4, 0, 8 * GIB),))
+    found = look(config_of(), reach, Sizes(real=50, classes=10))
+    assert found.problems == found.warnings == []
+    tiny = look(config_of(), Reach((Nodes(1, 4, 0, 1 * GIB),)), Sizes(real=50, classes=10))
+    assert tiny.problems == []
+    assert any("of memory, all nodes have 1.0 GiB" in warning for warning in tiny.warnings)
