@@ -177,10 +177,10 @@ def run_pipeline(
             reach = preflight(config, run.sizes, run.todo(until))
             begin(run, force_stage)
             watching.enter_context(watched(run.folder, until))
-            expected = _forecast(run, until, reach) if estimate else None
-            estimated = time.perf_counter()
             tracker = _tracker(run)
             try:
+                expected = _forecast(run, until, reach) if estimate else None
+                estimated = time.perf_counter()
                 _run_stages(run, until, tracker)
             except BaseException as error:
                 if tracker:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 from samples import ROOT
@@ -126,17 +127,27 @@ def test_a_disk_that_is_certainly_too_small_is_refused(tmp_path, monkeypatch):
     images, rest = disk_needs(config, sizes)
     assert images > 1e12  # a million of 1.6 MB
     reach = Reach((Nodes(1, 8, 0, 64 * GIB),))
-    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": 100 * GIB}))
+    free = 100 * GIB
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(total=1, free=free))
     found = look(config, reach, sizes, runs=Folder(str(tmp_path)))
     assert "free some, give another runs_dir" in found.problems[0]
-    monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": images // 2}))
+    free = images // 2
     found = look(config, reach, sizes, runs=Folder(str(tmp_path)))
     assert found.problems == []
     assert "of disk" in found.warnings[0]
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda place: type("Usage", (), {"free": images + rest})
-    )
+    free = images + rest
     assert look(config, reach, sizes, runs=Folder(str(tmp_path))).warnings == []
+
+
+def test_more_in_flight_than_the_object_store_holds_is_a_warning():
+    config = config_of(
+        "generation.width=1024", "generation.height=1024", "generation.batch_size=64",
+        "generation.pool={min_size: 1, max_size: 48}",
+    )  # fmt: skip
+    nodes = (Nodes(1, 8, 0, 64 * GIB),)
+    (warning,) = look(config, Reach(nodes, object_store=2 * GIB)).warnings
+    assert "of the object store, which has 2.0 GiB" in warning
+    assert look(config, Reach(nodes, object_store=30 * GIB)).warnings == []
 
 
 def test_the_quickstart_is_modest():

@@ -92,12 +92,21 @@ def look(
         if need.gpus:
             _look_at_gpus(need, reach, findings)
     _look_at_hosts(needs, reach, findings)
+    flying = bytes_in_flight(config)
+    if {"generation", "training"} & set(stages) and 0 < reach.object_store < flying:
+        findings.warnings.append(
+            f"images in flight take about {_gib(flying)} of the object store, which has "
+            f"{_gib(reach.object_store)}: Ray will write them to disk; lower "
+            "generation.batch_size or generation.pool.max_size"
+        )
     if runs is not None and runs.is_local and {"generation", "training"} & set(stages):
         place = Path(runs.path())
         while not place.is_dir():
             place = place.parent
         made = _bytes_in(Path(runs.path(config.name, "images")))
-        _look_at_disk(config, sizes or Sizes(), shutil.disk_usage(place).free, made, findings)
+        disk = shutil.disk_usage(place)
+        if disk.total:  # not a place such as /proc, which has no size
+            _look_at_disk(config, sizes or Sizes(), disk.free, made, findings)
     return findings
 
 
@@ -162,12 +171,24 @@ def _look_at_disk(config: Config, sizes: Sizes, free: int, made: int, findings: 
         findings.warnings.append(f"the run may need {_gib(missing)} of disk, {_gib(free)} are free")
 
 
+def bytes_in_flight(config: Config) -> int:
+    """Of encoded images between the makers and those who use them: four batches a maker."""
+    generation = config.generation
+    batch = generation.batch_size if isinstance(generation.batch_size, int) else 64
+    return 4 * generation.pool.max_size * batch * image_bytes(config)
+
+
+def image_bytes(config: Config) -> int:
+    """Of an image's row, encoded; photographs of the format take so much."""
+    generation = config.generation
+    pixels = generation.width * generation.height
+    return int(pixels * ENCODED[generation.image_format] + ROW)
+
+
 def disk_needs(config: Config, sizes: Sizes) -> tuple[int, int]:
     """Bytes of the images, and of plan, checkpoints (two are kept, one is being written) and models."""
-    generation, training = config.generation, config.training
-    synthetic = sizes.synthetic(config) or 0
-    pixels = generation.width * generation.height
-    images = int(synthetic * (pixels * ENCODED[generation.image_format] + ROW))
+    training, synthetic = config.training, sizes.synthetic(config) or 0
+    images = synthetic * image_bytes(config)
     parameters, _ = classifier_size(training.model, _frozen(training), sizes.classes or 1000)
     arms = 1 + training.baseline
     kept = arms * 3 * (4 * parameters + _state_bytes(training, parameters))

@@ -157,9 +157,9 @@ def _solve(cost: np.ndarray, limits: list[tuple[np.ndarray, object, object]]) ->
         integrality=np.ones(len(cost)),
         constraints=[LinearConstraint(matrix, low, high) for matrix, low, high in limits],
     )
-    if result.status == 2:
+    if result.x is None:
+        assert "infeasible" in result.message, result.message
         return None
-    assert result.x is not None, result.message
     return np.rint(result.x).astype(int)
 
 

@@ -30,6 +30,7 @@ class Reach:
         held_cpus, held_gpus: what others hold of the nodes that are there.
         holders: who they are, where they have names.
         local: whether this is a Ray of this machine alone, whose CPUs are a setting.
+        object_store: bytes of it on the nodes that are there; 0 where it is not known.
     """
 
     nodes: tuple[Nodes, ...]
@@ -38,6 +39,7 @@ class Reach:
     held_gpus: float = 0.0
     holders: tuple[str, ...] = ()
     local: bool = False
+    object_store: int = 0
 
     @property
     def cpus(self) -> float:
@@ -80,6 +82,7 @@ def cluster_reach(config: Config) -> Reach:
     ours, holders = _replicas(config)
     here, sizes = [], []
     held_cpus = held_gpus = 0.0
+    store = 0
     for node in ray.nodes():
         if not node["Alive"]:
             continue
@@ -92,6 +95,7 @@ def cluster_reach(config: Config) -> Reach:
         held_cpus += total.get("CPU", 0) - cpus
         held_gpus += total.get("GPU", 0) - gpus
         kinds = [key.split(":", 1)[1] for key in total if key.startswith("accelerator_type:")]
+        store += int(total.get("object_store_memory", 0))
         memory = int(total.get("memory", 0) + total.get("object_store_memory", 0))
         here.append(Nodes(1, cpus, gpus, memory, kinds[0] if kinds else ""))
         sizes.append((total.get("CPU", 0), total.get("GPU", 0)))
@@ -103,6 +107,7 @@ def cluster_reach(config: Config) -> Reach:
         round(held_gpus, 4),
         tuple(holders),
         local=_is_local(config),
+        object_store=store,
     )
 
 
