@@ -48,7 +48,8 @@ def in_session(line: list[str], **options) -> subprocess.Popen:
 def end(process: subprocess.Popen) -> None:
     """End a process and all of its session, by id."""
     ours = [p for p in psutil.process_iter() if _session(p) == process.pid]
-    process.send_signal(signal.SIGTERM)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(ours, timeout=20)
     for one in alive:
         one.kill()
@@ -64,8 +65,6 @@ def _session(process: psutil.Process) -> int:
 @pytest.fixture(scope="module")
 def head():
     """A head node with its dashboard; its environment and folder."""
-    temporary = tempfile.mkdtemp(prefix="r")
-    port = free_port()
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -74,10 +73,24 @@ def head():
         "RAY_USAGE_STATS_ENABLED": "0",
         "COLUMNS": "160",
     }
+    for _ in range(3):  # Ray gives a node 30 s, which a busy machine may exceed
+        process, address, folder, said = start_head(env)
+        try:
+            if "Ray runtime started" in said:
+                yield {**env, "RAY_ADDRESS": address}, folder
+                return
+        finally:
+            end(process)
+    raise AssertionError(f"ray start failed:\n{said}")
+
+
+def start_head(env: dict[str, str]) -> tuple[subprocess.Popen, str, Path, str]:
+    """`ray start --head`: its process, address, folder, and what it said up to its start."""
+    folder, port = tempfile.mkdtemp(prefix="r"), free_port()
     process = in_session(
         [
             RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
-            f"--dashboard-port={free_port()}", f"--temp-dir={temporary}",
+            f"--dashboard-port={free_port()}", f"--temp-dir={folder}",
             f"--ray-client-server-port={free_port()}",
             f"--dashboard-agent-listen-port={free_port()}",
         ],
@@ -89,10 +102,7 @@ def head():
         seen.append(line)
         if "Ray runtime started" in line:
             break
-    else:
-        raise AssertionError("ray start failed:\n" + "".join(seen))
-    yield {**env, "RAY_ADDRESS": f"127.0.0.1:{port}"}, Path(temporary)
-    end(process)
+    return process, f"127.0.0.1:{port}", Path(folder), "".join(seen)
 
 
 class Prometheus:
