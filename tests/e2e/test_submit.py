@@ -50,17 +50,21 @@ def parts(runs: Path) -> int:
 
 def test_a_submitted_job_ends_with_its_exit_code(head, tmp_path):
     result = ray_synth(
-        head, "submit", *arguments("run", tmp_path, *NO_LLM, "training.baseline=false")
+        head,
+        "submit",
+        *arguments("run", tmp_path, *NO_LLM, "training.baseline=false", "training.steps=10"),
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert (tmp_path / "quickstart" / "metrics.json").exists()
     assert "Real + synthetic" in result.stdout
     assert "uploads config/quickstart.yaml" in result.stderr
     failed = ray_synth(
-        head, "submit", *arguments("run", tmp_path / "other", *NO_LLM, "training.num_cpus=100")
-    )
+        head, "submit",
+        *arguments("run", tmp_path / "other", "data.test={format: imagefolder, path: /nonexistent}"),
+    )  # fmt: skip
     assert failed.returncode == 2
-    assert "training needs 101.5 CPUs" in failed.stdout
+    assert "note: data.test.path is a local path: /nonexistent must be there" in failed.stderr
+    assert "error: no such folder: /nonexistent" in failed.stdout  # of the job
     assert "job quickstart-2: FAILED, exit code 2" in failed.stderr
 
 
@@ -98,7 +102,7 @@ def test_what_does_not_reach_the_cluster_is_said(head, tmp_path):
     env = {**head, "MY_TOKEN": "my-secret"}
     result = ray_synth(env, "submit", "--env", "MY_TOKEN", "doctor", "--config", QUICKSTART)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert "the config fits" in result.stdout
+    assert "SUCCEEDED, exit code 0" in result.stderr
     assert "my-secret" not in result.stdout + result.stderr
 
 
