@@ -12,7 +12,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from license_expression import ExpressionError, Licensing, get_spdx_licensing
 from packaging.requirements import Requirement
@@ -61,7 +61,7 @@ class Package(NamedTuple):
     needed_by: str  # run, an extra's name, or dev
 
 
-def declared_licence(metadata: importlib.metadata.PackageMetadata) -> str:
+def declared_licence(metadata: Any) -> str:
     """As an SPDX expression where it can be read as one, else as it is written; '' for none."""
     if expression := metadata.get("License-Expression"):
         return expression
