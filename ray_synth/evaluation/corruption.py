@@ -76,6 +76,14 @@ def _elastic(functional: Any, pixels: Any, strength: float, generator: Any) -> A
     return functional.elastic(pixels, displacement.permute(0, 2, 3, 1))
 
 
+def _jpeg(functional: Any, pixels: Any, strength: float, generator: Any) -> Any:
+    from ray_synth.data.images import decode_image, encode_image
+
+    picture = functional.to_pil_image(pixels)
+    data = encode_image(picture, image_format="jpeg", quality=int(strength))
+    return functional.pil_to_tensor(decode_image(data))
+
+
 def _noise(functional: Any, pixels: Any, strength: float, generator: Any) -> Any:
     import torch
 
@@ -100,7 +108,7 @@ _CORRUPTIONS: dict[str, Callable[[Any, Any, float, Any], Any]] = {
     "brightness": lambda f, pixels, strength, _: f.adjust_brightness(pixels, strength),
     "contrast": lambda f, pixels, strength, _: f.adjust_contrast(pixels, strength),
     "elastic": _elastic,
-    "jpeg": lambda f, pixels, strength, _: f.jpeg(pixels, int(strength)),
+    "jpeg": _jpeg,
     "noise": _noise,
     "rotate": _rotate,
 }
