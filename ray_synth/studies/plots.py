@@ -21,8 +21,10 @@ def draw(study: Study, rows: Sequence[Row]) -> Any:
     if study.plot == "lines" and any(row.arm.x is not None for row in rows):
         figure = Figure(figsize=(4.6 * len(test_sets), 3.8), layout="constrained")
         panels = figure.subplots(1, len(test_sets), squeeze=False)[0]
+        # The auxiliary BN alone can be so far below that all else would lie on one line.
+        shown = [row for row in rows if row.bn != "aux"]
         for panel, test_set in zip(panels, test_sets, strict=True):
-            _lines(panel, study, [row for row in rows if row.test_set == test_set])
+            _lines(panel, study, [row for row in shown if row.test_set == test_set])
         panels[0].legend(fontsize=8)
     else:
         shown = [row for row in rows if row.change or row.gain]
