@@ -9,7 +9,7 @@ CONFIG ?= jobs/configs/quickstart.yaml
 KUBERAY := 1.7.1
 CRDS := https://raw.githubusercontent.com/ray-project/kuberay/v$(KUBERAY)/helm-chart/kuberay-operator/crds
 
-.PHONY: run test test-slow lint format bench seeds studies scaling clean install
+.PHONY: run test test-slow lint format bench seeds studies clean install
 .PHONY: constraints compat licences sbom crds
 
 run: $(VENV)/.installed
@@ -40,9 +40,6 @@ seeds: $(VENV)/.installed
 
 studies: $(VENV)/.installed
 	$(BIN)/ray-synth study all --config $(CONFIG)
-
-scaling: $(VENV)/.installed
-	$(BIN)/python jobs/scaling.py --config $(CONFIG) --scales 1,2,4,6,12,24
 
 # Versions that pyproject.toml admits, those of before where they still fit;
 # `make constraints UPGRADE=--upgrade` takes the newest, `UPGRADE='--upgrade-package ray'` of one.
