@@ -145,9 +145,10 @@ def test_more_in_flight_than_the_object_store_holds_is_a_warning():
         "generation.pool={min_size: 1, max_size: 48}",
     )  # fmt: skip
     nodes = (Nodes(1, 8, 0, 64 * GIB),)
-    (warning,) = look(config, Reach(nodes, object_store=2 * GIB)).warnings
-    assert "of the object store, which has 2.0 GiB" in warning
-    assert look(config, Reach(nodes, object_store=30 * GIB)).warnings == []
+    says = "of the object store, which has 2.0 GiB"
+    few, many = (Reach(nodes, object_store=size * GIB) for size in (2, 30))
+    assert any(says in warning for warning in look(config, few).warnings)
+    assert not any("object store" in warning for warning in look(config, many).warnings)
 
 
 def test_the_quickstart_is_modest():

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -148,7 +149,7 @@ def _can_get_stuck(at: int, demands: Sequence[Demand], nodes: Sequence[Nodes]) -
     return _solve(np.zeros(len(columns)), limits) is not None
 
 
-def _solve(cost: np.ndarray, limits: list[tuple[np.ndarray, object, object]]) -> np.ndarray | None:
+def _solve(cost: np.ndarray, limits: Sequence[tuple[Any, Any, Any]]) -> np.ndarray | None:
     """Whole numbers of least cost within linear limits; None where there are none."""
     from scipy.optimize import LinearConstraint, milp
 
