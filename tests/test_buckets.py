@@ -145,6 +145,39 @@ def test_writers_of_the_same_name_leave_one_whole_object_that_readers_always_see
     assert everything(folder) == ["f"]
 
 
+def contents(folder) -> dict[str, bytes]:
+    """All files of a folder by their names in it."""
+    root = folder.path()
+    found = folder.filesystem.get_file_info(FileSelector(root, recursive=True))
+    names = [info.path[len(root) :].lstrip("/") for info in found if info.is_file]
+    return {name: folder.read_bytes(name) for name in names}
+
+
+def test_a_run_in_a_bucket_is_exported_and_shown_as_one_on_disk(folder, tmp_path):
+    from test_export import image_rows, write_plan, write_store
+
+    from ray_synth.generation.export import LAYOUTS, export_images
+    from ray_synth.report.page import render_report, write_report
+    from ray_synth.report.sheet import sheet_of, write_contact_sheet
+
+    near, far = Folder(tmp_path / "run"), folder.child("run")
+    for run in (near, far):
+        write_plan(run, image_rows())
+        write_store(run, image_rows())
+        run.write_yaml("config.yaml", {"name": "run"})
+        write_contact_sheet(run)
+        write_report(run)
+    assert contents(near.child("report")) == contents(far.child("report"))
+    assert render_report(far).count("data:image/") > 3
+    assert sheet_of(near).tobytes() == sheet_of(far).tobytes()
+    for layout in LAYOUTS:
+        for _ in range(2):  # the second time over what is there
+            for run in (near, far):
+                to = Folder(tmp_path if run is near else folder.uri).child(layout)
+                assert export_images(run, to, layout=layout)["exported"] > 10
+        assert contents(Folder(tmp_path / layout)) == contents(folder.child(layout))
+
+
 def test_a_part_is_one_request(server, folder):
     """On S3, where each is paid for: no rename, which is a copy and a deletion there."""
     if server.kind != "s3":
