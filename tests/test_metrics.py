@@ -159,3 +159,55 @@ def _figure_of(name: str) -> str:
 def test_promtool_takes_the_rules_and_their_tests_pass(line):
     done = subprocess.run(["promtool", *line], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+VALUES = {"arm": "mixed", "outcome": "rejected", "kind": "fresh", "domain": "real"}
+# What the dashboard shows of Ray's own, with the labels that it asks for.
+OF_RAY = [
+    'ray_serve_num_http_requests_total{application="a"}',
+    'ray_serve_num_http_error_requests_total{application="a",error_code="503"}',
+    'ray_serve_deployment_queued_queries{deployment="LLM"}',
+    *(
+        f'ray_node_{name}{{NodeAddress="n"}}'
+        for name in (
+            "cpu_count", "cpu_utilization", "mem_used", "mem_total", "disk_usage", "disk_free",
+        )
+    ),
+    'ray_node_gpus_utilization{NodeAddress="n",GpuIndex="0"}',
+    'ray_object_store_memory{Location="MMAP_SHM"}',
+    'ray_actors{State="ALIVE"}',
+    'ray_tasks{State="RUNNING"}',
+]  # fmt: skip
+
+
+def recorded() -> list[str]:
+    """A series of every figure, with the tags that it is declared with."""
+    found = list(OF_RAY)
+    for name, figure in FIGURES.items():
+        tags = ",".join(f'{tag}="{VALUES.get(tag, tag)}"' for tag in figure.tags)
+        for seen in exported(name):
+            les = ["0.5", "30.0", "+Inf"] if seen.endswith("_bucket") else [None]
+            for le in les:
+                labels = f'{tags},le="{le}"' if le else tags
+                found.append(f"{seen}{{{labels.lstrip(',')}}}")
+    return found
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool (Debian: prometheus)")
+def test_each_expression_of_the_dashboard_finds_series_in_what_is_recorded(tmp_path):
+    """PromQL by Prometheus itself: syntax, labels and joins."""
+    shown = [target["expr"].replace("$run", ".*") for p in panels() for target in p["targets"]]
+    series = [{"series": name, "values": "1+1x120"} for name in recorded()]
+    asked = [
+        {
+            "expr": f"count({expr}) > bool 0",
+            "eval_time": "90m",
+            "exp_samples": [{"labels": "{}", "value": 1}],
+        }
+        for expr in shown
+    ]
+    test = {"tests": [{"interval": "1m", "input_series": series, "promql_expr_test": asked}]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    line = ["promtool", "test", "rules", str(tmp_path / "test.yml")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
