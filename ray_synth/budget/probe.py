@@ -129,6 +129,7 @@ def _images(run: Any, folder: Folder) -> dict[str, float]:
     found = {"quality": _quality(run, folder)}
     started = time.perf_counter()
     seen: list[tuple[float, int]] = []
+    batch: Any
     for batch in image_stream(job, columns=["sample_id"]).iter_batches(
         batch_size=None, batch_format="pyarrow"
     ):
