@@ -7,7 +7,7 @@ hold what they hold for as long as they live, and Ray would wait for it in silen
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
