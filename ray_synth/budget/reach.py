@@ -7,7 +7,7 @@ hold what they hold for as long as they live, and Ray would wait for it in silen
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,15 +131,15 @@ def _replicas(config: Config) -> tuple[dict[tuple[str, str], float], list[str]]:
         "CLIP": (config.meaning.clip.num_cpus, config.meaning.clip.num_gpus),
         "Disambiguation": (SERVE_CPUS, 0.0),
     }
-    ours: Counter[tuple[str, str]] = Counter()
+    ours: defaultdict[tuple[str, str], float] = defaultdict(float)
     others: set[str] = set()
     for actor in actors(actor_state_name="ALIVE").values():
         kind, _, rest = actor["Name"].partition("::")
         if kind != "SERVE_REPLICA":
             continue
-        app, deployment, *_ = [*rest.split("#"), ""]
+        app, _, deployment = rest.partition("#")
         if app == APP_NAME:
-            cpus, gpus = sizes.get(deployment, (0.0, 0.0))
+            cpus, gpus = sizes.get(deployment.partition("#")[0], (0.0, 0.0))
             ours[actor["Address"]["NodeID"], "CPU"] += cpus
             ours[actor["Address"]["NodeID"], "GPU"] += gpus
         else:

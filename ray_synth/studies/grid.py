@@ -219,7 +219,9 @@ class Grid:
     def _check_parallel(self) -> None:
         """Raises ValueError where `studies.parallel` is more than the cluster holds at a time."""
         given = self.config.studies.parallel
-        for stage in ("generation", "training") if given else ():
+        if given is None:
+            return
+        for stage in ("generation", "training"):
             parts, read = self._parts(stage)
             many = [replace(part, count=part.count * given) for part in parts]
             found = fit(stage, [*many, *read], self.reach)
