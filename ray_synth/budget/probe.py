@@ -129,11 +129,9 @@ def _images(run: Any, folder: Folder) -> dict[str, float]:
     found = {"quality": _quality(run, folder)}
     started = time.perf_counter()
     seen: list[tuple[float, int]] = []
-    batch: Any
-    for batch in image_stream(job, columns=["sample_id"]).iter_batches(
-        batch_size=None, batch_format="pyarrow"
-    ):
-        seen.append((time.perf_counter() - started, batch.num_rows))
+    stream = image_stream(job, columns=["sample_id"])
+    for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+        seen.append((time.perf_counter() - started, len(batch["sample_id"])))
     (first, some), (last, _) = seen[0], seen[-1]
     rest = sum(rows for _, rows in seen[1:])
     make = (last - first) / rest if rest else first / some

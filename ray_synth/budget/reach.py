@@ -137,10 +137,9 @@ def _replicas(config: Config) -> tuple[dict[tuple[str, str], float], list[str]]:
         kind, _, rest = actor["Name"].partition("::")
         if kind != "SERVE_REPLICA":
             continue
-        app, _, replica = rest.partition("#")
-        deployment = replica.partition("#")[0]
+        app, _, deployment = rest.partition("#")
         if app == APP_NAME:
-            cpus, gpus = sizes.get(deployment, (0.0, 0.0))
+            cpus, gpus = sizes.get(deployment.partition("#")[0], (0.0, 0.0))
             ours[actor["Address"]["NodeID"], "CPU"] += cpus
             ours[actor["Address"]["NodeID"], "GPU"] += gpus
         else:
