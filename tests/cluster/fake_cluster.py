@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from ray_synth.generation.maker import GenerationJob
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTS = [ROOT, ROOT / "tests", ROOT / "tests/generation", ROOT / "tests/cluster"]
+IMPORTS = [
+    ROOT,
+    *(ROOT / "tests" / name for name in ("", "generation", "cluster", "serve", "training")),
+]
 OBJECT_STORE = 100 * 2**20  # bytes a node
 
 
@@ -94,13 +97,13 @@ def painted(folder: Path) -> list[tuple[float, str, str]]:
     return sorted((at, node, sample) for at, node, sample in map(json.loads, lines))
 
 
-def wait_for(condition: Callable[[], Any], seconds: float) -> bool:
+def wait_for(condition: Callable[[], Any], seconds: float, *, every_s: float = 0.1) -> bool:
     """Wait until something is so; whether it came to be in time."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.1)
+        time.sleep(every_s)
     return True
 
 
