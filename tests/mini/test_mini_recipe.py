@@ -314,9 +314,7 @@ def test_smoke_run_of_all_stages_packs_models_like_the_packaged_ones(
             assert {**ours, "_diffusers_version": ""} == {**shipped, "_diffusers_version": ""}
         for name in ("vocab.json", "merges.txt", "open_clip_config.json"):
             assert (packed / "clip" / name).read_text() == (clip_folder() / name).read_text()
-        pipeline = AutoPipelineForText2Image.from_pretrained(
-            packed / "sd", torch_dtype=torch.float32
-        )
+        pipeline = AutoPipelineForText2Image.from_pretrained(packed / "sd", dtype=torch.float32)
         image = pipeline("a two", num_inference_steps=4, guidance_scale=1.0, width=64, height=64)
         assert image.images[0].size == (64, 64)
     finally:

@@ -21,7 +21,7 @@ WEIGHTS = sd_folder().parent
 def pipeline() -> Any:
     from diffusers import AutoPipelineForText2Image
 
-    pipeline = AutoPipelineForText2Image.from_pretrained(sd_folder(), torch_dtype=torch.float32)
+    pipeline = AutoPipelineForText2Image.from_pretrained(sd_folder(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
