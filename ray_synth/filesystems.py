@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
@@ -72,11 +73,11 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
             secret in it.
         OSError: the storage does not answer.
     """
+    uri = refuse_secrets(without_file_scheme(uri))
     if "://" not in uri:
         import pyarrow.fs as pafs
 
         return pafs.LocalFileSystem(), uri
-    refuse_secrets(uri)
     address, mark, options = uri.partition("?")
     scheme, _, rest = address.partition("://")
     authority, _, inside = rest.partition("/")
@@ -84,6 +85,13 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     filesystem, base = _open_root(scheme.lower(), authority, mark + options, environment)
     inside = inside.rstrip("/")
     return filesystem, f"{base.rstrip('/')}/{inside}" if inside else base
+
+
+def without_file_scheme(uri: str) -> str:
+    """`file:///a%20b` as `/a b`; all else as it is."""
+    if not uri.startswith("file://"):
+        return uri
+    return urllib.request.url2pathname(urllib.parse.urlsplit(uri).path)
 
 
 @lru_cache(maxsize=64)

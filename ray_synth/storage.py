@@ -10,8 +10,6 @@ import json
 import os
 import tempfile
 import time
-import urllib.parse
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
-from ray_synth.filesystems import open_uri, patiently, refuse_secrets, storage_problem
+from ray_synth.filesystems import (
+    open_uri,
+    patiently,
+    refuse_secrets,
+    storage_problem,
+    without_file_scheme,
+)
 
 ROW_GROUP_ROWS = 8_192
 # Their objects appear when an upload is complete. Azure's do not: opening one for writing leaves an
@@ -47,9 +51,7 @@ class Folder:
     """
 
     def __init__(self, uri: str | Path) -> None:
-        text = str(uri)
-        if text.startswith("file://"):
-            text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+        text = without_file_scheme(str(uri))
         remote = "://" in text
         self.uri = refuse_secrets(text) if remote else str(Path(text).expanduser().absolute())
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow.fs import FileSelector
 
 from ray_synth.config import parse_config
-from ray_synth.filesystems import patiently, redact
+from ray_synth.filesystems import open_uri, patiently, redact
 from ray_synth.storage import ABANDONED_S, Folder
 
 
@@ -94,6 +94,14 @@ def test_a_secret_in_a_uri_is_refused_and_not_shown(uri, names):
             work()
         assert "hush" not in str(error.value)
     assert "hush" not in redact(f"cannot open {uri}: no")
+
+
+def test_a_file_uri_is_a_path(tmp_path):
+    place = tmp_path / "a b@c"
+    Folder(place.as_uri()).write_bytes("f", b"x")
+    assert (place / "f").read_bytes() == b"x"
+    filesystem, path = open_uri(f"{place.as_uri()}/f")
+    assert filesystem.open_input_file(path).read() == b"x"
 
 
 def test_what_is_no_secret_is_kept():
