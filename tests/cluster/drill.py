@@ -79,7 +79,7 @@ class Callers:
     """
 
     def __init__(self, url: str, handle: Any, pause_s: float) -> None:
-        self.client, self.handle = Client(url, timeout_s=60, retries=0), handle
+        self.client, self.handle = Client(url, retries=0), handle
         self.pause_s = pause_s
         self.asked = self.right = 0
         self.errors: Counter[str] = Counter()
@@ -104,7 +104,7 @@ class Callers:
     def __exit__(self, *exception: object) -> None:
         self.stop.set()
         for thread in self.threads:
-            thread.join(PATIENCE_S)
+            thread.join(3 * PATIENCE_S)
 
     def summary(self) -> dict[str, Any]:
         names = ("asked", "right", "errors", "wrong", "slowest_s")
@@ -136,7 +136,7 @@ class Callers:
         return entry["choice"], {c["meaning"]: c["score"] for c in entry["candidates"]}
 
     def _until_answered(self, question: dict[str, Any]) -> Scores:
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + 3 * PATIENCE_S
         while True:
             try:
                 return self._over_http(question)

@@ -42,6 +42,7 @@ REMOVALS = [
 # Errors that callers may meet over HTTP; through the handle, the pipeline's way, they meet none.
 EXPLAINED = {
     "500": "the ingress replica that had the question died with its node: Serve's proxy says so",
+    "504": "no replica of a model was ready within the service's own limit of 120 s",
     "503": "a model's replicas were all gone for longer than the service asks again",
 }
 
