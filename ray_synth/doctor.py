@@ -8,7 +8,7 @@ import platform
 
 from ray_synth.budget.check import fit_stages, table, unsure
 from ray_synth.budget.demands import Sizes
-from ray_synth.budget.memory import look
+from ray_synth.budget.memory import Findings, look
 from ray_synth.budget.mend import mends
 from ray_synth.budget.reach import cluster_reach
 from ray_synth.cluster import connect, runs_folder
@@ -72,7 +72,8 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
         lines.append(f"held by {who}: {reach.held_cpus:g} CPUs, {reach.held_gpus:g} GPUs")
     lines += [unsure(fit) for fit in fits if fit.placement and not fit.placement.sure]
     runs = runs_folder(config.runs_dir)
-    memory = look(config, reach, sizes, runs=runs)
+    # Of a config that is wrong elsewhere, the models may not even exist.
+    memory = Findings() if wrong else look(config, reach, sizes, runs=runs)
     if not runs.is_local:
         runs.check_writable()
         lines.append(f"storage: {runs.address()} can be written")
