@@ -87,6 +87,13 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             " and RAY_ADDRESS (a cluster with token authentication wants RAY_AUTH_MODE=token and "
             "the token on both sides)"
         ) from None
+    except Exception as error:  # Ray raises no class of its own for this
+        if "timed out during startup" not in str(error):
+            raise
+        raise ValueError(
+            "Ray did not start on this machine in the time that it gives itself: the machine is too busy "
+            "or short of memory. Run the same command again, or raise RAY_raylet_start_wait_time_s (30)"
+        ) from None
     logs.adopt("ray")  # ray.init gave it a new format
     try:
         _set_data_context(config)
