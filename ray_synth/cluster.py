@@ -91,8 +91,8 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         if "timed out during startup" not in str(error):
             raise
         raise ValueError(
-            "Ray did not start on this machine in the time that it gives itself: the machine is too busy "
-            "or short of memory. Run the same command again, or raise RAY_raylet_start_wait_time_s (30)"
+            "Ray did not start on this machine in the 30 s that it gives itself: the machine is too busy, "
+            "or short of memory; run the same command again when it is not"
         ) from None
     logs.adopt("ray")  # ray.init gave it a new format
     try:
