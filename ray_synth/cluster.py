@@ -91,7 +91,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         if "timed out during startup" not in str(error):
             raise
         raise ValueError(
-            "Ray did not start on this machine in the 30 s that it gives itself: the machine is too busy, "
+            "Ray did not start on this machine in the 30 s it gives itself: the machine is too busy, "
             "or short of memory; run the same command again when it is not"
         ) from None
     logs.adopt("ray")  # ray.init gave it a new format
