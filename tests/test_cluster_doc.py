@@ -69,7 +69,8 @@ def test_the_local_steps_work_as_they_are_written(tmp_path):
         try:
             code = shell.wait(timeout=2900)
         finally:
-            left = [process for process in psutil.process_iter() if _is_of(process, temporary)]
+            ours = [process for process in psutil.process_iter() if _is_of(process, temporary)]
+            _, left = psutil.wait_procs(ours, timeout=60)  # they end a moment after the head
             for process in left:
                 process.kill()
             shutil.rmtree(temporary, ignore_errors=True)
