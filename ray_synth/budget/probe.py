@@ -26,8 +26,9 @@ CLASSES = 4  # asked about: enough to fill the language model's batches
 BATCHES = 4  # of images
 STEPS = 10
 QUALITY_IMAGES = 500
-TEST_START = 0.75  # of the time in which an actor is ready to make images (measured)
-REPORT_S = 3.0  # what follows the last stage (measured)
+# Guesses from the README's table of where the time goes: no probe measures these two.
+TEST_START = 0.75  # of the time in which an actor is ready to make images
+REPORT_S = 3.0  # what follows the last stage
 
 
 def forecast(run: Any, until: str, *, shared: bool) -> Estimate:
