@@ -5,6 +5,7 @@ from samples import ROOT
 
 from ray_synth.budget.demands import Sizes
 from ray_synth.budget.estimate import Measured, compare, estimate
+from ray_synth.budget.probe import pace
 from ray_synth.config import load_config
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
@@ -12,6 +13,7 @@ SIZES = Sizes(real=50, classes=10, tests={"in_domain": 2500, "uci": 1797})
 MEASURED = Measured(
     service_start=15, meaning=1.5, contexts=1.9, quality=4, make_start=8, make=0.05,
     train_start=15, train_end=2, step_real=0.03, step_mixed=0.08, save=0.5,
+    step_beside=0.2, make_beside=0.1,
     test_start=6, test=0.0004, data=0, around=9,
 )  # fmt: skip
 
@@ -31,13 +33,21 @@ def test_a_stage_is_its_start_and_its_work():
     assert found["evaluation"] == pytest.approx(6 + 3 * 4297 * 0.0004)
 
 
-def test_on_shared_cores_a_live_feed_adds_up():
+def test_on_shared_cores_each_is_slower_until_the_other_is_done():
     found = seconds()
     once = 15 + 2 + 6 * 0.5
-    warmup, rest, steps = 640 * 0.05, 560 * 0.05, 300 * 0.08
-    # Both have half the cores until the steps are done: 24 s of the 28 s of making, too.
-    assert found["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + warmup + 2 * steps)
-    assert found["generation"] == pytest.approx(8 + rest - steps)
+    warmup, rest = 640 * 0.05, 560 * 0.1
+    steps = 300 - rest / 0.2  # what is left of them when all images are made
+    training = 2 * once + 300 * 0.03 + 8 + warmup + rest + steps * 0.08
+    assert found["training"] == pytest.approx(training)
+    assert found["generation"] == 0
+
+
+def test_on_shared_cores_what_training_did_not_wait_for_is_made_after_it():
+    found = seconds("training.steps=100")
+    once = 15 + 2 + 2 * 0.5
+    assert found["training"] == pytest.approx(2 * once + 100 * (0.03 + 0.2) + 8 + 640 * 0.05)
+    assert found["generation"] == pytest.approx(8 + (560 - 100 * 0.2 / 0.1) * 0.05)
 
 
 def test_apart_generation_and_training_overlap():
@@ -53,7 +63,8 @@ def test_lockstep_waits_for_every_image():
     once = 15 + 2 + 6 * 0.5
     assert apart["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + max(1200 * 0.05, 24))
     together = seconds("training.feed=lockstep")
-    assert together["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + 60 + 24)
+    speed = 0.08 / 0.2 + 0.05 / 0.1  # of both, as a share of what each does alone
+    assert together["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + (60 + 24) / speed)
 
 
 def test_only_what_is_to_do_counts():
@@ -78,3 +89,10 @@ def test_the_comparison_says_how_far_off_it_was():
     text = compare({"meaning": 30.0, "around": 10.0}, {"meaning": 25.0, "around": 7.0})
     assert text.startswith("estimate: 40 s expected, 32 s taken (+25%)")
     assert "meaning 30/25" in text
+
+
+def test_the_pace_leaves_out_the_batches_that_came_together():
+    seen = [(10.0, 8), (10.1, 8), (12.1, 8), (12.1, 8), (14.1, 8)]
+    assert pace(seen, 2) == pytest.approx(4.0 / 24)
+    assert pace(seen, 1) == pytest.approx(4.1 / 32)
+    assert pace([(3.0, 8), (4.0, 8)], 2) == pytest.approx(4.0 / 16)  # no more than these

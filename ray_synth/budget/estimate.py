@@ -2,8 +2,8 @@
 
     a stage = what its start takes + how much there is to do x what one of it takes
 
-Where generation and training share the same cores (a laptop) their work adds up; on GPUs, or on nodes of
-their own, it overlaps.
+Generation and training overlap. Where they share the same cores (a laptop) each is slower for it, as
+slow as the probe saw it beside the other.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Measured:
             encoded and kept.
         train_start: until the first step is done; `train_end`: from the last one.
         step_real, step_mixed: an optimizer step of one worker.
+        step_beside, make_beside: the same while the other is at work on the same cores.
         save: a checkpoint.
         test_start: until the first test image could be begun; `test`: an image through one model.
         data, around: the stage `data`, and what lies before and after all stages.
@@ -45,6 +46,8 @@ class Measured:
     train_end: float = 0.0
     step_real: float = 0.0
     step_mixed: float = 0.0
+    step_beside: float = 0.0
+    make_beside: float = 0.0
     save: float = 0.0
     test_start: float = 0.0
     test: float = 0.0
@@ -111,7 +114,7 @@ def estimate(
     if training.feed == "stored":
         found |= {"generation": made, "training": alone + once + mixed}
     else:
-        beside, left = _beside(config, synthetic, m.make / pool, mixed, batches // crowd, shared)
+        beside, left = _beside(config, m, synthetic, pool, batches, crowd, shared)
         found["training"] = alone + once + m.make_start + beside
         found["generation"] = m.make_start + left if left else 0.0
     models = len(config.evaluation.bns) if training.dual_bn else 1
@@ -128,20 +131,32 @@ def estimate(
 
 
 def _beside(
-    config: Config, synthetic: int, make: float, mixed: float, batches: int, shared: bool
+    config: Config, m: Measured, synthetic: int, pool: int, batches: int, crowd: int, shared: bool
 ) -> tuple[float, float]:
-    """Seconds of training on images that are being made, and of what is left to make after it."""
+    """Seconds of training on images that are being made, and of what is left to make after it.
+
+    Args:
+        batches: of all workers that share the cores, `crowd`; of one, where they do not.
+    """
     training = config.training
+    make, step = m.make / pool, m.step_mixed
+    make_beside, step_beside = make, step
+    if shared and m.make_beside and m.step_beside:  # not measured where training is done
+        make_beside, step_beside = m.make_beside, m.step_beside
+    workers = training.max_workers
     if training.feed == "lockstep":  # waits for each image once, then goes round
-        needed = min(synthetic, batches * training.num_synth * training.max_workers) * make
-        left = (synthetic * make) - needed
-        return (needed + mixed if shared else max(needed, mixed)), left
+        needed = min(synthetic, batches * training.num_synth * workers // crowd)
+        making, stepping = needed * make, batches * step
+        # 1 where nothing is lost by sharing.
+        speed = step / step_beside + make / make_beside
+        took = (making + stepping) / speed if shared else max(making, stepping)
+        return took, (synthetic - needed) * make
     warmup = training.warmup_images or 2 * training.num_synth
-    first = min(synthetic, warmup * training.max_workers)
-    rest = (synthetic - first) * make
-    # Two that share the cores have half of them each, until the shorter one is done.
-    together = mixed + min(rest, mixed) if shared else mixed
-    return first * make + together, max(0.0, rest - mixed)
+    first = min(synthetic, warmup * workers)
+    together = min(batches * step_beside, (synthetic - first) * make_beside)
+    alone = (batches - together / step_beside) * step
+    left = (synthetic - first - together / make_beside) * make
+    return first * make + together + alone, left if left > 1e-6 else 0.0
 
 
 def _hours(config: Config, sizes: Sizes, seconds: dict[str, float]) -> dict[str, float]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyarrow.fs import FileType
@@ -18,17 +18,22 @@ from pyarrow.fs import FileType
 from ray_synth.budget.demands import asks_for_contexts, demands
 from ray_synth.budget.estimate import Estimate, Measured, estimate, lines
 from ray_synth.budget.reach import Reach
-from ray_synth.config import Config, PoolConfig
+from ray_synth.config import Config, GenerationConfig, PoolConfig
 from ray_synth.storage import Folder
+
+if TYPE_CHECKING:
+    from ray_synth.generation.maker import GenerationJob
 
 log = logging.getLogger("ray_synth")
 CLASSES = 4  # asked about: enough to fill the language model's batches
-BATCHES = 4  # of images
-STEPS = 10
+BATCHES = 8  # of images
+STEPS = 30
+SETTLE = 3  # steps before any is timed: they find the batches that were prepared in advance
 QUALITY_IMAGES = 500
-# Guesses from the README's table of where the time goes: no probe measures these two.
-TEST_START = 0.75  # of the time in which an actor is ready to make images
+# No probe measures these two; they are what quickstarts took.
+TEST_START = 0.9  # of the time in which an actor is ready to make images
 REPORT_S = 3.0  # what follows the last stage
+Contexts = list[list[tuple[Any, str]]]  # of a few classes, as `ClassPrompts` takes them
 
 
 def forecast(run: Any, until: str, *, shared: bool) -> Estimate:
@@ -43,7 +48,8 @@ def forecast(run: Any, until: str, *, shared: bool) -> Estimate:
         ValueError: as the stages themselves do.
     """
     stages = run.todo(until)
-    found = estimate(run.config, run.sizes, probe(run, stages), shared=shared, stages=stages)
+    measured = probe(run, stages, shared=shared)
+    found = estimate(run.config, run.sizes, measured, shared=shared, stages=stages)
     for line in lines(found):
         log.info("estimate: %s", line)
     return found
@@ -54,20 +60,25 @@ def share_cores(config: Config, reach: Reach) -> bool:
     return reach.count == 1 and not (config.generation.num_gpus or config.training.num_gpus)
 
 
-def probe(run: Any, stages: Collection[str]) -> Measured:
+def probe(run: Any, stages: Collection[str], *, shared: bool) -> Measured:
     """Measure what the stages that are to do will need; the run's directory is left alone."""
     config: Config = run.config
     folder: Folder = run.runs.child(f".probe-{config.name}")
     asked = demands(config, run.sizes)
     seconds: dict[str, float] = {"around": REPORT_S}
+    contexts: Contexts = []
+    second: GenerationJob | None = None
     started = time.perf_counter()
     try:
         if any(asked[stage] and stage in stages for stage in ("meaning", "plan")):
-            seconds |= _words(run)
+            found, contexts = _words(run)
+            seconds |= found
         if {"generation", "training"} & set(stages):
-            seconds |= _images(run, folder)
+            first, second = _generation_jobs(run, folder, contexts)
+            seconds |= _images(run, folder, first)
         if {"training", "evaluation"} & set(stages):
-            seconds |= _training(run, folder)
+            beside = shared and config.training.feed != "stored" and "training" in stages
+            seconds |= _training(run, folder, second if beside else None)
     finally:
         if folder.filesystem.get_file_info(folder.path()).type == FileType.Directory:
             folder.filesystem.delete_dir(folder.path())
@@ -77,9 +88,10 @@ def probe(run: Any, stages: Collection[str]) -> Measured:
     return Measured(**seconds)
 
 
-def _words(run: Any) -> dict[str, float]:
-    """The service: its start, and seconds a class of both kinds of question."""
+def _words(run: Any) -> tuple[dict[str, float], Contexts]:
+    """The service: its start, and seconds a class of both kinds of question; and the answers."""
     from ray_synth.data.dataset import read_index, select
+    from ray_synth.prompting.contexts import Context
     from ray_synth.service import Service
 
     config: Config = run.config
@@ -88,7 +100,8 @@ def _words(run: Any) -> dict[str, float]:
     few = run.train.take(np.flatnonzero(run.train.label < len(names)))
     for row in read_index(select(few, config.meaning.num_images, config.seed)):
         images[names[row["class_index"]]].append(row["image"])
-    found = {}
+    found: dict[str, float] = {}
+    contexts: Contexts = []
     with Service(config) as service:
         found["service_start"] = _timed(service.start)
         if config.meaning.enabled:
@@ -96,49 +109,85 @@ def _words(run: Any) -> dict[str, float]:
             found["meaning"] = _timed(ask) / len(names)
         if asks_for_contexts(config):
             same = {name: name for name in names}
-            write = lambda: list(service.write_contexts_all(same, seed=config.seed))  # noqa: E731
-            found["contexts"] = _timed(write) / len(names)
+            asking = time.perf_counter()
+            answers = dict(service.write_contexts_all(same, seed=config.seed))
+            found["contexts"] = (time.perf_counter() - asking) / len(names)
+            contexts = [
+                [(Context(**item["context"]), item["source"]) for item in answer["contexts"]]
+                for answer in answers.values()
+            ]
         stopping = time.perf_counter()
     found["around"] = REPORT_S + time.perf_counter() - stopping
-    return found
+    return found, contexts
 
 
-def _images(run: Any, folder: Folder) -> dict[str, float]:
-    """The quality task, and a few batches of images: when the first came, and the pace after it."""
+def _generation_jobs(
+    run: Any, folder: Folder, contexts: Contexts
+) -> tuple[GenerationJob, GenerationJob]:
+    """What one actor makes alone, and what beside training."""
     from ray_synth.generation.chunks import PlanTable
     from ray_synth.generation.diffusion import wants_compile
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore
-    from ray_synth.generation.stream import image_stream, settled
+    from ray_synth.generation.stream import settled
 
     config: Config = run.config
     generation = config.generation
     share = (run.sizes.synthetic(config) or 0) // generation.pool.max_size
     compiled = wants_compile(generation, num_images=share, on_gpu=generation.num_gpus > 0)
     one = {"reference": None, "pool": PoolConfig(), "compile": compiled}
-    job = GenerationJob(
-        generation.model_copy(update=one),
-        PlanTable(_plan(run, 1)),
-        ImageStore(folder.child("images")),
-        folder,
-        config.meaning.clip,
+    job = settled(
+        GenerationJob(
+            generation.model_copy(update=one),
+            PlanTable(_plan(run, 1, contexts)),
+            ImageStore(folder.child("images")),
+            folder,
+            config.meaning.clip,
+        )
     )
-    job = settled(job)
-    plan = _plan(run, BATCHES * int(job.config.batch_size))
-    job = replace(job, plan=PlanTable(plan))
-    folder.write_table("plan.parquet", plan)
+    rows = BATCHES * int(job.config.batch_size)
+    plan = _plan(run, 2 * rows, contexts)
+    halves = [PlanTable(plan.slice(at, rows)) for at in (0, rows)]
+    return replace(job, plan=halves[0]), replace(job, plan=halves[1])
+
+
+def _images(run: Any, folder: Folder, job: GenerationJob) -> dict[str, float]:
+    """The quality task, and a few batches of images: when the first came, and the pace after it."""
+    from ray_synth.generation.chunks import PlanTable
+    from ray_synth.generation.stream import image_stream
+
+    generation: GenerationConfig = run.config.generation
+    assert isinstance(job.plan, PlanTable)
+    folder.write_table("plan.parquet", job.plan.table)
     found = {"quality": _quality(run, folder)}
     started = time.perf_counter()
     seen: list[tuple[float, int]] = []
     stream = image_stream(job, columns=["sample_id"])
     for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
         seen.append((time.perf_counter() - started, len(batch["sample_id"])))
-    (first, some), (last, _) = seen[0], seen[-1]
-    rest = sum(rows for _, rows in seen[1:])
-    make = (last - first) / rest if rest else first / some
+    make = pace(seen, _calls(generation))
+    first, some = seen[0]
     if generation.reference is not None:
         make *= generation.reference.strength
     return {**found, "make": make, "make_start": max(0.0, first - some * make)}
+
+
+def _calls(config: GenerationConfig) -> int:
+    """Batches that an actor has in hand at once."""
+    return 2 if config.overlap else 1
+
+
+def pace(seen: list[tuple[float, int]], calls: int) -> float:
+    """Seconds an image, from when batches came and how many images each had.
+
+    Args:
+        calls: batches that an actor has in hand at once: the first so many come together.
+    """
+    at = min(calls, len(seen)) - 1
+    rest = sum(rows for _, rows in seen[at + 1 :])
+    if not rest:
+        return seen[-1][0] / sum(rows for _, rows in seen)
+    return (seen[-1][0] - seen[at][0]) / rest
 
 
 def _quality(run: Any, folder: Folder) -> float:
@@ -157,20 +206,25 @@ def _quality(run: Any, folder: Folder) -> float:
     return seconds * min(wanted / few, max(1.0, len(run.train) / (few * len(names))))
 
 
-def _plan(run: Any, rows: int) -> Any:
-    """Plain prompts of all classes."""
+def _plan(run: Any, rows: int, contexts: Contexts) -> Any:
+    """The run's first rows where it has them; or such as it will have, of a few classes' contexts."""
     from ray_synth.generation.generator import fingerprint, prompt_tokens
     from ray_synth.prompting.plan import ClassPrompts, make_plan
     from ray_synth.prompting.styles import load_styles
 
     config: Config = run.config
+    if run.stages.record("plan"):
+        plan = run.folder.read_rows("plan.parquet", 0, rows)
+        if len(plan) == rows and config.generation.reference is None:
+            return plan
     count, limit = prompt_tokens(config.generation)
     names = enumerate(run.train.class_names)
+    found = contexts or [[]]
     return make_plan(
-        [ClassPrompts(index, name, name, []) for index, name in names],
+        [ClassPrompts(index, name, name, found[index % len(found)]) for index, name in names],
         num_images=rows,
-        mix={"plain": 1.0},
-        styles=load_styles(None),
+        mix={str(kind): share for kind, share in config.prompting.mix.items()},
+        styles=load_styles(config.prompting.styles),
         negative_prompt=config.prompting.negative_prompt,
         fingerprint=fingerprint(config.generation),
         seed=config.seed,
@@ -179,21 +233,26 @@ def _plan(run: Any, rows: int) -> Any:
     )
 
 
-def _training(run: Any, folder: Folder) -> dict[str, float]:
-    """One Ray Train worker that takes some steps of both arms, saves, and tests a batch."""
+def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dict[str, float]:
+    """One Ray Train worker that takes some steps of both arms, saves, and tests a batch.
+
+    Args:
+        generation: what is made while it takes some more.
+    """
     import ray.train
     import ray.train.torch
 
     from ray_synth.data.dataset import select
+    from ray_synth.generation.stream import image_stream
     from ray_synth.training.job import TrainJob
-    from ray_synth.training.trainer import _resources
+    from ray_synth.training.trainer import COLUMNS, _resources
 
     config: Config = run.config
     few = select(run.train, max(1, 2_000 // len(run.train.class_names)), config.seed)
     job = TrainJob(
         arm="probe",
         config=config.training.model_copy(update={"num_workers": 1}),
-        steps=STEPS + 3,
+        steps=STEPS,
         class_names=run.train.class_names,
         seed=config.seed,
         folder=folder,
@@ -202,13 +261,20 @@ def _training(run: Any, folder: Folder) -> dict[str, float]:
     )
     trainer = ray.train.torch.TorchTrainer(
         probe_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
-        train_loop_config={"job": job, "test_batch": config.evaluation.batch_size},
+        train_loop_config={
+            "job": job,
+            "test_batch": config.evaluation.batch_size,
+            "calls": _calls(config.generation) if generation else 0,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=1,
             use_gpu=config.training.num_gpus > 0,
             resources_per_worker=_resources(config.training.num_cpus, config.training.num_gpus),
         ),
         run_config=ray.train.RunConfig(name="probe", storage_path=folder.child("checkpoints").uri),
+        datasets={"synthetic": lambda: image_stream(generation, columns=COLUMNS[:3])}
+        if generation
+        else {},
     )
     started = time.time()
     seen = getattr(trainer.fit(), "return_value", None) or {}
@@ -228,15 +294,40 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
     import ray.train.torch
     import torch
 
+    from ray_synth.data.dataset import read_index
+    from ray_synth.training.decoder import Decoder
+    from ray_synth.training.feed import CachedFeed, LiveFeed
     from ray_synth.training.learner import Learner
 
-    job = settings["job"]
-    device = ray.train.torch.get_device()
+    job, calls = settings["job"], settings["calls"]
+    config, device = job.config, ray.train.torch.get_device()
     found: dict[str, float] = {}
-    for name, num_synthetic in (("step_real", 0), ("step_mixed", 1)):
-        learner = Learner(replace(job, num_synthetic=num_synthetic), device, 0, 1)
-        first, found[name] = _steps(learner)
-        found.setdefault("first", first - found[name])
+    learner = Learner(job, device, 0, 1)
+    decoder = Decoder(learner.transform, job.max_pixels, workers=config.decode_workers)
+    try:
+        rows = list(read_index(job.real))
+        real = CachedFeed(rows, decoder, batch_size=config.num_real, seed=0)
+        few = lambda step: step < STEPS  # noqa: E731
+        first, found["step_real"] = _steps(learner, [real], few)
+        found["first"] = first - found["step_real"]
+        learner = Learner(replace(job, num_synthetic=1), device, 0, 1)
+        others = CachedFeed(rows, decoder, batch_size=config.num_synth, seed=1)
+        _, found["step_mixed"] = _steps(learner, [real, others], few)
+        if calls:
+            seen: list[tuple[float, int]] = []
+            live = LiveFeed(
+                _arriving(seen),
+                decoder,
+                batch_size=config.num_synth,
+                warmup=1,
+                capacity=config.reservoir_images,
+                seed=0,
+            )
+            on = lambda step: step < SETTLE + 1 or not live.ended  # noqa: E731
+            _, found["step_beside"] = _steps(learner, [real, live], on)
+            found["make_beside"] = pace(seen, calls)
+    finally:
+        decoder.close()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         learner.save(Path(place), {})
@@ -251,30 +342,33 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
     return {**found, "ended": time.time()}
 
 
-def _steps(learner: Any) -> tuple[float, float]:
-    """When the first step was done, and seconds of each that followed, with feeds and all."""
-    from ray_synth.data.dataset import read_index
-    from ray_synth.training.decoder import Decoder
-    from ray_synth.training.feed import CachedFeed
+def _steps(learner: Any, feeds: list[Any], on: Callable[[int], bool]) -> tuple[float, float]:
+    """When the first step was done, and seconds of each once the prefetcher holds none from before."""
     from ray_synth.training.prefetch import Prefetcher
 
-    job, config = learner.job, learner.config
-    decoder = Decoder(learner.transform, job.max_pixels, workers=config.decode_workers)
-    rows = list(read_index(job.real))
-    counts = [config.num_real] + ([config.num_synth] if job.mixed else [])
-    feeds: list[Any] = [CachedFeed(rows, decoder, batch_size=n, seed=n) for n in counts]
     prefetcher = Prefetcher(feeds, start=0, finish=learner.finish, device=learner.device)
+    step = 0
     try:
-        for step in range(STEPS + 3):
+        while on(step):
             learner.step(step, [prefetcher.next()])[0].item()
-            if step == 0:
+            step += 1
+            if step == 1:
                 first = time.time()
-            if step == 2:  # the first ones find the batches that were prepared before them
+            if step == SETTLE:
                 started = time.perf_counter()
-        return first, (time.perf_counter() - started) / STEPS
+        return first, (time.perf_counter() - started) / (step - SETTLE)
     finally:
         prefetcher.close()
-        decoder.close()
+
+
+def _arriving(seen: list[tuple[float, int]]) -> Iterator[dict[str, Any]]:
+    """Rows of the worker's stream of images; `seen` gets when each block came, and its rows."""
+    import ray.train
+
+    shard = ray.train.get_dataset_shard("synthetic")
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
+        seen.append((time.perf_counter(), len(block)))
+        yield from block.to_pylist()
 
 
 def _timed(work: Any) -> float:

@@ -176,6 +176,9 @@ class LiveFeed:
         warmup: images to wait for before the first batch.
         capacity: images held, unused ones included; beyond it a used image makes room.
         memory_bytes: what is held in memory; the rest is spilled to a temporary file.
+
+    Attributes:
+        ended: all that the stream had has arrived.
     """
 
     def __init__(
@@ -199,7 +202,7 @@ class LiveFeed:
         self.arrived = self.fresh_drawn = self.replayed = self.num_used = 0
         self._rng = np.random.default_rng(seed)
         self._changed = threading.Condition()
-        self._ended = self._closed = False
+        self.ended = self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._drain, args=(iter(stream),), daemon=True)
         self._thread.start()
@@ -221,7 +224,7 @@ class LiveFeed:
             self._error = error
         finally:
             with self._changed:
-                self._ended = True
+                self.ended = True
                 self._changed.notify_all()
 
     def _make_room(self) -> bool:
@@ -240,7 +243,7 @@ class LiveFeed:
     def batch(self, step: int) -> Batch:
         with self._changed:
             self._changed.wait_for(
-                lambda: self.arrived >= self.warmup or self._ended or self._closed
+                lambda: self.arrived >= self.warmup or self.ended or self._closed
             )
             if self._error is not None:
                 raise self._error
