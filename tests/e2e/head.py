@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import psutil
@@ -25,9 +25,17 @@ RAY_DATAS_OWN = {"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTr
 QUICKSTART = "jobs/configs/quickstart.yaml"
 
 
+class Head(NamedTuple):
+    """A head node: `env` of those who may use it, its GCS's address, and Ray's folder."""
+
+    env: dict[str, str]
+    address: str
+    folder: Path
+
+
 @contextmanager
-def start_head() -> Iterator[dict[str, str]]:
-    """The environment of those who may use the head. Ended by pid."""
+def start_head(*, num_cpus: int = 2, **variables: str) -> Iterator[Head]:
+    """Start a head node, with more variables in its environment. Ended by pid."""
     temporary = tempfile.mkdtemp(prefix="r", dir="/tmp")  # short: Ray puts socket paths under it
     port, dashboard = free_port(), free_port()
     env = {
@@ -37,11 +45,12 @@ def start_head() -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "COLUMNS": "160",
+        **variables,
     }
     env.pop("RAY_ADDRESS", None)
     head = subprocess.Popen(
         [
-            BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=2",
+            BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--num-cpus={num_cpus}",
             f"--dashboard-port={dashboard}", f"--temp-dir={temporary}",
             f"--ray-client-server-port={free_port()}",
             f"--dashboard-agent-listen-port={free_port()}",
@@ -57,7 +66,8 @@ def start_head() -> Iterator[dict[str, str]]:
                 break
         else:
             raise AssertionError("ray start failed:\n" + "".join(seen))
-        yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        users = {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        yield Head(users, f"127.0.0.1:{port}", Path(temporary))
     finally:
         end_tree(head.pid)
         head.wait()

@@ -15,8 +15,8 @@ from runs import NO_LLM, ROOT, SMALL, planned_ids, stored_ids
 
 @pytest.fixture(scope="module")
 def head():
-    with start_head() as env:
-        yield env
+    with start_head() as started:
+        yield started.env
 
 
 @pytest.fixture(autouse=True)

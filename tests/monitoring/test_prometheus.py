@@ -1,21 +1,17 @@
 """A real run on a Ray head, scraped by a real Prometheus: what is shown and watched is there."""
 
 import json
-import os
 import re
-import secrets
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
+from head import end_tree, start_head
 from runs import NO_LLM, ROOT, SMALL
 from service import free_port
 from test_metrics import DASHBOARD, MONITORING, OURS, expressions
@@ -24,7 +20,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("prometheus"), reason="needs Debian's package prometheus"),
 ]
-RAY = str(Path(sys.executable).parent / "ray")
 SETTINGS = [
     *SMALL,
     *NO_LLM[:2],
@@ -43,69 +38,12 @@ QUIET = re.compile(
 )
 
 
-def in_session(line: list[str], **options) -> subprocess.Popen:
-    return subprocess.Popen(line, cwd=ROOT, start_new_session=True, text=True, **options)
-
-
-def end(process: subprocess.Popen) -> None:
-    """End a process and all of its session, by id."""
-    ours = [p for p in psutil.process_iter() if _session(p) == process.pid]
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(ours, timeout=20)
-    for one in alive:
-        one.kill()
-
-
-def _session(process: psutil.Process) -> int:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return 0
-
-
 @pytest.fixture(scope="module")
 def head():
     """A head node with its dashboard; its environment and folder."""
-    env = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_metrics_report_interval_ms": "2000",  # the run is short
-        "COLUMNS": "160",
-    }
-    for _ in range(3):  # Ray gives a node 30 s, which a busy machine may exceed
-        process, address, folder, said = start_head(env)
-        try:
-            if "Ray runtime started" in said:
-                yield {**env, "RAY_ADDRESS": address}, folder
-                return
-        finally:
-            end(process)
-    raise AssertionError(f"ray start failed:\n{said}")
-
-
-def start_head(env: dict[str, str]) -> tuple[subprocess.Popen, str, Path, str]:
-    """`ray start --head`: its process, address, folder, and what it said up to its start."""
-    folder, port = tempfile.mkdtemp(prefix="r"), free_port()
-    process = in_session(
-        [
-            RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=4",
-            f"--dashboard-port={free_port()}", f"--temp-dir={folder}",
-            f"--ray-client-server-port={free_port()}",
-            f"--dashboard-agent-listen-port={free_port()}",
-        ],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert process.stdout
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if "Ray runtime started" in line:
-            break
-    return process, f"127.0.0.1:{port}", Path(folder), "".join(seen)
+    # The run is short.
+    with start_head(num_cpus=4, RAY_metrics_report_interval_ms="2000") as started:
+        yield {**started.env, "RAY_ADDRESS": started.address}, started.folder
 
 
 class Prometheus:
@@ -117,13 +55,13 @@ class Prometheus:
         (folder / "prometheus.yml").write_text(config.replace(": 15s", ": 3s"))
         self.port = free_port()
         self.log = (folder / "prometheus.log").open("w")
-        self.process = in_session(
+        self.process = subprocess.Popen(
             [
                 "prometheus", f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address=127.0.0.1:{self.port}",
             ],
-            stdout=self.log, stderr=subprocess.STDOUT,
+            cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
     def ask(self, path: str, **parameters) -> dict:
@@ -178,7 +116,8 @@ def scraped(head, tmp_path_factory):
 
         yield prometheus, series
     finally:
-        end(prometheus.process)
+        end_tree(prometheus.process.pid)
+        prometheus.process.wait()
         prometheus.log.close()
 
 
