@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ray_synth import logs, serve_cli, signals, submit_cli
+from ray_synth import logs, run_cli, serve_cli, signals, submit_cli
 from ray_synth.config import Config, load_config
+from ray_synth.errors import explain
 
 app = typer.Typer(
     name="ray-synth",
@@ -256,163 +255,14 @@ def doctor(
         raise typer.Exit(1)
 
 
-RunFolder = Annotated[str, typer.Option("--run", "-r", help="a run's directory, or its URI")]
-Names = Annotated[list[str] | None, typer.Option("--class", help="only this class; repeatable")]
-Kinds = Annotated[
-    list[str] | None, typer.Option("--kind", help="only plain, contextual or stylized")
-]
-
-
-@app.command()
-def regenerate(
-    sample_id: Annotated[str, typer.Argument(help="an image's id, or the start of one")],
-    run_folder: RunFolder = "runs/quickstart",
-    out: Annotated[Path | None, typer.Option(help="where to write the image")] = None,
-) -> None:
-    """Make one image again from its row alone, and compare it with the one in the store."""
-    from ray_synth.generation.regenerate import regenerate as again
-
-    found = again(_opened(run_folder), sample_id)
-    path = out or Path(f"{found.row['sample_id']}.{found.suffix}")
-    path.write_bytes(found.image)
-    typer.echo(found.describe())
-    typer.echo(f"wrote {path}")
-    if not found.identical:
-        raise typer.Exit(1)
-
-
-@app.command()
-def status(
-    run_folder: Annotated[str, typer.Argument(help="a run's directory, or its URI")] = (
-        "runs/quickstart"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
-    watch: Annotated[
-        float | None, typer.Option(help="look again every so many seconds, until it runs no longer")
-    ] = None,
-) -> None:
-    """Say how a run stands, from its directory alone; exit code 0 done, 3 running, 4 neither."""
-    from ray_synth.status_view import show_status
-    from ray_synth.storage import Folder
-
-    raise typer.Exit(show_status(Folder(run_folder), as_json=as_json, watch=watch))
-
-
-@app.command()
-def show(
-    run_folder: RunFolder = "runs/quickstart",
-    class_names: Names = None,
-    kinds: Kinds = None,
-    style: Annotated[str | None, typer.Option(help="only this style")] = None,
-    rejected: Annotated[
-        bool | None, typer.Option("--rejected/--accepted", help="only these; default: both")
-    ] = None,
-    sample_ids: Annotated[list[str] | None, typer.Option("--id", help="only this image")] = None,
-    limit: Annotated[int, typer.Option(help="images at most")] = 200,
-    columns: Annotated[
-        int | None, typer.Option(help="images of a kind side by side; default: 12 in all")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("contact_sheet.png"),
-) -> None:
-    """Draw a contact sheet of any slice of a run's images."""
-    from ray_synth.report.sheet import sheet_of
-
-    sheet = sheet_of(
-        _opened(run_folder), class_names=class_names, kinds=kinds, style=style, rejected=rejected,
-        sample_ids=sample_ids, limit=limit, columns=columns,
-    )  # fmt: skip
-    sheet.save(out)
-    typer.echo(f"wrote {out}")
-
-
-@app.command()
-def export(
-    to: Annotated[str, typer.Argument(help="an empty folder, or its URI")],
-    run_folder: RunFolder = "runs/quickstart",
-    layout: Annotated[str, typer.Option(help="imagefolder, webdataset or huggingface")] = (
-        "imagefolder"
-    ),
-    class_names: Names = None,
-    kinds: Kinds = None,
-    rejected: Annotated[bool, typer.Option(help="rejected images as well")] = False,
-    limit: Annotated[int | None, typer.Option(help="images at most")] = None,
-    shard_rows: Annotated[int, typer.Option(help="images a shard, at most")] = 10_000,
-    licence: Annotated[str | None, typer.Option(help="for the card")] = None,
-) -> None:
-    """Write a run's images as a data set with a card, for other tools."""
-    from ray_synth.generation.export import export_images
-
-    counts = export_images(
-        _opened(run_folder), to, layout=layout, accepted_only=not rejected,
-        class_names=class_names, kinds=kinds, limit=limit, shard_rows=shard_rows, licence=licence,
-    )  # fmt: skip
-    typer.echo(
-        f"wrote {counts['exported']:,} images of {len(counts['classes'])} classes to {counts['to']}"
-        + (f"; {counts['unreadable']} could not be read" if counts["unreadable"] else "")
-    )
-
-
+run_cli.register(app)
 submit_cli.register(app)
-
-
-def _opened(run_folder: str) -> Any:
-    """The folder of a run. Raises ValueError where its storage does not answer at once."""
-    from ray_synth.storage import Folder
-
-    folder = Folder(run_folder)
-    folder.check_readable()
-    return folder
 
 
 def _done(settings: Config, name: str) -> None:
     from ray_synth.cluster import runs_folder
 
     typer.echo(f"wrote {runs_folder(settings.runs_dir).child(settings.name).address(name)}")
-
-
-def explain(error: BaseException) -> str | None:
-    """One clear message for an error that a user can mend; None for all others.
-
-    Ray wraps what its workers raise: the user's ValueError is looked for inside.
-    """
-    from ray_synth.filesystems import storage_problem
-
-    seen: set[int] = set()
-    pending: list[Any] = [error]
-    while pending:
-        current = pending.pop()
-        if not isinstance(current, BaseException) or id(current) in seen:
-            continue
-        seen.add(id(current))
-        full = isinstance(current, OSError) and current.errno == errno.ENOSPC
-        if full or f"[Errno {errno.ENOSPC}]" in str(current):
-            where = re.search(r"No space left on device: '([^']+)'", str(current))
-            return (
-                f"no space left on the disk ({where[1] if where else 'while writing'}); free some "
-                "and run the same command again: what was finished is kept"
-            )
-        if isinstance(current, OSError) and (problem := storage_problem(current)):
-            return f"{problem}. Run the same command again: what was finished is kept"
-        if type(current) is ValueError or type(current).__name__ == "RayTaskError(ValueError)":
-            cause = getattr(current, "cause", None)
-            return str(cause if isinstance(cause, ValueError) else current).strip()
-        # An error that crossed processes twice is left as text alone.
-        crossed = str(current) if type(current).__name__.startswith("RayTaskError") else ""
-        remote = re.findall(r"^ValueError: (.+)$", crossed, re.MULTILINE)
-        if remote:
-            return str(remote[-1]).strip()
-        stalled = re.search(r"no progress for at least (\d+)s", str(current))
-        if stalled:
-            return (
-                f"generation stalled: no image was made for {stalled[1]} s. Either no worker has the "
-                "CPUs and GPUs that generation.num_cpus and num_gpus ask for (see `ray status`), or "
-                "a batch takes longer than that: raise cluster.no_progress_timeout_s. What was made "
-                "is kept; the same command continues"
-            )
-        failures = getattr(current, "worker_failures", None)
-        pending += list(failures.values()) if isinstance(failures, dict) else []
-        pending += [getattr(current, "cause", None), current.__cause__]
-    return None
 
 
 def prepare_process() -> None:

@@ -92,7 +92,7 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
 def _estimate(config: Config) -> list[str]:
     from ray_synth.budget.estimate import lines
     from ray_synth.budget.probe import forecast, share_cores
-    from ray_synth.pipeline import check_run
+    from ray_synth.run import check_run
 
     run = check_run(config)
     if not run.todo("report"):
@@ -102,7 +102,7 @@ def _estimate(config: Config) -> list[str]:
 
 def _sizes(config: Config) -> tuple[Sizes, list[str]]:
     """How much there is to do, and what a run would refuse to start with."""
-    from ray_synth.pipeline import check_run
+    from ray_synth.run import check_run
 
     try:
         return check_run(config).sizes, []

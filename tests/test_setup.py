@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from ray_synth.cli import app
 from ray_synth.config import load_config
-from ray_synth.pipeline import open_run
+from ray_synth.run import open_run
 from ray_synth.setup import write_config
 
 

@@ -40,7 +40,7 @@ def forecast(run: Any, until: str, *, shared: bool) -> Estimate:
     """Probe the cluster and estimate the stages of a run that are to do.
 
     Args:
-        run: a `pipeline.Run`; its directory is left alone.
+        run: a `run.Run`; its directory is left alone.
         until: the last stage.
         shared: generation and training run on the same cores.
 

@@ -21,8 +21,9 @@ from ray_synth.budget.packing import Demand
 from ray_synth.cluster import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
-from ray_synth.pipeline import Run, inspected, open_run, run_images, run_words
+from ray_synth.pipeline import inspected, run_images, run_words
 from ray_synth.progress import Bar
+from ray_synth.run import Run, open_run
 from ray_synth.storage import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
 from ray_synth.tracking import digest

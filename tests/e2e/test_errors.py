@@ -62,7 +62,7 @@ def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
 def test_prompts_that_the_text_encoder_cannot_read_are_refused(setting, says):
     from ray_synth.config import load_config
     from ray_synth.generation.generator import prompt_tokens
-    from ray_synth.pipeline import prompt_limit
+    from ray_synth.words import prompt_limit
 
     config = load_config(QUICKSTART, [setting])
     with pytest.raises(ValueError, match=says):

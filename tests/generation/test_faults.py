@@ -16,8 +16,8 @@ from forwarder import Forwarder
 from test_store import plan_rows
 from tiny import embedded
 
-from ray_synth.cli import explain
 from ray_synth.config import GenerationConfig, PoolConfig, QualityConfig
+from ray_synth.errors import explain
 from ray_synth.generation.chunks import PlanFile, PlanTable
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore

@@ -66,7 +66,7 @@ def actor_pids() -> list[int]:
 
 
 def test_a_model_that_cannot_be_loaded_fails_with_its_name(local_ray, tmp_path):
-    from ray_synth.cli import explain
+    from ray_synth.errors import explain
 
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')

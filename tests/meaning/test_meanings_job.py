@@ -333,7 +333,7 @@ def test_classes_are_judged_by_the_images_that_the_pipeline_takes(
     image_folder: Path, tmp_path: Path, overrides: list[str], images: int
 ) -> None:
     from ray_synth.data.dataset import read_index, select
-    from ray_synth.pipeline import open_run
+    from ray_synth.run import open_run
 
     settings = from_folder(image_folder, *overrides, f"runs_dir={tmp_path / 'runs'}")
     found = llms.class_features(settings, Counting())

@@ -1,0 +1,51 @@
+"""metrics.json: a run's results, rates and times, gathered from what its stages left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from ray_synth.report.page import write_report as write_page
+from ray_synth.report.sheet import write_contact_sheet
+
+if TYPE_CHECKING:
+    from ray_synth.run import Run
+
+log = logging.getLogger("ray_synth")
+
+
+def write_report(run: Run, seconds: float) -> dict[str, Any]:
+    """metrics.json and the page, from what the stages left."""
+    started = time.perf_counter()
+    records = {stage: run.stages.record(stage) or {} for stage in run.stages.inputs}
+    results = {stage: record.get("result", {}) for stage, record in records.items()}
+    evaluation, generation = results["evaluation"], results["generation"]
+    arms = results["training"].get("seconds", {})
+    before = run.folder.read_json("metrics.json") if run.folder.exists("metrics.json") else {}
+    metrics = {
+        "run": run.config.name,
+        "num_real": results["data"]["num_real"],
+        "num_synthetic": generation["num_synthetic"],
+        **evaluation["results"],
+        "images_per_second": {
+            "generation": generation["images_per_actor_second"]
+            * run.config.generation.pool.max_size
+        },
+        "stall_fraction": run.folder.read_json("models/mixed.json")["stall_fraction"],
+        "seconds": {
+            **run.stages.seconds(),
+            **{f"training_{arm}": value for arm, value in arms.items()},
+        },
+        "corrupt": {"train": results["data"]["corrupt"], "test": evaluation["corrupt"]},
+        "rejected": generation["rejected"],
+        "reject_reasons": generation["reject_reasons"],
+        "generation": generation["facts"],
+        "contexts": results["plan"]["context_sources"],
+    }
+    metrics["seconds"]["total"] = before.get("seconds", {}).get("total", seconds)
+    run.folder.write_json("metrics.json", metrics)
+    write_contact_sheet(run.folder)
+    write_page(run.folder)
+    log.info("report: %.1f s", time.perf_counter() - started)
+    return metrics

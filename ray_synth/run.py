@@ -1,0 +1,132 @@
+"""One run: its config, its directory and its real images; what is checked before it begins."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any
+
+from ray_synth.budget.demands import Sizes
+from ray_synth.cluster import runs_folder
+from ray_synth.config import Config
+from ray_synth.data.dataset import (
+    Index,
+    hold_out,
+    load_index,
+    read_class_names,
+    require_every_class,
+    select,
+)
+from ray_synth.generation.chunks import PlanFile
+from ray_synth.generation.generator import check_generator, fingerprint, prompt_tokens
+from ray_synth.generation.maker import GenerationJob
+from ray_synth.generation.store import ImageStore
+from ray_synth.stages import STAGES, StageLog, stage_inputs
+from ray_synth.storage import Folder
+from ray_synth.training.trainer import check_recipe
+from ray_synth.words import prompt_limit
+
+VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "mlflow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its config, its directory, and its real images; none of them is opened yet.
+
+    Attributes:
+        train: training images, before inspection.
+        tests: the test sets.
+        validation: held out of training.
+    """
+
+    config: Config
+    runs: Folder
+    folder: Folder
+    stages: StageLog
+    train: Index
+    tests: dict[str, Index]
+    validation: Index
+
+    @property
+    def store(self) -> ImageStore:
+        return ImageStore(self.folder.child("images"))
+
+    @property
+    def sizes(self) -> Sizes:
+        """How much there is to do."""
+        tests = {name: len(index) for name, index in self.tests.items()}
+        return Sizes(len(self.train), len(self.train.class_names), tests)
+
+    def todo(self, until: str) -> list[str]:
+        """The stages up to one, or to `report`, that are not done."""
+        last = STAGES.index(until) if until in STAGES else len(STAGES)
+        return [stage for stage in STAGES[: last + 1] if self.stages.record(stage) is None]
+
+    def generation_job(self, board: Any = None) -> GenerationJob:
+        return GenerationJob(
+            self.config.generation,
+            PlanFile(self.folder),
+            self.store,
+            run=self.folder,
+            clip=self.config.meaning.clip,
+            board=board,
+        )
+
+
+def open_run(config: Config, force_stage: str | None = None) -> Run:
+    """Check everything that can be checked without a cluster, and begin the run directory.
+
+    Raises:
+        ValueError: bad data, an unknown model, or a directory that holds other settings' results.
+    """
+    run = check_run(config, force_stage)
+    begin(run, force_stage)
+    return run
+
+
+def check_run(config: Config, force_stage: str | None = None) -> Run:
+    """The run of a config, with all that can be known to be wrong looked for; nothing is written.
+
+    Raises:
+        ValueError: as `open_run` does.
+    """
+    names = read_class_names(config.data.class_names)
+    train = require_every_class(load_index(config.data.train, names), "data.train")
+    train, validation = hold_out(train, config.data.validation)
+    train = select(train, config.data.train.images_per_class, config.seed)
+    sources = {"in_domain": config.data.test, **config.data.ood}
+    tests = {
+        name: select(load_index(source, train.class_names), source.images_per_class, config.seed)
+        for name, source in sources.items()
+    }
+    runs = runs_folder(config.runs_dir)
+    folder = runs.child(config.name)
+    folder.check_readable()
+    stages = StageLog(folder, stage_inputs(config, fingerprint(config.generation)))
+    stages.check(force_stage)
+    if stages.record("generation") is None:
+        check_generator(config.generation)
+    if stages.record("plan") is None:
+        prompt_limit(config, *prompt_tokens(config.generation))
+    if stages.record("training") is None:
+        check_recipe(config.training)
+    return Run(config, runs, folder, stages, train, tests, validation)
+
+
+def begin(run: Run, force_stage: str | None = None) -> None:
+    """Keep the config in the run directory, and forget what is to be done again.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    run.stages.forget()
+    if force_stage in ("quality", "generation"):
+        run.store.clear()
+    if run.stages.record("generation") is None:
+        run.folder.check_writable()
+    for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
+        run.folder.child(name).sweep()
+    run.folder.sweep()
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    values = run.config.model_dump(mode="json")
+    run.folder.write_yaml("config.yaml", {**values, "versions": versions})

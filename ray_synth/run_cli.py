@@ -1,0 +1,114 @@
+"""Verbs that look at a run's directory: status, show, export, regenerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RunFolder = Annotated[str, typer.Option("--run", "-r", help="a run's directory, or its URI")]
+Names = Annotated[list[str] | None, typer.Option("--class", help="only this class; repeatable")]
+Kinds = Annotated[
+    list[str] | None, typer.Option("--kind", help="only plain, contextual or stylized")
+]
+
+
+def regenerate(
+    sample_id: Annotated[str, typer.Argument(help="an image's id, or the start of one")],
+    run_folder: RunFolder = "runs/quickstart",
+    out: Annotated[Path | None, typer.Option(help="where to write the image")] = None,
+) -> None:
+    """Make one image again from its row alone, and compare it with the one in the store."""
+    from ray_synth.generation.regenerate import regenerate as again
+
+    found = again(_opened(run_folder), sample_id)
+    path = out or Path(f"{found.row['sample_id']}.{found.suffix}")
+    path.write_bytes(found.image)
+    typer.echo(found.describe())
+    typer.echo(f"wrote {path}")
+    if not found.identical:
+        raise typer.Exit(1)
+
+
+def status(
+    run_folder: Annotated[str, typer.Argument(help="a run's directory, or its URI")] = (
+        "runs/quickstart"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    watch: Annotated[
+        float | None, typer.Option(help="look again every so many seconds, until it runs no longer")
+    ] = None,
+) -> None:
+    """Say how a run stands, from its directory alone; exit code 0 done, 3 running, 4 neither."""
+    from ray_synth.status_view import show_status
+    from ray_synth.storage import Folder
+
+    raise typer.Exit(show_status(Folder(run_folder), as_json=as_json, watch=watch))
+
+
+def show(
+    run_folder: RunFolder = "runs/quickstart",
+    class_names: Names = None,
+    kinds: Kinds = None,
+    style: Annotated[str | None, typer.Option(help="only this style")] = None,
+    rejected: Annotated[
+        bool | None, typer.Option("--rejected/--accepted", help="only these; default: both")
+    ] = None,
+    sample_ids: Annotated[list[str] | None, typer.Option("--id", help="only this image")] = None,
+    limit: Annotated[int, typer.Option(help="images at most")] = 200,
+    columns: Annotated[
+        int | None, typer.Option(help="images of a kind side by side; default: 12 in all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("contact_sheet.png"),
+) -> None:
+    """Draw a contact sheet of any slice of a run's images."""
+    from ray_synth.report.sheet import sheet_of
+
+    sheet = sheet_of(
+        _opened(run_folder), class_names=class_names, kinds=kinds, style=style, rejected=rejected,
+        sample_ids=sample_ids, limit=limit, columns=columns,
+    )  # fmt: skip
+    sheet.save(out)
+    typer.echo(f"wrote {out}")
+
+
+def export(
+    to: Annotated[str, typer.Argument(help="an empty folder, or its URI")],
+    run_folder: RunFolder = "runs/quickstart",
+    layout: Annotated[str, typer.Option(help="imagefolder, webdataset or huggingface")] = (
+        "imagefolder"
+    ),
+    class_names: Names = None,
+    kinds: Kinds = None,
+    rejected: Annotated[bool, typer.Option(help="rejected images as well")] = False,
+    limit: Annotated[int | None, typer.Option(help="images at most")] = None,
+    shard_rows: Annotated[int, typer.Option(help="images a shard, at most")] = 10_000,
+    licence: Annotated[str | None, typer.Option(help="for the card")] = None,
+) -> None:
+    """Write a run's images as a data set with a card, for other tools."""
+    from ray_synth.generation.export import export_images
+
+    counts = export_images(
+        _opened(run_folder), to, layout=layout, accepted_only=not rejected,
+        class_names=class_names, kinds=kinds, limit=limit, shard_rows=shard_rows, licence=licence,
+    )  # fmt: skip
+    typer.echo(
+        f"wrote {counts['exported']:,} images of {len(counts['classes'])} classes to {counts['to']}"
+        + (f"; {counts['unreadable']} could not be read" if counts["unreadable"] else "")
+    )
+
+
+def _opened(run_folder: str) -> Any:
+    """The folder of a run. Raises ValueError where its storage does not answer at once."""
+    from ray_synth.storage import Folder
+
+    folder = Folder(run_folder)
+    folder.check_readable()
+    return folder
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    for verb in (regenerate, status, show, export):
+        app.command()(verb)
