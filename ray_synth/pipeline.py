@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from ray_synth.budget import Reach, preflight
+from ray_synth.budget.estimate import Estimate, compare, priced
 from ray_synth.cluster import connect
 from ray_synth.config import ClipConfig, Config, QualityConfig
 from ray_synth.data.dataset import (
@@ -78,24 +79,23 @@ def run_pipeline(
         return metrics
 
 
-def _forecast(run: Run, until: str, reach: Reach) -> dict[str, Any]:
-    """estimate.json, from a short probe."""
+def _forecast(run: Run, until: str, reach: Reach) -> Estimate:
+    """Of the stages that are to do, from a short probe; kept in estimate.json."""
     from ray_synth.budget.probe import forecast, share_cores
 
-    found = forecast(run, until, shared=share_cores(run.config, reach)).as_dict()
-    run.folder.write_json("estimate.json", found)
+    found = forecast(run, until, shared=share_cores(run.config, reach))
+    run.folder.write_json("estimate.json", found.as_dict())
     return found
 
 
-def _compare(run: Run, expected: dict[str, Any], total: float) -> None:
+def _compare(run: Run, expected: Estimate, total: float) -> None:
     """How far off the estimate was, in the log and in estimate.json."""
-    from ray_synth.budget.estimate import compare
-
     done = run.stages.seconds()
-    taken = {stage: done[stage] for stage in expected["seconds"] if stage in done}
-    taken["around"] = total - sum(taken.values())
-    run.folder.write_json("estimate.json", {**expected, "taken": taken})
-    log.info("%s", compare(expected["seconds"], taken))
+    seconds = {stage: done[stage] for stage in expected.seconds if stage in done}
+    seconds["around"] = total - sum(seconds.values())
+    taken = priced(run.config, run.sizes, seconds)
+    run.folder.write_json("estimate.json", {**expected.as_dict(), "taken": taken.as_dict()})
+    log.info("%s", compare(expected, taken))
 
 
 def inspected(run: Run) -> Run:

@@ -4,7 +4,7 @@ import pytest
 from samples import ROOT
 
 from ray_synth.budget.demands import Sizes
-from ray_synth.budget.estimate import Measured, compare, estimate
+from ray_synth.budget.estimate import Estimate, Measured, compare, estimate
 from ray_synth.budget.probe import pace
 from ray_synth.config import load_config
 
@@ -86,9 +86,14 @@ def test_hours_are_what_the_units_reserve():
 
 
 def test_the_comparison_says_how_far_off_it_was():
-    text = compare({"meaning": 30.0, "around": 10.0}, {"meaning": 25.0, "around": 7.0})
-    assert text.startswith("estimate: 40 s expected, 32 s taken (+25%)")
-    assert "meaning 30/25" in text
+    expected, taken = {"meaning": 30.0, "around": 10.0}, {"meaning": 25.0, "around": 7.0}
+    text = compare(Estimate(expected, {}, 0.0), Estimate(taken, {}, 0.0))
+    assert text == (
+        "estimate: 40 s expected, 32 s taken (+25%); expected/taken by stage: meaning 30/25, "
+        "around 10/7"
+    )
+    text = compare(Estimate(expected, {}, 0.9), Estimate(taken, {}, 1.2))
+    assert text.endswith("; cost 0.90 expected, 1.20 taken (-25%)")
 
 
 def test_the_pace_leaves_out_the_batches_that_came_together():

@@ -123,11 +123,7 @@ def estimate(
     tested = sum(sizes.tests.values()) * models * m.test / testers
     found["evaluation"] = m.test_start + tested
     seconds = {stage: found[stage] for stage in STAGES if stage in stages}
-    hours = _hours(config, sizes, seconds)
-    prices = config.cluster
-    cost = hours["gpu_hours"] * prices.price_per_gpu_hour
-    cost += hours["cpu_hours"] * prices.price_per_cpu_hour
-    return Estimate({**seconds, "around": m.around}, hours, cost)
+    return priced(config, sizes, {**seconds, "around": m.around})
 
 
 def _beside(
@@ -159,8 +155,11 @@ def _beside(
     return first * make + together + alone, left if left > 1e-6 else 0.0
 
 
-def _hours(config: Config, sizes: Sizes, seconds: dict[str, float]) -> dict[str, float]:
-    """What the units of the stages reserve while they are at work; pools count with their most."""
+def priced(config: Config, sizes: Sizes, seconds: dict[str, float]) -> Estimate:
+    """With the hours that the units of the stages reserve while they are at work, and their price.
+
+    Pools count with their most.
+    """
     largest = {
         "generation.pool.min_size": config.generation.pool.max_size,
         "training.num_workers": config.training.max_workers,
@@ -171,7 +170,9 @@ def _hours(config: Config, sizes: Sizes, seconds: dict[str, float]) -> dict[str,
             hours = seconds.get(stage, 0.0) / 3600 * largest.get(part.what, part.count)
             cpus += hours * part.cpus
             gpus += hours * part.gpus
-    return {"gpu_hours": gpus, "cpu_hours": cpus}
+    prices = config.cluster
+    cost = gpus * prices.price_per_gpu_hour + cpus * prices.price_per_cpu_hour
+    return Estimate(seconds, {"gpu_hours": gpus, "cpu_hours": cpus}, cost)
 
 
 def lines(found: Estimate) -> list[str]:
@@ -186,15 +187,21 @@ def lines(found: Estimate) -> list[str]:
     return rows
 
 
-def compare(expected: dict[str, float], taken: dict[str, float]) -> str:
-    """`estimate: 200 s expected, 210 s taken (-5%); meaning 30/31, ...`, of expected and taken."""
-    total, real = sum(expected.values()), sum(taken.values())
+def compare(expected: Estimate, taken: Estimate) -> str:
+    """`estimate: 200 s expected, 210 s taken (-5%); meaning 30/31, ...`, and cost where it has one."""
     parts = [
-        f"{stage} {seconds:.0f}/{taken[stage]:.0f}"
-        for stage, seconds in expected.items()
-        if stage in taken and (seconds or taken[stage] >= 1)
+        f"{stage} {seconds:.0f}/{taken.seconds[stage]:.0f}"
+        for stage, seconds in expected.seconds.items()
+        if stage in taken.seconds and (seconds or taken.seconds[stage] >= 1)
     ]
+    cost = (
+        f"; cost {expected.cost:.2f} expected, {taken.cost:.2f} taken "
+        f"({100 * (expected.cost / taken.cost - 1):+.0f}%)"
+        if taken.cost
+        else ""
+    )
     return (
-        f"estimate: {total:.0f} s expected, {real:.0f} s taken ({100 * (total / real - 1):+.0f}%); "
-        f"expected/taken by stage: {', '.join(parts)}"
+        f"estimate: {expected.total:.0f} s expected, {taken.total:.0f} s taken "
+        f"({100 * (expected.total / taken.total - 1):+.0f}%); "
+        f"expected/taken by stage: {', '.join(parts)}{cost}"
     )
