@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import yaml
-from runs import NO_LLM, ROOT, SMALL, command
+from small_runs import NO_LLM, ROOT, SMALL, command
 from test_store import made, plan_rows
 
 from ray_synth.cli import main

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import httpx
 import psutil
-from runs import ROOT
 from service import free_port
+from small_runs import ROOT
 
 BIN = Path(sys.executable).parent
 RAY_DATAS_OWN = {"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"}

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from runs import QUICKSTART, SMALL, command
+from small_runs import QUICKSTART, SMALL, command
 
 from ray_synth.cli import main
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import command, run
+from small_runs import command, run
 
 
 @pytest.mark.slow

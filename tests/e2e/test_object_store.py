@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from buckets import make_bucket, serving
 from PIL import Image
-from runs import QUICKSTART, ROOT
 from service import free_port
+from small_runs import QUICKSTART, ROOT
 
 from ray_synth.generation.store import ImageStore
 from ray_synth.storage import Folder

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import NO_LLM, ROOT, SMALL, command, planned_ids, run, stored_ids
+from small_runs import NO_LLM, ROOT, SMALL, command, planned_ids, run, stored_ids
 
 TIMED = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation", "total")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image, ImageDraw
-from runs import NO_LLM, ROOT, SMALL
+from small_runs import NO_LLM, ROOT, SMALL
 
 from ray_synth.studies.catalog import WRITERS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from forwarder import Forwarder
 from head import QUICKSTART, line, living_actors, ray_synth, sets, start_head, wait_for
-from runs import NO_LLM, ROOT, SMALL, planned_ids, stored_ids
+from small_runs import NO_LLM, ROOT, SMALL, planned_ids, stored_ids
 
 
 @pytest.fixture(scope="module")

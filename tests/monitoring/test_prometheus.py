@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from head import end_tree, start_head
-from runs import NO_LLM, ROOT, SMALL
 from service import free_port
+from small_runs import NO_LLM, ROOT, SMALL
 from test_metrics import DASHBOARD, MONITORING, OURS, expressions
 
 pytestmark = [
