@@ -16,8 +16,10 @@ NUMBERS = [f"the number {name}" for name in DIGITS]
 
 
 @pytest.fixture
-def served():
+def served(monkeypatch):
     """A function that deploys the app with these settings, and returns its address."""
+    for source in ("REPLICA", "HANDLE"):  # what autoscaling goes by is told each second
+        monkeypatch.setenv(f"RAY_SERVE_{source}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
     from ray import serve
 
     from ray_synth.cluster import connect
@@ -156,7 +158,6 @@ def test_replicas_go_up_under_load_and_down_after(served):
         "target_ongoing_requests": 2,
         "upscale_delay_s": 2,
         "downscale_delay_s": 5,
-        "metrics_interval_s": 1,
         "look_back_period_s": 3,
     }
     url = served(cache_images=0, replicas=[1, 3], autoscaling=quick)
