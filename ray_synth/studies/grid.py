@@ -72,15 +72,18 @@ class Grid:
         """The cluster, before any of this was started. Raises ValueError where a source does not fit."""
         return preflight(self.trials[0].config)
 
+    def check(self) -> None:
+        """Raises ValueError where a source, or as many at once as asked, do not fit the cluster."""
+        for config in {trial.source: trial.config for trial in self.trials}.values():
+            check_budget(config, self.reach)
+        self._check_parallel()
+
     def make_sources(self) -> None:
         """Inspect, resolve, plan and generate what the trials train on.
 
         Raises:
-            ValueError: as the pipeline's stages do; a source that does not fit the cluster.
+            ValueError: as the pipeline's stages do.
         """
-        for config in {trial.source: trial.config for trial in self.trials}.values():
-            check_budget(config, self.reach)
-        self._check_parallel()
         mixed: dict[str, Run] = {}
         for trial in self.trials:
             if trial.source not in self.runs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from ray_synth.cluster import connect, runs_folder
@@ -17,7 +18,7 @@ from ray_synth.data.dataset import hold_out, load_index, read_class_names, requi
 from ray_synth.heartbeat import watched
 from ray_synth.storage import Folder
 from ray_synth.studies import measures, plots
-from ray_synth.studies.arm import Trial, trials_of
+from ray_synth.studies.arm import trials_of
 from ray_synth.studies.catalog import Study, known_name, studies
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
@@ -57,17 +58,20 @@ def run_studies(
     catalogue = studies(config, counts)
     everything = [arm for study in catalogue.values() for arm in study.arms]
     chosen = list(catalogue) if name == "all" else [name]
-    wanted = {
-        one: trials_of(
-            config, catalogue[one].arms, seeds or config.studies.seeds, everything=everything
-        )
+    seeds = seeds or config.studies.seeds
+    grids = {
+        one: Grid(config, trials_of(config, catalogue[one].arms, seeds, everything=everything))
         for one in chosen
     }
     run_folder = runs_folder(config.runs_dir).child(config.name)
-    with watched(workspace(config), f"study {name}"), connect(config.cluster):
+    with ExitStack() as watching, connect(config.cluster):
+        for grid in grids.values():
+            grid.check()
+        watching.enter_context(watched(workspace(config), f"study {name}"))
         for one in chosen:
             started = time.perf_counter()
-            found = run_study(catalogue[one], config, wanted[one], until=until)
+            # Taken out: what a grid has opened goes with it.
+            found = run_study(catalogue[one], config, grids.pop(one), until=until)
             if found is None:
                 continue
             log.info("study %s: %.0f s", one, time.perf_counter() - started)
@@ -92,11 +96,10 @@ def with_validation(config: Config) -> tuple[Config, dict[str, int]]:
 
 
 def run_study(
-    study: Study, config: Config, trials: list[Trial], *, until: str = "report"
+    study: Study, config: Config, grid: Grid, *, until: str = "report"
 ) -> measures.Measured | None:
     """One study on a connected cluster; None where it stops before its end."""
-    log.info("study %s: %d arms, %d trials", study.name, len(study.arms), len(trials))
-    grid = Grid(config, trials)
+    log.info("study %s: %d arms, %d trials", study.name, len(study.arms), len(grid.trials))
     grid.make_sources()
     if until == "sources":
         return None

@@ -158,7 +158,7 @@ def test_replicas_go_up_under_load_and_down_after(served):
         "target_ongoing_requests": 2,
         "upscale_delay_s": 2,
         "downscale_delay_s": 5,
-        "look_back_period_s": 3,
+        "look_back_period_s": 11,
     }
     url = served(cache_images=0, replicas=[1, 3], autoscaling=quick)
     assert len(replicas("CLIP")) == 1
