@@ -43,7 +43,7 @@ def test_a_store_keeps_its_batch_size(tmp_path):
 
 
 def test_hours_and_cost_follow_what_an_actor_reserves():
-    from runs import QUICKSTART
+    from small_runs import QUICKSTART
 
     config = load_config(
         QUICKSTART,

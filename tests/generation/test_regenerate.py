@@ -18,7 +18,7 @@ EMBEDDED = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale
 
 def run_of(tmp_path, generation, rows, **changes):
     """A run directory as the pipeline leaves it, with these rows made in batches of 4."""
-    from runs import QUICKSTART
+    from small_runs import QUICKSTART
 
     folder = Folder(tmp_path / "run")
     config = load_config(QUICKSTART)
