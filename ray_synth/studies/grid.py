@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, TypeVar
 
-from ray_synth.budget import Reach, check_budget, preflight
+from ray_synth.budget import Reach, check_budget
 from ray_synth.budget.check import fit, most_at_once
 from ray_synth.budget.demands import READ, demands
 from ray_synth.budget.packing import Demand
@@ -49,10 +48,11 @@ class Grid:
     Args:
         trials: as `trials_of` gives them.
         config: the config that the studies are of.
+        reach: the cluster, before any of this was started.
     """
 
-    def __init__(self, config: Config, trials: list[Trial]) -> None:
-        self.config, self.folder = config, workspace(config)
+    def __init__(self, config: Config, trials: list[Trial], reach: Reach) -> None:
+        self.config, self.folder, self.reach = config, workspace(config), reach
         self.arms = self.folder.child(ARMS)
         self.trials = [replace(trial, config=self._placed(trial.config)) for trial in trials]
         self.runs: dict[str, Run] = {}
@@ -66,11 +66,6 @@ class Grid:
             meaning = config.meaning.model_copy(update={"llm": cached})
             config = config.model_copy(update={"meaning": meaning})
         return config.model_copy(update={"runs_dir": self.folder.child("sources").uri})
-
-    @cached_property
-    def reach(self) -> Reach:
-        """The cluster, before any of this was started. Raises ValueError where a source does not fit."""
-        return preflight(self.trials[0].config)
 
     def check(self) -> None:
         """Raises ValueError where a source, or as many at once as asked, do not fit the cluster."""

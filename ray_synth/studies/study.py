@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from ray_synth.budget import preflight
 from ray_synth.cluster import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import hold_out, load_index, read_class_names, require_every_class
@@ -59,12 +60,13 @@ def run_studies(
     everything = [arm for study in catalogue.values() for arm in study.arms]
     chosen = list(catalogue) if name == "all" else [name]
     seeds = seeds or config.studies.seeds
-    grids = {
-        one: Grid(config, trials_of(config, catalogue[one].arms, seeds, everything=everything))
-        for one in chosen
+    trials = {
+        one: trials_of(config, catalogue[one].arms, seeds, everything=everything) for one in chosen
     }
     run_folder = runs_folder(config.runs_dir).child(config.name)
     with ExitStack() as watching, connect(config.cluster):
+        reach = preflight(trials[chosen[0]][0].config)
+        grids = {one: Grid(config, trials[one], reach) for one in chosen}
         for grid in grids.values():
             grid.check()
         watching.enter_context(watched(workspace(config), f"study {name}"))
