@@ -28,6 +28,7 @@ from ray_synth.generation.chunks import PlanFile, missing_rows
 from ray_synth.heartbeat import watched
 from ray_synth.logs import hide_value_of
 from ray_synth.progress import Bar, make_board, watch
+from ray_synth.report.metrics import write_report
 from ray_synth.run import Run, begin, check_run
 from ray_synth.storage import Folder
 from ray_synth.words import resolve_meanings, write_plan
@@ -53,7 +54,7 @@ def run_pipeline(
     run = check_run(config, force_stage)
     if until == "report" and run.folder.exists("metrics.json") and run.stages.record("evaluation"):
         begin(run)
-        _write_report(run, time.perf_counter() - started)
+        write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
     with ExitStack() as watching:
         with connect(config.cluster):
@@ -69,7 +70,7 @@ def run_pipeline(
                 if tracker:
                     tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-        metrics = _write_report(run, time.perf_counter() - started) if until == "report" else {}
+        metrics = write_report(run, time.perf_counter() - started) if until == "report" else {}
         if expected:
             _compare(run, expected, time.perf_counter() - estimated)
         if tracker and metrics:
@@ -282,12 +283,6 @@ def evaluate_models(run: Run) -> dict[str, Any]:
         else:
             node.setdefault("ood", {})[test_set] = found
     return {"results": tree, "corrupt": corrupt}
-
-
-def _write_report(run: Run, seconds: float) -> dict[str, Any]:
-    from ray_synth.report.metrics import write_report
-
-    return write_report(run, seconds)
 
 
 def _tracker(run: Run) -> Any:

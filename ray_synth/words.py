@@ -18,6 +18,7 @@ from ray_synth.generation.store import PLAN_SCHEMA
 from ray_synth.progress import Bar
 
 if TYPE_CHECKING:
+    from ray_synth.prompting.contexts import Context
     from ray_synth.run import Run
 
 log = logging.getLogger("ray_synth")
@@ -63,9 +64,7 @@ def tell_refused(class_name: str, pieces: int) -> None:
 
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
     """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet."""
-    from ray_synth.prompting.contexts import Context
     from ray_synth.prompting.plan import ClassPrompts, plan_tables
-    from ray_synth.prompting.styles import load_styles
 
     config, folder = run.config, run.folder
     meanings = {entry["class_name"]: entry["choice"] for entry in folder.read_json("meanings.json")}
@@ -89,29 +88,18 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
             index,
             name,
             meanings[name],
-            [
-                (Context(**entry["context"]), entry["source"])
-                for entry in contexts.get(name, {}).get("contexts", [])
-            ],
+            read_contexts(contexts.get(name, {})),
             guides.get(index, []),
         )
         for index, name in enumerate(run.train.class_names)
     ]
-    count_tokens, limit = prompt_tokens(config.generation)
-    limit = prompt_limit(config, count_tokens, limit)
     sources: Counter[str] = Counter()
 
     def tables() -> Iterator[pa.Table]:
         for table in plan_tables(
             classes,
             num_images=max(1, round(config.prompting.multiplier * len(run.train))),
-            mix={str(kind): share for kind, share in config.prompting.mix.items()},
-            styles=load_styles(config.prompting.styles),
-            negative_prompt=config.prompting.negative_prompt,
-            fingerprint=fingerprint(config.generation),
-            seed=config.seed,
-            count_tokens=count_tokens,
-            max_tokens=limit,
+            **plan_settings(config),
         ):
             for item in pc.value_counts(table["context_source"]).to_pylist():
                 sources[item["values"]] += item["counts"]
@@ -119,6 +107,29 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
 
     folder.write_tables("plan.parquet", PLAN_SCHEMA, tables())
     return {"num_synthetic": sources.total(), "context_sources": dict(sorted(sources.items()))}
+
+
+def read_contexts(answer: dict[str, Any]) -> list[tuple[Context, str]]:
+    """The scenes that the service wrote for a class, each with its source."""
+    from ray_synth.prompting.contexts import Context
+
+    return [(Context(**item["context"]), item["source"]) for item in answer.get("contexts", [])]
+
+
+def plan_settings(config: Config) -> dict[str, Any]:
+    """What of a config decides a plan, as `plan_tables` takes it. Raises ValueError as `prompt_limit`."""
+    from ray_synth.prompting.styles import load_styles
+
+    count_tokens, limit = prompt_tokens(config.generation)
+    return {
+        "mix": {str(kind): share for kind, share in config.prompting.mix.items()},
+        "styles": load_styles(config.prompting.styles),
+        "negative_prompt": config.prompting.negative_prompt,
+        "fingerprint": fingerprint(config.generation),
+        "seed": config.seed,
+        "count_tokens": count_tokens,
+        "max_tokens": prompt_limit(config, count_tokens, limit),
+    }
 
 
 def prompt_limit(config: Config, count_tokens: Callable[[str], int], limit: int) -> int:

@@ -91,8 +91,8 @@ def probe(run: Any, stages: Collection[str], *, shared: bool) -> Measured:
 def _words(run: Any) -> tuple[dict[str, float], Contexts]:
     """The service: its start, and seconds a class of both kinds of question; and the answers."""
     from ray_synth.data.dataset import read_index, select
-    from ray_synth.prompting.contexts import Context
     from ray_synth.service import Service
+    from ray_synth.words import read_contexts
 
     config: Config = run.config
     names = run.train.class_names[:CLASSES]
@@ -109,13 +109,10 @@ def _words(run: Any) -> tuple[dict[str, float], Contexts]:
             found["meaning"] = _timed(ask) / len(names)
         if asks_for_contexts(config):
             same = {name: name for name in names}
-            asking = time.perf_counter()
-            answers = dict(service.write_contexts_all(same, seed=config.seed))
-            found["contexts"] = (time.perf_counter() - asking) / len(names)
-            contexts = [
-                [(Context(**item["context"]), item["source"]) for item in answer["contexts"]]
-                for answer in answers.values()
-            ]
+            answers: dict[str, Any] = {}
+            write = lambda: answers.update(service.write_contexts_all(same, seed=config.seed))  # noqa: E731
+            found["contexts"] = _timed(write) / len(names)
+            contexts = [read_contexts(answer) for answer in answers.values()]
         stopping = time.perf_counter()
     found["around"] = REPORT_S + time.perf_counter() - stopping
     return found, contexts
@@ -154,33 +151,27 @@ def _generation_jobs(
 def _images(run: Any, folder: Folder, job: GenerationJob) -> dict[str, float]:
     """The quality task, and a few batches of images: when the first came, and the pace after it."""
     from ray_synth.generation.chunks import PlanTable
-    from ray_synth.generation.stream import image_stream
+    from ray_synth.generation.stream import calls_at_once, image_stream
 
     generation: GenerationConfig = run.config.generation
     assert isinstance(job.plan, PlanTable)
     folder.write_table("plan.parquet", job.plan.table)
     found = {"quality": _quality(run, folder)}
-    started = time.perf_counter()
     seen: list[tuple[float, int]] = []
-    stream = image_stream(job, columns=["sample_id"])
-    for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-        seen.append((time.perf_counter() - started, len(batch["sample_id"])))
-    make = pace(seen, _calls(generation))
+    for _ in _arriving(image_stream(job, columns=["sample_id"]), seen):
+        pass
+    make = pace(seen, calls_at_once(generation))
     first, some = seen[0]
     if generation.reference is not None:
         make *= generation.reference.strength
     return {**found, "make": make, "make_start": max(0.0, first - some * make)}
 
 
-def _calls(config: GenerationConfig) -> int:
-    """Batches that an actor has in hand at once."""
-    return 2 if config.overlap else 1
-
-
 def pace(seen: list[tuple[float, int]], calls: int) -> float:
-    """Seconds an image, from when batches came and how many images each had.
+    """Seconds an image.
 
     Args:
+        seen: when each batch came, in seconds from the start, and how many images it had.
         calls: batches that an actor has in hand at once: the first so many come together.
     """
     at = min(calls, len(seen)) - 1
@@ -208,28 +199,20 @@ def _quality(run: Any, folder: Folder) -> float:
 
 def _plan(run: Any, rows: int, contexts: Contexts) -> Any:
     """The run's first rows where it has them; or such as it will have, of a few classes' contexts."""
-    from ray_synth.generation.generator import fingerprint, prompt_tokens
     from ray_synth.prompting.plan import ClassPrompts, make_plan
-    from ray_synth.prompting.styles import load_styles
+    from ray_synth.words import plan_settings
 
     config: Config = run.config
     if run.stages.record("plan"):
         plan = run.folder.read_rows("plan.parquet", 0, rows)
         if len(plan) == rows and config.generation.reference is None:
             return plan
-    count, limit = prompt_tokens(config.generation)
     names = enumerate(run.train.class_names)
     found = contexts or [[]]
     return make_plan(
         [ClassPrompts(index, name, name, found[index % len(found)]) for index, name in names],
         num_images=rows,
-        mix={str(kind): share for kind, share in config.prompting.mix.items()},
-        styles=load_styles(config.prompting.styles),
-        negative_prompt=config.prompting.negative_prompt,
-        fingerprint=fingerprint(config.generation),
-        seed=config.seed,
-        count_tokens=count,
-        max_tokens=limit,
+        **plan_settings(config),
     )
 
 
@@ -243,9 +226,9 @@ def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dic
     import ray.train.torch
 
     from ray_synth.data.dataset import select
-    from ray_synth.generation.stream import image_stream
+    from ray_synth.generation.stream import calls_at_once, image_stream
     from ray_synth.training.job import TrainJob
-    from ray_synth.training.trainer import COLUMNS, _resources
+    from ray_synth.training.trainer import _resources
 
     config: Config = run.config
     few = select(run.train, max(1, 2_000 // len(run.train.class_names)), config.seed)
@@ -264,7 +247,7 @@ def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dic
         train_loop_config={
             "job": job,
             "test_batch": config.evaluation.batch_size,
-            "calls": _calls(config.generation) if generation else 0,
+            "calls": calls_at_once(config.generation) if generation else 0,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=1,
@@ -272,7 +255,12 @@ def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dic
             resources_per_worker=_resources(config.training.num_cpus, config.training.num_gpus),
         ),
         run_config=ray.train.RunConfig(name="probe", storage_path=folder.child("checkpoints").uri),
-        datasets={"synthetic": lambda: image_stream(generation, columns=COLUMNS[:3])}
+        # Without `accepted`: what the judge rejects takes as long, and is trained on here.
+        datasets={
+            "synthetic": lambda: image_stream(
+                generation, columns=["sample_id", "image", "class_index"]
+            )
+        }
         if generation
         else {},
     )
@@ -315,8 +303,9 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
         _, found["step_mixed"] = _steps(learner, [real, others], few)
         if calls:
             seen: list[tuple[float, int]] = []
+            blocks = _arriving(ray.train.get_dataset_shard("synthetic"), seen)
             live = LiveFeed(
-                _arriving(seen),
+                (row for block in blocks for row in block.to_pylist()),
                 decoder,
                 batch_size=config.num_synth,
                 warmup=1,
@@ -361,14 +350,12 @@ def _steps(learner: Any, feeds: list[Any], on: Callable[[int], bool]) -> tuple[f
         prefetcher.close()
 
 
-def _arriving(seen: list[tuple[float, int]]) -> Iterator[dict[str, Any]]:
-    """Rows of the worker's stream of images; `seen` gets when each block came, and its rows."""
-    import ray.train
-
-    shard = ray.train.get_dataset_shard("synthetic")
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow"):
-        seen.append((time.perf_counter(), len(block)))
-        yield from block.to_pylist()
+def _arriving(stream: Any, seen: list[tuple[float, int]]) -> Iterator[Any]:
+    """Blocks of a stream as they come; `seen` gets when each did, from the start, and its rows."""
+    started = time.perf_counter()
+    for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+        seen.append((time.perf_counter() - started, len(block)))
+        yield block
 
 
 def _timed(work: Any) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from ray_synth.config import GenerationConfig
 from ray_synth.generation.chunks import Chunk, cut, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 
@@ -43,7 +44,7 @@ def image_stream(
     config = job.config
     if chunks is None:
         chunks = _cut(job)
-    calls = 2 if config.overlap else 1
+    calls = calls_at_once(config)
     made = ray.data.from_arrow(chunk_blocks(chunks)).map_batches(
         ImageMaker,
         fn_constructor_kwargs={"job": job},
@@ -62,6 +63,11 @@ def image_stream(
     )
     made.context.target_max_block_size = OUTPUT_BLOCK_BYTES
     return made.select_columns(columns) if columns else made
+
+
+def calls_at_once(config: GenerationConfig) -> int:
+    """Batches that an actor has in hand at once."""
+    return 2 if config.overlap else 1
 
 
 def make_images(job: GenerationJob, chunks: list[Chunk] | None = None) -> int:
