@@ -48,9 +48,9 @@ def generation(
     """Stock diffusers loop; our generator alone; our generator under Ray Data."""
     import torch
 
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
     from ray_synth.device import pick_device, pick_dtype
-    from ray_synth.generation.diffusion import DiffusionGenerator
+    from ray_synth.generators.diffusion import DiffusionGenerator
 
     settings = load_config(config, overrides)
     made = settings.generation.model_copy(update={"checks": QualityConfig(policy="off")})
@@ -222,7 +222,7 @@ def _stock_pipeline(made: GenerationConfig, dtype: Any, device: str) -> Any:
     """The pipeline as diffusers' documentation loads it."""
     import diffusers
 
-    from ray_synth.generation.diffusion import resolve_model
+    from ray_synth.generators.diffusion import resolve_model
 
     diffusers.utils.logging.disable_progress_bar()
     pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(
@@ -265,7 +265,7 @@ def _ray_round(plan: list[dict[str, Any]], made: GenerationConfig) -> float:
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
     from ray_synth.generation.stream import image_stream
-    from ray_synth.storage import Folder
+    from ray_synth.storage.folder import Folder
 
     assert isinstance(made.batch_size, int)
     # Two batches more, since the first ones only start the clock.

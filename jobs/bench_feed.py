@@ -21,7 +21,7 @@ def live(
     Both are whole Ray Train runs of the same model and images; a rate is steps over the seconds from
     the first batch to the end, what the training thread waited included.
     """
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
 
     found: dict[str, list[float]] = {"from memory": [], "live": [], "stall": []}
     with connect(ClusterConfig(num_cpus=4)):
@@ -57,7 +57,7 @@ def _train(feed: str, seconds: float, steps: int, batch_size: int) -> dict[str, 
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
     from ray_synth.generation.stream import make_images
-    from ray_synth.storage import Folder
+    from ray_synth.storage.folder import Folder
     from ray_synth.training.job import TrainJob
     from ray_synth.training.trainer import run_training
 

@@ -69,7 +69,7 @@ def plan_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
 
 def scaling(actors: list[int], seconds: float, batches: int) -> dict[str, Any]:
     """Throughput against actors; the ideal is `actors / seconds` batches a second."""
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
 
     print(
         f"a generator that sleeps {seconds:g} s a batch; {batches} batches an actor, steady state"
@@ -100,7 +100,7 @@ def _scaling_round(actors: int, seconds: float, batches: int) -> tuple[float, fl
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
     from ray_synth.generation.stream import image_stream
-    from ray_synth.storage import Folder
+    from ray_synth.storage.folder import Folder
 
     config = sleeper_config(seconds, actors)
     size = config.batch_size
@@ -151,12 +151,12 @@ def plans(sizes: list[int], batch_size: int = 32) -> dict[str, Any]:
 
 
 def _plan_round(size: int, batch_size: int) -> dict[str, float]:
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
     from ray_synth.generation.chunks import PlanFile, cut
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore, part_name
     from ray_synth.generation.stream import image_stream, missing_chunks
-    from ray_synth.storage import Folder
+    from ray_synth.storage.folder import Folder
 
     sys.path.insert(0, str(Path(__file__).parent))
     with tempfile.TemporaryDirectory() as temporary:

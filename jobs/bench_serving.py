@@ -37,9 +37,9 @@ def serving(
     """
     from ray import serve
 
-    from ray_synth.cluster import connect
-    from serve.app import ServeConfig, build
-    from serve.limits import Limits
+    from ray_synth.cluster.connection import connect
+    from ray_synth.service.app import ServeConfig, build
+    from ray_synth.service.limits import Limits
 
     digits = _digits()
     rng = np.random.default_rng(0)

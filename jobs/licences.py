@@ -164,8 +164,8 @@ def page(listed: list[Package]) -> str:
         "versions of `constraints.txt` on Linux; `make licences` writes it, and a test refuses a "
         "licence that is neither permissive nor named below. `needed by`: `run` is every installation, "
         "the others are the extras of `pyproject.toml`; `dev` is for tests alone. Models have licences "
-        "of their own: the embedded ones are in [their card](../ray_synth/mini/MODEL_CARD.md), those of "
-        "a hub on their pages.",
+        "of their own: the embedded ones are in [their card](../ray_synth/embedded/MODEL_CARD.md), "
+        "those of a hub on their pages.",
         "",
         "Exceptions, each by name:",
         "",

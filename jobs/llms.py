@@ -26,7 +26,7 @@ import numpy as np
 import typer
 import yaml
 
-from ray_synth.cli import prepare_process
+from ray_synth.cli.command import prepare_process
 from ray_synth.config import Config, LlmConfig, load_config
 from ray_synth.data.dataset import hold_out, load_index, read_class_names, read_index, select
 from ray_synth.data.images import decode_image

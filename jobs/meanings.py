@@ -22,7 +22,7 @@ import yaml
 from meanings_table import Verdict, markdown, summary
 from pydantic import Field
 
-from ray_synth.cli import prepare_process
+from ray_synth.cli.command import prepare_process
 from ray_synth.config import MeaningConfig, Section, load_config, parse_config
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.candidates import Candidate, candidate_texts

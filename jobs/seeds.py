@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import typer
 
-from ray_synth.cli import prepare_process
+from ray_synth.cli.command import prepare_process
 from ray_synth.config import load_config
-from ray_synth.pipeline import run_pipeline
+from ray_synth.pipeline.runner import run_pipeline
 from ray_synth.report.table import comparison_rows
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the uploaded copy, not another
 
-from ray_synth.cli import main
+from ray_synth.cli.command import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from ray_synth.filesystems import redact, refuse_secrets
+from ray_synth.storage.filesystems import redact, refuse_secrets
 
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]

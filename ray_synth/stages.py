@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_synth.config import Config
-from ray_synth.progress import under_way
-from ray_synth.storage import Folder
-from ray_synth.tracking import flatten
+from ray_synth.monitoring.mlflow_run import flatten
+from ray_synth.monitoring.progress import under_way
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 STAGES = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation")

@@ -87,7 +87,7 @@ def make_bucket(server: Server) -> None:
             aws_access_key_id="test", aws_secret_access_key="test",
         ).create_bucket(Bucket="bucket")  # fmt: skip
     else:
-        from ray_synth.storage import Folder
+        from ray_synth.storage.folder import Folder
 
         Folder(server.uri).filesystem.create_dir("bucket")
 

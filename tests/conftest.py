@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
         str(ROOT),
-        *(str(ROOT / "tests" / name) for name in ("", "generation", "training")),
+        *(str(ROOT / "tests" / name) for name in ("", "generation", "generators", "training")),
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]
 )
@@ -37,7 +37,7 @@ def local_ray():
     """A Ray of this module's own, stopped after it."""
     import ray
 
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
     from ray_synth.config import ClusterConfig
 
     with connect(ClusterConfig(num_cpus=4)):

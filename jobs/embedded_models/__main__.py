@@ -1,6 +1,6 @@
 """The recipe's command line: stages by name, in the order given.
 
-    python -m ray_synth.mini.recipe all --work build/mini --data data/mini --minutes 3
+    python -m jobs.embedded_models all --work build/mini --data data/mini --minutes 3
 
 All stages took one H100 about 20 minutes. The folder `--data` holds what is
 downloaded by hand:
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from ray_synth.mini.recipe.settings import MissingInputError, Settings, prefer_speed
+from jobs.embedded_models.settings import MissingInputError, Settings, prefer_speed
 
 # A stage's module and function; imported when it runs, as most need heavy libraries.
 STAGES = {
@@ -44,7 +44,7 @@ def run_stage(name: str, settings: Settings) -> Path:
         raise ValueError(f"No stage {name!r}: the stages are {', '.join(STAGES)}.")
     module, function = STAGES[name]
     stage: Callable[[Settings], Path] = getattr(
-        import_module(f"ray_synth.mini.recipe.{module}"), function
+        import_module(f"jobs.embedded_models.{module}"), function
     )
     settings.work.mkdir(parents=True, exist_ok=True)
     prefer_speed(settings.device)
@@ -54,7 +54,7 @@ def run_stage(name: str, settings: Settings) -> Path:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and runs its stages."""
     parser = argparse.ArgumentParser(
-        prog="python -m ray_synth.mini.recipe",
+        prog="python -m jobs.embedded_models",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,7 +6,7 @@ In: a noun or a digit, what is known of the picture, a `random.Random`. Out: one
 import random
 from collections.abc import Iterable, Sequence
 
-from ray_synth.mini.recipe.wordnet import Noun
+from jobs.embedded_models.wordnet import Noun
 
 LIGHT = {
     "dark": ("at night", "in dim light", "in the dark", "in low light", "in deep shadow",

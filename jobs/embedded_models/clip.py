@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ray_synth.mini.recipe.clip_model import OPEN_CLIP_CONFIG, clip_model
-from ray_synth.mini.recipe.clock import Clock, step_down
-from ray_synth.mini.recipe.render import FIRST_DIGIT_LABEL, load_rendered
-from ray_synth.mini.recipe.settings import Settings, autocast
+from jobs.embedded_models.clip_model import OPEN_CLIP_CONFIG, clip_model
+from jobs.embedded_models.clock import Clock, step_down
+from jobs.embedded_models.render import FIRST_DIGIT_LABEL, load_rendered
+from jobs.embedded_models.settings import Settings, autocast
 
 TEXT_BATCH = 4096
 SAME_MEANING = 0.92  # captions at least this similar are no negatives of each other

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ray_synth.mini.recipe.tokenizer import BEGIN_ID, CONTEXT, END_ID, PAD_ID, VOCABULARY
+from jobs.embedded_models.tokenizer import BEGIN_ID, CONTEXT, END_ID, PAD_ID, VOCABULARY
 
 WIDTH, HEADS, LAYERS, EMBEDDING = 256, 4, 4, 384
 OPEN_CLIP_CONFIG: dict[str, Any] = {

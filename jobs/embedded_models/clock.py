@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ray_synth.mini.recipe.settings import Settings
+from jobs.embedded_models.settings import Settings
 
 SMOKE_STEPS = 4
 SECONDS_BETWEEN_LINES = 15

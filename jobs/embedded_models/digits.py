@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_synth.mini.recipe import captions
-from ray_synth.mini.recipe.canvas import DRAWING, PICTURE, Array, as_bytes, blur, cv2
-from ray_synth.mini.recipe.filters import FILTERS
-from ray_synth.mini.recipe.glyphs import glyph
-from ray_synth.mini.recipe.surfaces import SURFACES, Lettering
-from ray_synth.mini.recipe.wordnet import Noun
+from jobs.embedded_models import captions
+from jobs.embedded_models.canvas import DRAWING, PICTURE, Array, as_bytes, blur, cv2
+from jobs.embedded_models.filters import FILTERS
+from jobs.embedded_models.glyphs import glyph
+from jobs.embedded_models.surfaces import SURFACES, Lettering
+from jobs.embedded_models.wordnet import Noun
 
 HANDWRITING = ("handwritten", "hand-drawn", "written by hand")
 SEVEN_SEGMENT = "DSEG"  # fonts of this name look like a digital clock

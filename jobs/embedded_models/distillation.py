@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from ray_synth.mini.recipe import noise
-from ray_synth.mini.recipe.clock import Clock, step_down
-from ray_synth.mini.recipe.samples import student_pipeline, write_sheet
-from ray_synth.mini.recipe.settings import Settings
-from ray_synth.mini.recipe.unet import (
+from jobs.embedded_models import noise
+from jobs.embedded_models.clock import Clock, step_down
+from jobs.embedded_models.samples import student_pipeline, write_sheet
+from jobs.embedded_models.settings import Settings
+from jobs.embedded_models.unet import (
     Batch,
     Latents,
     MovingAverage,

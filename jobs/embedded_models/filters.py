@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ray_synth.mini.recipe.canvas import PICTURE, Array, array_rng, as_bytes, blend, blur, cv2
+from jobs.embedded_models.canvas import PICTURE, Array, array_rng, as_bytes, blend, blur, cv2
 
 RELIEF_TINTS = ((1, 1, 1), (1.1, 0.85, 0.6), (0.9, 0.95, 1.05))  # stone, clay, steel
 NEON_COLOURS = ((255, 60, 200), (60, 240, 255), (120, 255, 90), (255, 160, 40))

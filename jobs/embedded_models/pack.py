@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ray_synth.mini.recipe.settings import Settings
+from jobs.embedded_models.settings import Settings
 
 EIGHT_BITS = torch.float8_e4m3fn
 LARGE = 4096  # numbers below which a tensor stays in half precision

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ray_synth.mini.recipe.settings import Settings
+from jobs.embedded_models.settings import Settings
 
 PHOTOGRAPHS_A_FILE = 25_000
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_synth.mini.recipe.settings import Settings, stable_seed
-from ray_synth.mini.recipe.tokenizer import CONTEXT, load_tokenizer, token_ids
-from ray_synth.mini.recipe.wordnet import read_lexicon
+from jobs.embedded_models.settings import Settings, stable_seed
+from jobs.embedded_models.tokenizer import CONTEXT, load_tokenizer, token_ids
+from jobs.embedded_models.wordnet import read_lexicon
 
 PICTURES = {"natural": 100_000, "styled": 56_000, "digit": 120_000}
 SMOKE_PICTURES = {"natural": 24, "styled": 16, "digit": 40}
@@ -53,10 +53,10 @@ def plan_jobs(pictures: dict[str, int], size: int) -> list[Job]:
 
 def draw(job: Job, settings: Settings) -> tuple[np.ndarray, list[tuple[str, str]], list[int]]:
     """Draws one job: pictures, two captions of each, and labels."""
-    from ray_synth.mini.recipe.canvas import cv2
-    from ray_synth.mini.recipe.digits import digit_picture
-    from ray_synth.mini.recipe.natural import natural_picture
-    from ray_synth.mini.recipe.photographs import Photographs
+    from jobs.embedded_models.canvas import cv2
+    from jobs.embedded_models.digits import digit_picture
+    from jobs.embedded_models.natural import natural_picture
+    from jobs.embedded_models.photographs import Photographs
 
     cv2.setNumThreads(1)
     rng = random.Random(job.seed)

@@ -1,7 +1,7 @@
 """Sheets of samples: what a text-to-image pipeline of 64 pixels can and cannot do, at a glance.
 
 In: a pipeline. Out: a PNG of 15 x 6 pictures. Of the packaged model:
-`python -m ray_synth.mini.recipe.samples docs/images/mini_samples.png`
+`python -m jobs.embedded_models.samples docs/images/mini_samples.png`
 """
 
 import sys
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ray_synth.mini.recipe.captions import DIGITS
-from ray_synth.mini.recipe.noise import SCHEDULER, SOLVER_STEPS
-from ray_synth.mini.recipe.settings import Settings
-from ray_synth.mini.recipe.tokenizer import load_tokenizer
+from jobs.embedded_models.captions import DIGITS
+from jobs.embedded_models.noise import SCHEDULER, SOLVER_STEPS
+from jobs.embedded_models.settings import Settings
+from jobs.embedded_models.tokenizer import load_tokenizer
 
 SIDE, COLUMNS, ROUNDS = 64, 15, 3
 THINGS = (
@@ -143,7 +143,7 @@ def main(path: Path) -> None:
     """Writes the sheet of the packaged model."""
     from diffusers import AutoPipelineForText2Image
 
-    from ray_synth.mini import sd_folder
+    from ray_synth.embedded import sd_folder
 
     pipeline = AutoPipelineForText2Image.from_pretrained(sd_folder(), dtype=torch.float32)
     write_sheet(pipeline, path, steps=4, guidance=1.0)

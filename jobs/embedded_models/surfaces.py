@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_synth.mini.recipe import captions
-from ray_synth.mini.recipe.canvas import (
+from jobs.embedded_models import captions
+from jobs.embedded_models.canvas import (
     DRAWING,
     Array,
     array_rng,
@@ -20,7 +20,7 @@ from ray_synth.mini.recipe.canvas import (
     decode,
     grain,
 )
-from ray_synth.mini.recipe.wordnet import Noun
+from jobs.embedded_models.wordnet import Noun
 
 Colour = tuple[int, int, int]
 INKS: tuple[tuple[Colour, str], ...] = (

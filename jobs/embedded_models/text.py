@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ray_synth.mini.recipe import captions
-from ray_synth.mini.recipe.clip_model import EMBEDDING, clip_model, is_visual, text_encoder
-from ray_synth.mini.recipe.clock import Clock, step_down
-from ray_synth.mini.recipe.settings import Settings, autocast
-from ray_synth.mini.recipe.tokenizer import load_tokenizer, token_ids
-from ray_synth.mini.recipe.wordnet import Lexicon, read_lexicon
+from jobs.embedded_models import captions
+from jobs.embedded_models.clip_model import EMBEDDING, clip_model, is_visual, text_encoder
+from jobs.embedded_models.clock import Clock, step_down
+from jobs.embedded_models.settings import Settings, autocast
+from jobs.embedded_models.tokenizer import load_tokenizer, token_ids
+from jobs.embedded_models.wordnet import Lexicon, read_lexicon
 
 SENTENCES = 400_000
 TEACHER_BATCH = 2048

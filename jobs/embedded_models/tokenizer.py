@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_synth.mini.recipe.settings import Settings
+from jobs.embedded_models.settings import Settings
 
 VOCABULARY = 8192
 CONTEXT = 64

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ray_synth.mini.recipe.render import FIRST_DIGIT_LABEL, load_rendered
-from ray_synth.mini.recipe.settings import Settings, autocast
-from ray_synth.mini.recipe.tokenizer import load_tokenizer, token_ids
+from jobs.embedded_models.render import FIRST_DIGIT_LABEL, load_rendered
+from jobs.embedded_models.settings import Settings, autocast
+from jobs.embedded_models.tokenizer import load_tokenizer, token_ids
 
 AVERAGE_EVERY = 4
 

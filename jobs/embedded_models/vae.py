@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ray_synth.mini.recipe.clock import Clock, step_down
-from ray_synth.mini.recipe.render import load_rendered
-from ray_synth.mini.recipe.settings import Settings, autocast
+from jobs.embedded_models.clock import Clock, step_down
+from jobs.embedded_models.render import load_rendered
+from jobs.embedded_models.settings import Settings, autocast
 
 SCALES = 3  # of the edge loss, each half the one before
 KL_WEIGHT = 2e-5

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-from ray_synth.mini.recipe.settings import Settings
+from jobs.embedded_models.settings import Settings
 
 MAX_HYPERNYMS = 12
 

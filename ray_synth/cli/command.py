@@ -12,9 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ray_synth import logs, run_cli, serve_cli, signals, submit_cli
+from ray_synth.cli import images as run_cli
+from ray_synth.cli import serving as serve_cli
+from ray_synth.cli import submission as submit_cli
+from ray_synth.cli.explanation import explain
+from ray_synth.cluster import signals
 from ray_synth.config import Config, load_config
-from ray_synth.errors import explain
+from ray_synth.monitoring import logs
 
 app = typer.Typer(
     name="ray-synth",
@@ -53,7 +57,7 @@ def common(
 def _run(
     config: Config, until: str, force_stage: str | None, *, estimate: bool = False
 ) -> dict[str, Any]:
-    from ray_synth.pipeline import run_pipeline
+    from ray_synth.pipeline.runner import run_pipeline
 
     with _stoppable():
         return run_pipeline(config, until=until, force_stage=force_stage, estimate=estimate)
@@ -79,7 +83,7 @@ def run(
     """Run all stages, then print what was gained."""
     from rich.console import Console
 
-    from ray_synth.cluster import runs_folder
+    from ray_synth.cluster.connection import runs_folder
     from ray_synth.report.table import comparison_table
 
     settings = load_config(config, overrides)
@@ -98,7 +102,7 @@ def run(
     console.print(f"report:  {folder.address('report/index.html')}", soft_wrap=True)
     console.print(f"metrics: {folder.address('metrics.json')}", soft_wrap=True)
     if settings.tracking.enabled:
-        from ray_synth.tracking import tracking_uri
+        from ray_synth.monitoring.mlflow_run import tracking_uri
 
         uri = tracking_uri(settings, runs)
         console.print(f"MLflow:  mlflow ui --backend-store-uri {uri}", soft_wrap=True)
@@ -180,7 +184,7 @@ def evaluate(
         return
     from rich.console import Console
 
-    from ray_synth.cluster import runs_folder
+    from ray_synth.cluster.connection import runs_folder
     from ray_synth.evaluation.checkpoint import evaluate_checkpoint
     from ray_synth.report.table import result_table
 
@@ -231,7 +235,7 @@ def init(
     name: Annotated[str | None, typer.Option(help="the run's name")] = None,
 ) -> None:
     """Look at a folder of images and write a config for it."""
-    from ray_synth.setup import describe, write_config
+    from ray_synth.cli.setup import describe, write_config
 
     found = write_config(images, out, test=test, name=name)
     typer.echo(describe(found, out))
@@ -244,7 +248,7 @@ def doctor(
     estimate: Probe = False,
 ) -> None:
     """Print versions, devices and cluster resources, and what of a config would not fit."""
-    from ray_synth.doctor import diagnose
+    from ray_synth.cli.doctor import diagnose
 
     if estimate and config is None:
         raise ValueError("--estimate goes with --config: there is nothing to estimate")
@@ -260,7 +264,7 @@ submit_cli.register(app)
 
 
 def _done(settings: Config, name: str) -> None:
-    from ray_synth.cluster import runs_folder
+    from ray_synth.cluster.connection import runs_folder
 
     typer.echo(f"wrote {runs_folder(settings.runs_dir).child(settings.name).address(name)}")
 

@@ -6,13 +6,13 @@ import importlib.metadata
 import os
 import platform
 
-from ray_synth.budget.check import fit_stages, table, unsure
-from ray_synth.budget.demands import Sizes
-from ray_synth.budget.memory import Findings, look
-from ray_synth.budget.mend import mends
-from ray_synth.budget.reach import cluster_reach
-from ray_synth.cluster import connect, runs_folder
+from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import ClusterConfig, Config
+from ray_synth.preflight.check import fit_stages, table, unsure
+from ray_synth.preflight.demands import Sizes
+from ray_synth.preflight.memory import Findings, look
+from ray_synth.preflight.reach import cluster_reach
+from ray_synth.preflight.smallest_fix import mends
 
 PACKAGES = (
     "ray-synth",
@@ -90,9 +90,9 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
 
 
 def _estimate(config: Config) -> list[str]:
-    from ray_synth.budget.estimate import lines
-    from ray_synth.budget.probe import forecast, share_cores
-    from ray_synth.run import check_run
+    from ray_synth.pipeline.estimate import lines
+    from ray_synth.pipeline.probe import forecast, share_cores
+    from ray_synth.pipeline.run import check_run
 
     run = check_run(config)
     if not run.todo("report"):
@@ -102,7 +102,7 @@ def _estimate(config: Config) -> list[str]:
 
 def _sizes(config: Config) -> tuple[Sizes, list[str]]:
     """How much there is to do, and what a run would refuse to start with."""
-    from ray_synth.run import check_run
+    from ray_synth.pipeline.run import check_run
 
     try:
         return check_run(config).sizes, []

@@ -6,7 +6,7 @@ import errno
 import re
 from typing import Any
 
-from ray_synth.filesystems import storage_problem
+from ray_synth.storage.filesystems import storage_problem
 
 
 def explain(error: BaseException) -> str | None:

@@ -41,8 +41,8 @@ def status(
     ] = None,
 ) -> None:
     """Say how a run stands, from its directory alone; exit code 0 done, 3 running, 4 neither."""
-    from ray_synth.status_view import show_status
-    from ray_synth.storage import Folder
+    from ray_synth.report.status_table import show_status
+    from ray_synth.storage.folder import Folder
 
     raise typer.Exit(show_status(Folder(run_folder), as_json=as_json, watch=watch))
 
@@ -87,7 +87,7 @@ def export(
     licence: Annotated[str | None, typer.Option(help="for the card")] = None,
 ) -> None:
     """Write a run's images as a data set with a card, for other tools."""
-    from ray_synth.generation.export import export_images
+    from ray_synth.export.layouts import export_images
 
     counts = export_images(
         _opened(run_folder), to, layout=layout, accepted_only=not rejected,
@@ -101,7 +101,7 @@ def export(
 
 def _opened(run_folder: str) -> Any:
     """The folder of a run. Raises ValueError where its storage does not answer at once."""
-    from ray_synth.storage import Folder
+    from ray_synth.storage.folder import Folder
 
     folder = Folder(run_folder)
     folder.check_readable()

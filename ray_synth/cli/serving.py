@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ray_synth.submit import require_answer
+from ray_synth.cluster.jobs import require_answer
 
 app = typer.Typer(help="Check, run, deploy and ask the disambiguation service.")
 ConfigFile = Annotated[Path, typer.Argument(help="a Serve config: serve/config.yaml")]
@@ -18,7 +18,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="a Serve config: serve/config.y
 @app.command()
 def check(config: ConfigFile) -> None:
     """Find misspelt keys and wrong values, which Ray would take in silence, and stop."""
-    from serve.schema import load_serve_config
+    from ray_synth.service.deploy_config import load_serve_config
 
     applications = load_serve_config(config)["applications"]
     names = ", ".join(str(entry.get("name", "default")) for entry in applications)
@@ -63,7 +63,7 @@ def ask(
 
     Its token, where it has one, is read from RAY_SYNTH_SERVE_TOKEN.
     """
-    from ray_synth.client import Client, ServiceError
+    from ray_synth.service.client import Client, ServiceError
 
     try:
         with Client(url) as client:
@@ -77,14 +77,14 @@ def ask(
 
 
 def _check(config: Path) -> None:
-    from serve.schema import load_serve_config
+    from ray_synth.service.deploy_config import load_serve_config
 
     load_serve_config(config)
 
 
 def _hand_over(*arguments: str) -> NoReturn:
     """Become Serve's own command, of this environment: its signals and exit code are the caller's."""
-    from ray_synth.cluster import ENVIRONMENT
+    from ray_synth.cluster.connection import ENVIRONMENT
 
     sys.stdout.flush()
     sys.stderr.flush()

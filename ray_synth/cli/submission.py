@@ -61,8 +61,8 @@ def submit(
 
     The options of `submit` come before the verb. The same command again continues the run.
     """
-    from ray_synth import submit as jobs
-    from ray_synth.upload import config_place, gather, is_checkout
+    from ray_synth.cluster import jobs
+    from ray_synth.cluster.upload import config_place, gather, is_checkout
 
     if job_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job_id):
         raise ValueError(f"--id {job_id!r}: letters, digits, dots, dashes and underscores only")
@@ -107,7 +107,7 @@ def submit(
 
 def follow(job_id: JobId, address: Address = None) -> None:
     """Show a job's log until it ends, and exit with its code. Ctrl-C leaves the job running."""
-    from ray_synth.submit import connect_jobs
+    from ray_synth.cluster.jobs import connect_jobs
 
     _follow(connect_jobs(address), job_id)
 
@@ -116,7 +116,7 @@ def stop(job_id: JobId, address: Address = None) -> None:
     """Stop a job: it ends cleanly, and all that it made is kept."""
     from ray.job_submission import JobStatus
 
-    from ray_synth import submit as jobs
+    from ray_synth.cluster import jobs
 
     status = jobs.stop(jobs.connect_jobs(address), job_id)
     if status == JobStatus.STOPPED:
@@ -129,13 +129,13 @@ def list_jobs(address: Address = None) -> None:
     """List the cluster's submitted jobs."""
     from rich.console import Console
 
-    from ray_synth.submit import connect_jobs, table
+    from ray_synth.cluster.jobs import connect_jobs, table
 
     Console().print(table(connect_jobs(address).list_jobs()))
 
 
 def _follow(client: Any, job_id: str) -> None:
-    from ray_synth import submit as jobs
+    from ray_synth.cluster import jobs
 
     try:
         job = jobs.follow(client, job_id)

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray_synth import logs
+from ray_synth.cluster.signals import own_handlers
 from ray_synth.config import ClusterConfig
-from ray_synth.signals import own_handlers
-from ray_synth.storage import Folder
+from ray_synth.monitoring import logs
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 NOISY = (

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray_synth.signals import INTERRUPTED
+from ray_synth.cluster.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -128,7 +128,7 @@ def passed_on(names: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: one is not set here, or is ray-synth's own.
     """
-    from ray_synth.cluster import ENVIRONMENT
+    from ray_synth.cluster.connection import ENVIRONMENT
 
     values = {}
     for name in names:

@@ -17,7 +17,7 @@ import ray_synth
 from ray_synth.config import Config, SourceConfig
 
 LIMIT = 512 << 20  # bytes that Ray takes as a working directory
-PACKAGES = ("ray_synth", "serve")
+PACKAGES = ("ray_synth",)
 LEFT_OUT = {"__pycache__", ".git", ".venv"}
 
 

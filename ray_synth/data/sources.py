@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
-from ray_synth.filesystems import open_uri
+from ray_synth.storage.filesystems import open_uri
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024

@@ -1,7 +1,7 @@
 """The embedded models: where their packaged weights lie.
 
 In: nothing. Out: folders that diffusers and open_clip load as they load any local model.
-See MODEL_CARD.md for what they are and `ray_synth.mini.recipe` for how they were made.
+See MODEL_CARD.md for what they are and `jobs.embedded_models` for how they were made.
 """
 
 from importlib.resources import files
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def _packaged(name: str) -> Path:
-    folder = Path(str(files("ray_synth.mini") / "weights" / name))
+    folder = Path(str(files("ray_synth.embedded") / "weights" / name))
     if not folder.is_dir():
         raise ValueError(
             f"The embedded {name!r} weights are not at {folder}: install ray-synth from a wheel "

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray_synth.config import Config
 from ray_synth.data.dataset import load_index, read_class_names, select
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 
 def evaluate_checkpoint(
@@ -39,7 +39,7 @@ def evaluate_checkpoint(
         ValueError: an unknown model, a checkpoint that does not fit, or not exactly one of
             `checkpoint` and `pretrained`.
     """
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
     from ray_synth.evaluation.predictor import evaluate
     from ray_synth.training import recipe
 

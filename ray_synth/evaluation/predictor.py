@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ray_synth import logs, metrics
+from ray_synth import metrics
 from ray_synth.config import EvaluationConfig
 from ray_synth.data.dataset import Index, to_ray
 from ray_synth.evaluation.accuracy import VERDICT, Tally, judge
-from ray_synth.storage import Folder
+from ray_synth.monitoring import logs
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 

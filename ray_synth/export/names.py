@@ -10,8 +10,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from ray_synth.generation.slices import count_by
-from ray_synth.storage import Folder
+from ray_synth.generation.selection import count_by
+from ray_synth.storage.folder import Folder
 
 # Reserved on Windows, with any suffix.
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)

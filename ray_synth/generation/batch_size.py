@@ -69,7 +69,7 @@ def measure(config: GenerationConfig) -> dict[str, Any]:
     """Peak bytes for batches of one and of four, and the bytes that one actor may use."""
     import torch
 
-    from ray_synth.generation.generator import generator_class
+    from ray_synth.generators.registry import generator_class
 
     row = {"prompt": "a photo", "negative_prompt": "", "seed": 0, "class_name": "", "meaning": ""}
     used = {}

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ray_synth.generation.store import ImageStore, part_name
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 WINDOW = 8_192  # plan rows that a reader keeps
 

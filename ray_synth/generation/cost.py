@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ray_synth.config import Config
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 DUPLICATES = "duplicates.parquet"
 REASONS = ("blank", "saturated", "clip score", "near-duplicate", "copy of a real")

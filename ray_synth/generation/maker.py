@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ray_synth import logs, metrics
+from ray_synth import metrics
 from ray_synth.config import ClipConfig, GenerationConfig
 from ray_synth.data.images import encode_image
 from ray_synth.generation.chunks import Plan
 from ray_synth.generation.cost import reason_label
-from ray_synth.generation.generator import (
+from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
+from ray_synth.generators.registry import (
     Row,
     fingerprint,
     generate_all,
@@ -28,8 +29,8 @@ from ray_synth.generation.generator import (
     provenance,
     raised,
 )
-from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
-from ray_synth.storage import Folder
+from ray_synth.monitoring import logs
+from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -11,10 +11,10 @@ import pyarrow.compute as pc
 
 from ray_synth.config import Config, GenerationConfig, parse_config
 from ray_synth.data.images import decode_image, encode_image
-from ray_synth.generation.generator import Row, fingerprint, generate_all, generator_class
 from ray_synth.generation.maker import attempt_seed, read_references
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
+from ray_synth.generators.registry import Row, fingerprint, generate_all, generator_class
+from ray_synth.storage.folder import Folder
 
 # What an image's row knows better than the run's config: the config may leave it open.
 FROM_ROW = ("dtype", "batch_size", "compile", "channels_last", "num_threads")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 FACTS = ["sample_id", "class_index", "class_name", "kind", "style"]
 FACTS += ["accepted", "reject_reason", "generator", "gpu_seconds"]

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 READ_AHEAD = 16  # parts
 PLAN_FIELDS = [

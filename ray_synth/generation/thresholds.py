@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from ray_synth.data.images import decode_image
 from ray_synth.meaning.candidates import TEMPLATES
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -20,7 +20,7 @@ import numpy as np
 
 from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.generation.generator import Failure, Row, digest_settings
+from ray_synth.generators.registry import Failure, Row, digest_settings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +41,7 @@ def resolve_model(model: str) -> str:
         ValueError: it looks like a folder but is none, or holds no diffusers pipeline.
     """
     if model == "embedded":
-        from ray_synth.mini import sd_folder
+        from ray_synth.embedded import sd_folder
 
         return str(sd_folder())
     folder = Path(model).expanduser()
@@ -83,13 +83,13 @@ class DiffusionGenerator:
         self.batch_size = config.batch_size
         self.pipeline = load_pipeline(config, self.dtype)
         if config.reference is not None:
-            from ray_synth.generation.reference import image_to_image
+            from ray_synth.generators.image_to_image import image_to_image
 
             self.pipeline = image_to_image(self.pipeline)
         self._place()
         self._encoder = None
         if config.cache_prompts:
-            from ray_synth.generation.prompt_encoder import PromptEncoder
+            from ray_synth.generators.prompt_encoder import PromptEncoder
 
             self._encoder = PromptEncoder(self.pipeline, chunk=PROMPTS_AT_ONCE)
         if config.compile is True:
@@ -169,7 +169,7 @@ class DiffusionGenerator:
         if config.reference is None:
             arguments |= {"width": config.width, "height": config.height}
         else:
-            from ray_synth.generation.reference import reference_arguments
+            from ray_synth.generators.image_to_image import reference_arguments
 
             arguments |= reference_arguments(self.pipeline, rows, config)
         taken = inspect.signature(type(self.pipeline).__call__).parameters
@@ -242,7 +242,7 @@ class DiffusionGenerator:
         if config.scheduler:
             find_scheduler(config.scheduler)
         if config.reference:
-            from ray_synth.generation.reference import reference_steps
+            from ray_synth.generators.image_to_image import reference_steps
 
             reference_steps(config.num_inference_steps, config.reference.strength)
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, parse_config
-from ray_synth.generation.generator import Row, digest_settings
+from ray_synth.generators.registry import Row, digest_settings
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -53,7 +53,7 @@ def generator_class(name: str) -> type[ImageGenerator]:
         ValueError: no such plug-in, module or class.
     """
     if name == "diffusers":
-        from ray_synth.generation.diffusion import DiffusionGenerator
+        from ray_synth.generators.diffusion import DiffusionGenerator
 
         return DiffusionGenerator
     module, separator, attribute = name.partition(":")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ray_synth.meaning.llm import FewShot
+from ray_synth.meaning.transformers_llm import FewShot
 
 
 class AnswerCache:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from ray_synth.config import LlmConfig
 from ray_synth.meaning.answer_cache import AnswerCache, CachedLLM
-from ray_synth.meaning.llm import FewShot, TransformersLLM, Usage
 from ray_synth.meaning.openai_llm import OpenAILLM
+from ray_synth.meaning.transformers_llm import FewShot, TransformersLLM, Usage
 
 
 class Llm(Protocol):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.mini import clip_folder
+from ray_synth.embedded import clip_folder
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -15,7 +15,7 @@ from ray_synth.config import ClipConfig
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
 from ray_synth.meaning.backends import Llm
 from ray_synth.meaning.clip import ClipModel
-from ray_synth.meaning.llm import FewShot
+from ray_synth.meaning.transformers_llm import FewShot
 
 GATHER_S = 0.02  # how long questions are collected before the model is asked
 Asked = tuple[FewShot, int, dict[str, Any], "asyncio.Future[str]"]

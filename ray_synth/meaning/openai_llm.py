@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from ray_synth.meaning.llm import FewShot, Usage, truncate_at
+from ray_synth.meaning.transformers_llm import FewShot, Usage, truncate_at
 
 MOST_STOPS = 4  # what OpenAI's own service takes
 # A server may count reasoning or a sentence's opening as tokens; answers are cut by `stop` anyway.

@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 
-from ray_synth import logs, metrics, progress
-from ray_synth.storage import Folder
+from ray_synth import metrics
+from ray_synth.monitoring import logs, progress
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 PROGRESS = "progress.json"

@@ -19,7 +19,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 VARIABLE = "RAY_SYNTH_LOG_FORMAT"

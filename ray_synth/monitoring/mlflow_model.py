@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 CODE = Path(__file__).with_name("mlflow_classifier.py")
 NEEDS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pandas")

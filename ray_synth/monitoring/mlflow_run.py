@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ray_synth import logs
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
-from ray_synth.storage import Folder
+from ray_synth.monitoring import logs
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 ARTIFACTS = ("config.yaml", "meanings.json", "metrics.json", "report/index.html")
@@ -179,7 +179,7 @@ class Tracker:
 
     def models(self) -> None:
         """Log each trained arm, with its main BN, as an MLflow model; once, also over restarts."""
-        from ray_synth.mlflow_model import log_model
+        from ray_synth.monitoring.mlflow_model import log_model
 
         saved = self.folder.read_json("mlflow.json")
         for arm in ("real_only", "mixed"):

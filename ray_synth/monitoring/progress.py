@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ray_synth import logs
+from ray_synth.monitoring import logs
 
 LOG_SECONDS = 10.0
 MOST_LINES = 500  # that workers said, until the driver reads them

@@ -12,8 +12,8 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ray_synth.budget.demands import Sizes, asks_for_contexts, demands
 from ray_synth.config import Config
+from ray_synth.preflight.demands import Sizes, asks_for_contexts, demands
 from ray_synth.stages import STAGES
 from ray_synth.training.job import total_steps
 

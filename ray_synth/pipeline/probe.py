@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyarrow.fs import FileType
 
-from ray_synth.budget.demands import asks_for_contexts, demands
-from ray_synth.budget.estimate import Estimate, Measured, estimate, lines
-from ray_synth.budget.reach import Reach
 from ray_synth.config import Config, GenerationConfig, PoolConfig
-from ray_synth.storage import Folder
+from ray_synth.pipeline.estimate import Estimate, Measured, estimate, lines
+from ray_synth.preflight.demands import asks_for_contexts, demands
+from ray_synth.preflight.reach import Reach
+from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
     from ray_synth.generation.maker import GenerationJob
@@ -91,8 +91,8 @@ def probe(run: Any, stages: Collection[str], *, shared: bool) -> Measured:
 def _words(run: Any) -> tuple[dict[str, float], Contexts]:
     """The service: its start, and seconds a class of both kinds of question; and the answers."""
     from ray_synth.data.dataset import read_index, select
-    from ray_synth.service import Service
-    from ray_synth.words import read_contexts
+    from ray_synth.pipeline.steps import read_contexts
+    from ray_synth.service.session import Service
 
     config: Config = run.config
     names = run.train.class_names[:CLASSES]
@@ -123,10 +123,10 @@ def _generation_jobs(
 ) -> tuple[GenerationJob, GenerationJob]:
     """What one actor makes alone, and what beside training."""
     from ray_synth.generation.chunks import PlanTable
-    from ray_synth.generation.diffusion import wants_compile
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore
     from ray_synth.generation.stream import settled
+    from ray_synth.generators.diffusion import wants_compile
 
     config: Config = run.config
     generation = config.generation
@@ -183,7 +183,7 @@ def pace(seen: list[tuple[float, int]], calls: int) -> float:
 
 def _quality(run: Any, folder: Folder) -> float:
     """Seconds of the quality task, for as many images as it will have; of many it sees some."""
-    from ray_synth.pipeline import measure_quality
+    from ray_synth.pipeline.runner import measure_quality
 
     names = run.train.class_names
     folder.write_json("meanings.json", [{"class_name": n, "choice": n} for n in names])
@@ -199,8 +199,8 @@ def _quality(run: Any, folder: Folder) -> float:
 
 def _plan(run: Any, rows: int, contexts: Contexts) -> Any:
     """The run's first rows where it has them; or such as it will have, of a few classes' contexts."""
+    from ray_synth.pipeline.steps import plan_settings
     from ray_synth.prompting.plan import ClassPrompts, make_plan
-    from ray_synth.words import plan_settings
 
     config: Config = run.config
     if run.stages.record("plan"):

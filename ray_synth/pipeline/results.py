@@ -10,7 +10,7 @@ from ray_synth.report.page import write_report as write_page
 from ray_synth.report.sheet import write_contact_sheet
 
 if TYPE_CHECKING:
-    from ray_synth.run import Run
+    from ray_synth.pipeline.run import Run
 
 log = logging.getLogger("ray_synth")
 

@@ -6,8 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
-from ray_synth.budget.demands import Sizes
-from ray_synth.cluster import runs_folder
+from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import (
     Index,
@@ -18,13 +17,14 @@ from ray_synth.data.dataset import (
     select,
 )
 from ray_synth.generation.chunks import PlanFile
-from ray_synth.generation.generator import check_generator, fingerprint, prompt_tokens
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
+from ray_synth.generators.registry import check_generator, fingerprint, prompt_tokens
+from ray_synth.pipeline.steps import prompt_limit
+from ray_synth.preflight.demands import Sizes
 from ray_synth.stages import STAGES, StageLog, stage_inputs
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.training.trainer import check_recipe
-from ray_synth.words import prompt_limit
 
 VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "mlflow")
 

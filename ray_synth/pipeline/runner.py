@@ -13,9 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ray_synth.budget import Reach, preflight
-from ray_synth.budget.estimate import Estimate, compare, priced
-from ray_synth.cluster import connect
+from ray_synth.cluster.connection import connect
 from ray_synth.config import ClipConfig, Config, QualityConfig
 from ray_synth.data.dataset import (
     drop,
@@ -25,13 +23,15 @@ from ray_synth.data.dataset import (
     select,
 )
 from ray_synth.generation.chunks import PlanFile, missing_rows
-from ray_synth.heartbeat import watched
-from ray_synth.logs import hide_value_of
-from ray_synth.progress import Bar, make_board, watch
-from ray_synth.report.metrics import write_report
-from ray_synth.run import Run, begin, check_run
-from ray_synth.storage import Folder
-from ray_synth.words import resolve_meanings, write_plan
+from ray_synth.monitoring.heartbeat import watched
+from ray_synth.monitoring.logs import hide_value_of
+from ray_synth.monitoring.progress import Bar, make_board, watch
+from ray_synth.pipeline.estimate import Estimate, compare, priced
+from ray_synth.pipeline.results import write_report
+from ray_synth.pipeline.run import Run, begin, check_run
+from ray_synth.pipeline.steps import resolve_meanings, write_plan
+from ray_synth.preflight import Reach, preflight
+from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
 
@@ -82,7 +82,7 @@ def run_pipeline(
 
 def _forecast(run: Run, until: str, reach: Reach) -> Estimate:
     """Of the stages that are to do, from a short probe; kept in estimate.json."""
-    from ray_synth.budget.probe import forecast, share_cores
+    from ray_synth.pipeline.probe import forecast, share_cores
 
     found = forecast(run, until, shared=share_cores(run.config, reach))
     run.folder.write_json("estimate.json", found.as_dict())
@@ -119,7 +119,7 @@ def run_images(run: Run) -> None:
 
 
 def _run_stages(run: Run, until: str, tracker: Any) -> None:
-    from ray_synth.service import Service
+    from ray_synth.service.session import Service
 
     done_at = {"data": 1, "meaning": 2, "plan": 3, "generation": 4, "training": 5}.get(until, 6)
     run = inspected(run)
@@ -288,7 +288,7 @@ def evaluate_models(run: Run) -> dict[str, Any]:
 def _tracker(run: Run) -> Any:
     if not run.config.tracking.enabled:
         return None
-    from ray_synth.tracking import Tracker
+    from ray_synth.monitoring.mlflow_run import Tracker
 
     tracker = Tracker(run.config, run.runs, run.folder)
     tracker.datasets({"training": run.train, **run.tests})

@@ -12,14 +12,14 @@ import pyarrow.compute as pc
 
 from ray_synth.config import Config
 from ray_synth.data.dataset import read_index, select
-from ray_synth.generation.generator import fingerprint, prompt_tokens
 from ray_synth.generation.maker import write_references
 from ray_synth.generation.store import PLAN_SCHEMA
-from ray_synth.progress import Bar
+from ray_synth.generators.registry import fingerprint, prompt_tokens
+from ray_synth.monitoring.progress import Bar
 
 if TYPE_CHECKING:
+    from ray_synth.pipeline.run import Run
     from ray_synth.prompting.contexts import Context
-    from ray_synth.run import Run
 
 log = logging.getLogger("ray_synth")
 

@@ -3,7 +3,7 @@
 Config and cluster in; a table, a refusal with its arithmetic, or an estimate out.
 """
 
-from ray_synth.budget.check import check_budget, preflight
-from ray_synth.budget.reach import Reach, cluster_reach
+from ray_synth.preflight.check import check_budget, preflight
+from ray_synth.preflight.reach import Reach, cluster_reach
 
 __all__ = ["Reach", "check_budget", "cluster_reach", "preflight"]

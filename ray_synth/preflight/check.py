@@ -12,11 +12,11 @@ from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from ray_synth.budget.demands import Sizes, demands
-from ray_synth.budget.packing import Demand, Placement, pack
-from ray_synth.budget.reach import Reach, cluster_reach
-from ray_synth.cluster import runs_folder
+from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
+from ray_synth.preflight.demands import Sizes, demands
+from ray_synth.preflight.packing import Demand, Placement, pack
+from ray_synth.preflight.reach import Reach, cluster_reach
 from ray_synth.stages import STAGES
 
 log = logging.getLogger("ray_synth")
@@ -160,7 +160,7 @@ def refusal(
     problems: Sequence[str],
 ) -> str:
     """The message: each stage's arithmetic, and the smallest changes that make all stages fit."""
-    from ray_synth.budget.mend import mends
+    from ray_synth.preflight.smallest_fix import mends
 
     changes = mends(config, reach, sizes, stages)
     advice = "\n  or ".join(changes) if changes else "a larger cluster"
@@ -179,7 +179,7 @@ def preflight(
     Raises:
         ValueError: a stage of the run does not fit the cluster, its memory or the disk.
     """
-    from ray_synth.budget.memory import look
+    from ray_synth.preflight.memory import look
 
     end = time.monotonic() + PATIENCE_S
     while True:

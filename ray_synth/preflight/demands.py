@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ray_synth.budget.packing import Demand
 from ray_synth.config import Config
+from ray_synth.preflight.packing import Demand
 
 READ = "a read task"
 READ_CPUS = 1.0  # Ray Data needs room for one task that reads or selects, beside its actors

@@ -22,11 +22,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ray_synth.budget.demands import Sizes, asks_for_contexts, fewest
-from ray_synth.budget.reach import GIB, Reach
 from ray_synth.config import Config, TrainingConfig
+from ray_synth.preflight.demands import Sizes, asks_for_contexts, fewest
+from ray_synth.preflight.reach import GIB, Reach
 from ray_synth.stages import STAGES
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 # GiB of a GPU by Ray's name of its type; of types that come in two sizes the larger one.
 GPU_GIB = {
@@ -302,7 +302,7 @@ def _weights(model: str, revision: str | None, size: int) -> int:
 def model_folder(model: str, revision: str | None = None) -> Path | None:
     """Where a diffusers or transformers model lies on this machine; None where it does not."""
     if model == "embedded":
-        from ray_synth.mini import sd_folder
+        from ray_synth.embedded import sd_folder
 
         return sd_folder()
     folder = Path(model).expanduser()

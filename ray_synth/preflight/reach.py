@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from ray_synth.budget.demands import SERVE_CPUS
-from ray_synth.budget.packing import Nodes
 from ray_synth.config import Config, ReachConfig
+from ray_synth.preflight.demands import SERVE_CPUS
+from ray_synth.preflight.packing import Nodes
 
 GIB = 2**30
 
@@ -124,7 +124,7 @@ def _replicas(config: Config) -> tuple[dict[tuple[str, str], float], list[str]]:
     """
     from ray._private.state import actors
 
-    from ray_synth.service import APP_NAME
+    from ray_synth.service.session import APP_NAME
 
     sizes = {
         "LLM": (config.meaning.llm.num_cpus, config.meaning.llm.num_gpus),

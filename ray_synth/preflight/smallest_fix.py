@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any
 
-from ray_synth.budget.demands import Sizes, demands
-from ray_synth.budget.packing import Demand, Nodes, pack
-from ray_synth.budget.reach import Reach
 from ray_synth.config import Config
+from ray_synth.preflight.demands import Sizes, demands
+from ray_synth.preflight.packing import Demand, Nodes, pack
+from ray_synth.preflight.reach import Reach
 from ray_synth.stages import STAGES
 
 FRACTIONS = (0.5, 0.25, 0.1)

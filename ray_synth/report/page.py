@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from ray_synth.data.images import encode_image
-from ray_synth.filesystems import redact
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
 from ray_synth.report.table import comparison_rows, signed, test_set_label, test_sets
-from ray_synth.storage import Folder
+from ray_synth.storage.filesystems import redact
+from ray_synth.storage.folder import Folder
 
 PAGE = "report/index.html"
 ARMS = ("real_only", "mixed")

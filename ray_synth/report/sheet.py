@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ray_synth.config import Kind
 from ray_synth.data.images import decode_image, encode_image
-from ray_synth.generation.slices import choose, read_chosen, scan
+from ray_synth.generation.selection import choose, read_chosen, scan
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 KINDS: tuple[str, ...] = get_args(Kind)
 LABELS = ["sample_id", "class_index", "class_name", "kind", "accepted"]

@@ -19,10 +19,10 @@ import yaml
 
 from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.cost import reason_label
-from ray_synth.heartbeat import PROGRESS, process_lives
-from ray_synth.logs import hide
+from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
+from ray_synth.monitoring.logs import hide
 from ray_synth.stages import STAGES
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 DONE, RUNNING, SILENT = 0, 3, 4  # exit codes
 PATIENCE_S = 120.0  # without a heartbeat; or four beats, where that is more

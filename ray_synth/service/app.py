@@ -22,7 +22,13 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from ray_synth.config import ClipConfig, LlmConfig
-from ray_synth.messages import (
+from ray_synth.prompting.contexts import Context, contextual_prompt
+from ray_synth.prompting.styles import load_styles, stylized_prompt
+from ray_synth.service.batch import answer_lines
+from ray_synth.service.clip_deployment import ClipDeployment
+from ray_synth.service.limits import BodyLimit, read_images
+from ray_synth.service.llm_deployment import LlmDeployment
+from ray_synth.service.messages import (
     Answer,
     BatchBody,
     DisambiguateBody,
@@ -30,14 +36,8 @@ from ray_synth.messages import (
     PromptsAnswer,
     PromptsBody,
 )
-from ray_synth.prompting.contexts import Context, contextual_prompt
-from ray_synth.prompting.styles import load_styles, stylized_prompt
-from serve.batch import answer_lines
-from serve.clip import ClipDeployment
-from serve.limits import BodyLimit, read_images
-from serve.llm import LlmDeployment
-from serve.problems import documented, install_handlers
-from serve.resolver import Resolver, ServeConfig
+from ray_synth.service.problems import documented, install_handlers
+from ray_synth.service.resolver import Resolver, ServeConfig
 
 TOKEN_VARIABLE = "RAY_SYNTH_SERVE_TOKEN"
 PAGE = (Path(__file__).parent / "page.html").read_text()

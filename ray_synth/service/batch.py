@@ -8,10 +8,10 @@ import numpy as np
 from fastapi import HTTPException
 
 from ray_synth.meaning.candidates import siblings_context
-from ray_synth.messages import Answer, BatchBody, ClassQuestion, Line
-from serve.limits import read_images
-from serve.problems import problem
-from serve.resolver import Resolver
+from ray_synth.service.limits import read_images
+from ray_synth.service.messages import Answer, BatchBody, ClassQuestion, Line
+from ray_synth.service.problems import problem
+from ray_synth.service.resolver import Resolver
 
 CLASSES_AT_ONCE = 32  # enough to fill the models' batches
 PAUSE_S = 15.0

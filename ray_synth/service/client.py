@@ -32,7 +32,14 @@ from tenacity import (
     wait_random,
 )
 
-from ray_synth.messages import Answer, LimitsAnswer, Line, ModelsAnswer, Problem, PromptsAnswer
+from ray_synth.service.messages import (
+    Answer,
+    LimitsAnswer,
+    Line,
+    ModelsAnswer,
+    Problem,
+    PromptsAnswer,
+)
 
 TOKEN_VARIABLE = "RAY_SYNTH_SERVE_TOKEN"
 BROKEN = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)

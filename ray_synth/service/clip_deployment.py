@@ -16,7 +16,7 @@ from ray import serve
 from ray_synth.config import ClipConfig
 from ray_synth.data.images import decode_image
 from ray_synth.meaning.clip import ClipModel
-from serve.full_batches import FullBatches
+from ray_synth.service.full_batches import FullBatches
 
 
 @serve.deployment(name="CLIP", max_ongoing_requests=512)

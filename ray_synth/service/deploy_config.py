@@ -18,11 +18,11 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from ray_synth.config import ClipConfig, LlmConfig, parse_config
-from serve.app import Disambiguation, ServeConfig
-from serve.clip import ClipDeployment
-from serve.llm import LlmDeployment
+from ray_synth.service.app import Disambiguation, ServeConfig
+from ray_synth.service.clip_deployment import ClipDeployment
+from ray_synth.service.llm_deployment import LlmDeployment
 
-OUR_APP = ("serve.app:build", "serve.app.build")
+OUR_APP = ("ray_synth.service.app:build", "ray_synth.service.app.build")
 _DEPLOYMENTS: tuple[Any, ...] = (Disambiguation, LlmDeployment, ClipDeployment)
 OUR_DEPLOYMENTS = tuple(deployment.name for deployment in _DEPLOYMENTS)
 # Fields that are typed as plain mappings, though Ray reads them by these models.

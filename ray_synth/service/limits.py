@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from ray_synth.config import Section
-from serve.problems import problem_response
+from ray_synth.service.problems import problem_response
 
 
 class Limits(Section):

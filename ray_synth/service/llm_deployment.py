@@ -12,8 +12,8 @@ from ray import serve
 
 from ray_synth.config import LlmConfig
 from ray_synth.meaning.backends import load_llm
-from ray_synth.meaning.llm import FewShot
-from serve.full_batches import FullBatches
+from ray_synth.meaning.transformers_llm import FewShot
+from ray_synth.service.full_batches import FullBatches
 
 
 def _options(request: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """What the disambiguation service and its clients say to each other: typed questions and answers.
 
-The service validates by these models and publishes them as its OpenAPI; `ray_synth.client` returns
+The service validates by these models and publishes them as its OpenAPI; `service/client.py` returns
 them.
 """
 

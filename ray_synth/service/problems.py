@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ray_synth.messages import Problem
+from ray_synth.service.messages import Problem
 
 MEDIA_TYPE = "application/problem+json"
 logger = logging.getLogger("ray.serve")  # Serve adds the request id to each of its lines

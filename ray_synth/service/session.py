@@ -51,7 +51,7 @@ class Service:
         if self._handle is None:
             from ray import serve
 
-            from serve.app import ServeConfig, build
+            from ray_synth.service.app import ServeConfig, build
 
             self._started_serve = not _serve_is_running()
             self._begun = True

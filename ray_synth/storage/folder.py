@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
-from ray_synth.filesystems import (
+from ray_synth.storage.filesystems import (
     open_uri,
     patiently,
     refuse_secrets,

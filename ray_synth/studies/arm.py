@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from ray_synth.config import Config, GenerationConfig, parse_config
-from ray_synth.generation.generator import fingerprint
+from ray_synth.generators.registry import fingerprint
 from ray_synth.stages import stage_inputs
 
 REAL_ONLY = "real_only"

@@ -14,13 +14,13 @@ import pyarrow as pa
 from ray_synth.config import CorruptionConfig, SourceConfig
 from ray_synth.data.dataset import Index, load_index, read_index, select
 from ray_synth.evaluation.corruption import check_kinds, corrupted_rows
-from ray_synth.run import Run
-from ray_synth.storage import Folder
+from ray_synth.monitoring.mlflow_run import digest
+from ray_synth.pipeline.run import Run
+from ray_synth.storage.folder import Folder
 from ray_synth.studies.measures import Measured
 from ray_synth.studies.plots import COLOURS, MARKERS
 from ray_synth.studies.results import IN_DOMAIN, Table
 from ray_synth.studies.statistics import Estimate, estimate, paired
-from ray_synth.tracking import digest
 
 KIND = "corrupted"
 

@@ -13,19 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ray_synth.budget import Reach, check_budget
-from ray_synth.budget.check import fit, most_at_once
-from ray_synth.budget.demands import READ, demands
-from ray_synth.budget.packing import Demand
-from ray_synth.cluster import runs_folder
+from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
-from ray_synth.pipeline import inspected, run_images, run_words
-from ray_synth.progress import Bar
-from ray_synth.run import Run, open_run
-from ray_synth.storage import Folder
+from ray_synth.monitoring.mlflow_run import digest
+from ray_synth.monitoring.progress import Bar
+from ray_synth.pipeline.run import Run, open_run
+from ray_synth.pipeline.runner import inspected, run_images, run_words
+from ray_synth.preflight import Reach, check_budget
+from ray_synth.preflight.check import fit, most_at_once
+from ray_synth.preflight.demands import READ, demands
+from ray_synth.preflight.packing import Demand
+from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
-from ray_synth.tracking import digest
 from ray_synth.training.job import TrainJob, total_steps
 
 log = logging.getLogger("ray_synth")
@@ -96,7 +96,7 @@ class Grid:
 
     def _write_words(self, runs: list[Run]) -> None:
         """Meanings and plans; the models are loaded once for all runs that ask the same ones."""
-        from ray_synth.service import Service
+        from ray_synth.service.session import Service
 
         groups: dict[str, list[Run]] = {}
         for run in runs:

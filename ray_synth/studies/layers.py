@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from ray_synth.data.dataset import Index, read_index
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.studies.measures import Measured
 from ray_synth.studies.plots import COLOURS, MARKERS
 from ray_synth.studies.results import Table

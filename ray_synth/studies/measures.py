@@ -16,7 +16,7 @@ from ray_synth.data.dataset import Index, read_index
 from ray_synth.evaluation import diversity, domain_shift
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.comparison import Outcome, compare
-from ray_synth.run import Run
+from ray_synth.pipeline.run import Run
 from ray_synth.studies.arm import Arm, Trial
 from ray_synth.studies.catalog import Study
 from ray_synth.studies.grid import Grid

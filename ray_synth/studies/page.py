@@ -8,7 +8,7 @@ from typing import Any
 
 from ray_synth.report.page import PAGE as REPORT
 from ray_synth.report.page import write_report
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import STUDIES
 
 PAGE = "index.html"

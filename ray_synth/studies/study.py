@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ray_synth.budget import preflight
-from ray_synth.cluster import connect, runs_folder
+from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import hold_out, load_index, read_class_names, require_every_class
-from ray_synth.heartbeat import watched
-from ray_synth.storage import Folder
+from ray_synth.monitoring.heartbeat import watched
+from ray_synth.preflight import preflight
+from ray_synth.storage.folder import Folder
 from ray_synth.studies import measures, plots
 from ray_synth.studies.arm import trials_of
 from ray_synth.studies.catalog import Study, known_name, studies

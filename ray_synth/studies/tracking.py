@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ray_synth.cluster import runs_folder
+from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
+from ray_synth.monitoring.mlflow_run import Quietly, flatten, tracking_uri
 from ray_synth.studies.grid import workspace
 from ray_synth.studies.measures import Measured
-from ray_synth.tracking import Quietly, flatten, tracking_uri
 
 PARENT = "mlflow.parentRunId"
 FILES = ("study.json", "table.md", "table.parquet", "plot.png", "plot.svg")

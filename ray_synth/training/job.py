@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ray_synth import logs, metrics
+from ray_synth import metrics
+from ray_synth.cluster.preemption import Notices
 from ray_synth.data.dataset import read_index
-from ray_synth.preemption import Notices
+from ray_synth.monitoring import logs
 from ray_synth.training.job import TrainJob
 
 
@@ -28,9 +29,9 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     import ray.train.torch
 
-    from ray_synth.training.export import export_models
     from ray_synth.training.learner import Learner
     from ray_synth.training.meter import Meter
+    from ray_synth.training.model_files import export_models
     from ray_synth.training.prefetch import Prefetcher
 
     job: TrainJob = settings["job"]
@@ -295,6 +296,6 @@ def _tracker(job: TrainJob) -> Any:
     """A function that logs a point of the curve to the pipeline's MLflow run."""
     if job.tracking is None:
         return None
-    from ray_synth.tracking import MetricLogger
+    from ray_synth.monitoring.mlflow_run import MetricLogger
 
     return MetricLogger(job.tracking, prefix=job.arm)

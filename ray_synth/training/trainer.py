@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray_synth.cluster.signals import own_handlers
 from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index, to_ray
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.stream import image_stream, planned_parts
-from ray_synth.signals import own_handlers
 from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 

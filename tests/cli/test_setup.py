@@ -5,10 +5,10 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
-from ray_synth.cli import app
+from ray_synth.cli.command import app
+from ray_synth.cli.setup import write_config
 from ray_synth.config import load_config
-from ray_synth.run import open_run
-from ray_synth.setup import write_config
+from ray_synth.pipeline.run import open_run
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_doctor_says_what_there_is_and_what_does_not_fit(local_ray):
 
 
 def test_runs_go_home_from_an_uploaded_job(monkeypatch, tmp_path):
-    from ray_synth.cluster import runs_folder
+    from ray_synth.cluster.connection import runs_folder
 
     upload = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     upload.mkdir(parents=True)

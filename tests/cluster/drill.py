@@ -16,8 +16,8 @@ import psutil
 from fake_cluster import OBJECT_STORE, wait_for
 from service import DIGITS, digit_images
 
-from ray_synth.client import Client, ServiceError, ServiceUnavailable
-from ray_synth.service import ask_all
+from ray_synth.service.client import Client, ServiceError, ServiceUnavailable
+from ray_synth.service.session import ask_all
 
 NUMBERS = [f"the number {name}" for name in DIGITS]
 ROLES = (

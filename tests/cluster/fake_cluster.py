@@ -74,7 +74,7 @@ def painting_job(
     from ray_synth.generation.chunks import PlanTable
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
-    from ray_synth.storage import Folder
+    from ray_synth.storage.folder import Folder
 
     config = GenerationConfig(
         generator="fake_cluster:Recorder",

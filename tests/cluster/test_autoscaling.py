@@ -64,7 +64,7 @@ def drive(address: str, folder_name: str, streams: list[tuple[int, int]]) -> Non
     """
     import ray
 
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
     from ray_synth.config import ClusterConfig
     from ray_synth.generation.stream import image_stream
 

@@ -25,7 +25,6 @@ from fake_cluster import (
 )
 from metadata import QUIET_ASKS, metadata_service
 
-from ray_synth import notices
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes end by their session")
@@ -100,7 +99,7 @@ def drive(folder_name: str) -> None:
     """Everything at once on four nodes, and the schedule beside it; writes `seen.json`."""
     from ray.cluster_utils import Cluster
 
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
     from ray_synth.config import ClusterConfig
     from ray_synth.generation.stream import make_images
 
@@ -141,7 +140,7 @@ def serve_app() -> tuple[str, Any]:
     from ray import serve
 
     from ray_synth.config import ClipConfig, LlmConfig
-    from serve.app import ServeConfig, build
+    from ray_synth.service.app import ServeConfig, build
 
     port = free_port()
     http = {"host": "127.0.0.1", "port": port}
@@ -159,7 +158,7 @@ def train(folder: Path, pace: Pace) -> list[dict[str, float]]:
 
     from ray_synth.config import SourceConfig, TrainingConfig
     from ray_synth.data.dataset import load_index, select
-    from ray_synth.storage import Folder
+    from ray_synth.storage.folder import Folder
     from ray_synth.training.job import TrainJob
     from ray_synth.training.trainer import run_training
 
@@ -207,7 +206,7 @@ def event(
         with metadata_service(NOTICE_S) as (cloud, url):
             cloud.asks = QUIET_ASKS
             at = f"--address={nodes.cluster.address}"
-            notices.main(["aws", at, f"--node-id={node.node_id}", f"--metadata-url={url}"])
+            preemption.main(["aws", at, f"--node-id={node.node_id}", f"--metadata-url={url}"])
         while time.time() < cloud.goes.timestamp():
             pace.allow(1)
             time.sleep(0.5)

@@ -4,7 +4,7 @@ import pytest
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobStatus
 
-from ray_synth import submit
+from ray_synth.cluster import jobs as submit
 
 
 def job(status, **fields):

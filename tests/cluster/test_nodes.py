@@ -67,7 +67,7 @@ def drive(folder_name: str) -> None:
     """
     from ray.cluster_utils import Cluster
 
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
     from ray_synth.config import ClusterConfig
     from ray_synth.generation.stream import image_stream
 

@@ -7,7 +7,7 @@ from http.server import ThreadingHTTPServer
 import pytest
 from metadata import QUIET_ASKS, Metadata, metadata_service
 
-from ray_synth.notices import GCP_NOTICE_S, MARGIN_S, main, node_here, watch
+from ray_synth.cluster.preemption import GCP_NOTICE_S, MARGIN_S, main, node_here, watch
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_synth.preemption import LAST_S, SaveTimes
+from ray_synth.cluster.preemption import LAST_S, SaveTimes
 
 
 @given(

@@ -5,9 +5,9 @@ import time
 import pytest
 from samples import ROOT
 
-from ray_synth.budget import preflight
-from ray_synth.budget.reach import cluster_reach
 from ray_synth.config import load_config
+from ray_synth.preflight import preflight
+from ray_synth.preflight.reach import cluster_reach
 
 pytestmark = pytest.mark.slow
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
@@ -15,7 +15,7 @@ QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("ray_synth.budget.check.PATIENCE_S", 2.0)
+    monkeypatch.setattr("ray_synth.preflight.check.PATIENCE_S", 2.0)
 
 
 def hold(ray, cpus):
@@ -60,7 +60,7 @@ def test_what_is_about_to_be_let_go_is_waited_for(local_ray):
 def test_a_serve_app_is_named_and_ones_own_is_taken_over(local_ray, impatient):
     from ray import serve
 
-    from ray_synth.service import APP_NAME
+    from ray_synth.service.session import APP_NAME
 
     @serve.deployment(name="LLM", ray_actor_options={"num_cpus": 2.5})
     class Held:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from ray_synth import signals
+from ray_synth.cluster import signals
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from ray_synth import upload as upload_module
+from ray_synth.cluster import upload as upload_module
+from ray_synth.cluster.upload import gather, is_checkout
 from ray_synth.config import load_config
-from ray_synth.upload import gather, is_checkout
 
-QUICKSTART = Path(__file__).parents[1] / "jobs" / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "jobs" / "configs" / "quickstart.yaml"
 
 
 def made(tmp_path, *overrides, code=False, include=()):
@@ -44,7 +44,7 @@ def test_small_files_go_to_the_same_place_under_the_job(here):
 def test_the_code_goes_along_with_its_weights_and_nothing_else(here):
     assert is_checkout()
     names = set(made(here, code=True).files)
-    assert "ray_synth/cli.py" in names and "serve/app.py" in names
+    assert "ray_synth/cli/command.py" in names and "ray_synth/service/app.py" in names
     assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in names)
     assert {name.split("/")[0] for name in names} == {"config", "ray_synth", "serve"}
     assert not any("__pycache__" in name for name in names)

@@ -20,11 +20,11 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from ray_synth.budget.check import fit_stages
-from ray_synth.budget.reach import reach_of_cluster_yaml
 from ray_synth.config import load_config
+from ray_synth.preflight.check import fit_stages
+from ray_synth.preflight.reach import reach_of_cluster_yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "aws": "cluster.yaml",
     "gcp": "docs/clusters/gcp.yaml",

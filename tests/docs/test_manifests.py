@@ -23,11 +23,11 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
 
-from ray_synth.budget.check import fit_stages
-from ray_synth.budget.reach import reach_of_cluster_yaml
 from ray_synth.config import load_config
+from ray_synth.preflight.check import fit_stages
+from ray_synth.preflight.reach import reach_of_cluster_yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KUBERAY = ROOT / "docs/kuberay"
 DOCKER = ROOT / "docs/docker"
 CRDS = Path(os.environ.get("RAY_SYNTH_KUBERAY_CRDS", ROOT / "build/crds"))

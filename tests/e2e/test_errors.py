@@ -5,7 +5,7 @@ import time
 import pytest
 from small_runs import QUICKSTART, SMALL, command
 
-from ray_synth.cli import main
+from ray_synth.cli.command import main
 
 
 def check_message(code: int, errors: str, says: str) -> None:
@@ -61,8 +61,8 @@ def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
 )
 def test_prompts_that_the_text_encoder_cannot_read_are_refused(setting, says):
     from ray_synth.config import load_config
-    from ray_synth.generation.generator import prompt_tokens
-    from ray_synth.words import prompt_limit
+    from ray_synth.generators.registry import prompt_tokens
+    from ray_synth.pipeline.steps import prompt_limit
 
     config = load_config(QUICKSTART, [setting])
     with pytest.raises(ValueError, match=says):

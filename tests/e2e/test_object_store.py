@@ -17,7 +17,7 @@ from service import free_port
 from small_runs import QUICKSTART, ROOT
 
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 # The quickstart with fewer images and steps; every class, model and stage is there.

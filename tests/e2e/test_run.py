@@ -70,7 +70,7 @@ def test_every_image_is_made_once_and_says_what_made_it(finished):
 
 
 def test_an_image_is_made_again_shown_and_exported(finished, tmp_path, capsys, monkeypatch):
-    from ray_synth.cli import main
+    from ray_synth.cli.command import main
 
     folder = finished[0]
     sample_id = stored_ids(folder)[0]

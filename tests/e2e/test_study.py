@@ -103,7 +103,7 @@ def test_a_study_of_ones_own_folder_from_init_alone_and_no_test_image_is_read_be
         "studies.lambdas=[0.5]", "studies.real_fractions=[0.75]",
     ]  # fmt: skip
     script = (
-        "import sys; from ray_synth.cli import prepare_process; prepare_process();"
+        "import sys; from ray_synth.cli.command import prepare_process; prepare_process();"
         "from ray_synth.config import load_config; from ray_synth.studies.study import run_studies;"
         "run_studies('mix', load_config(sys.argv[1], sys.argv[2:]), seeds=[0], until='validation')"
     )

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ray_synth.mini
-from ray_synth.mini import clip_folder, sd_folder
-from ray_synth.mini.recipe.captions import DIGITS
-from ray_synth.mini.recipe.pack import IN_EIGHT_BITS, LARGE
+import ray_synth.embedded
+from jobs.embedded_models.captions import DIGITS
+from jobs.embedded_models.pack import IN_EIGHT_BITS, LARGE
+from ray_synth.embedded import clip_folder, sd_folder
 
 MAX_BYTES = 31 * 2**20
 WEIGHTS = sd_folder().parent
@@ -128,6 +128,6 @@ def test_both_models_share_the_text_encoder(pipeline: Any, clip: tuple[Any, Any,
 
 
 def test_a_package_without_weights_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_synth.mini, "files", lambda package: tmp_path)
+    monkeypatch.setattr(ray_synth.embedded, "files", lambda package: tmp_path)
     with pytest.raises(ValueError, match="embedded 'sd' weights are not at"):
         sd_folder()

@@ -7,13 +7,13 @@ from safetensors.torch import save_file
 from samples import encoded
 from typer.testing import CliRunner
 
-from ray_synth.cli import app
+from ray_synth.cli.command import app
 from ray_synth.config import parse_config
 from ray_synth.data.dataset import load_index
 from ray_synth.data.images import decode_image
 from ray_synth.evaluation.checkpoint import evaluate_checkpoint
 from ray_synth.evaluation.predictor import warn_of_missing
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.training.augmentation import eval_transform
 
 

@@ -26,12 +26,12 @@ from test_store import made, plan_rows
 
 from ray_synth.config import SourceConfig
 from ray_synth.data.dataset import load_index, read_index
-from ray_synth.generation import export
-from ray_synth.generation.card import cell, size_category
-from ray_synth.generation.export import LAYOUTS, export_images
-from ray_synth.generation.names import class_list, folder_names
+from ray_synth.export import layouts as export
+from ray_synth.export.card import cell, size_category
+from ray_synth.export.layouts import LAYOUTS, export_images
+from ray_synth.export.names import class_list, folder_names
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 CLASSES = ["crane/bird", "test", "Kranich | `x` <b>\nß"]
 KINDS = ["plain", "contextual", "stylized"]

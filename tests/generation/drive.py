@@ -2,13 +2,13 @@
 
 import sys
 
-from ray_synth.cluster import connect
+from ray_synth.cluster.connection import connect
 from ray_synth.config import ClusterConfig, GenerationConfig
 from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import make_images
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 
 def main(run: str, config: str) -> None:

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_synth.config import GenerationConfig, load_config
+from ray_synth.generation.batch_size import LARGEST, fit_batch, measure, recorded_batch_size
 from ray_synth.generation.cost import cost_note, hours_and_cost
-from ray_synth.generation.probe import LARGEST, fit_batch, measure, recorded_batch_size
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 
 @given(st.integers(0, 10**10), st.integers(1, 10**9), st.integers(10**9, 10**11))

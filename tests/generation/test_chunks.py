@@ -9,7 +9,7 @@ from test_store import made, plan_rows
 from ray_synth.generation.chunks import PlanFile, PlanTable, cut, missing_rows
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.generation.stream import chunk_blocks
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 
 def table(count):

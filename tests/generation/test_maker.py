@@ -12,10 +12,10 @@ from ray_synth.config import GenerationConfig, QualityConfig
 from ray_synth.data.images import decode_image
 from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.cost import earlier_attempts
-from ray_synth.generation.generator import Failure, fingerprint, generate_all, generator_class
 from ray_synth.generation.maker import GenerationJob, ImageMaker, attempt_seed, write_references
 from ray_synth.generation.store import IMAGE_SCHEMA, PLAN_SCHEMA, ImageStore
-from ray_synth.storage import Folder
+from ray_synth.generators.registry import Failure, fingerprint, generate_all, generator_class
+from ray_synth.storage.folder import Folder
 
 
 def config(policy="off", **kwargs):

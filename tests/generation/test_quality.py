@@ -27,7 +27,7 @@ from ray_synth.generation.thresholds import (
     save_reference,
 )
 from ray_synth.meaning.clip import ClipModel
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 TEXTS = {digit: f"the number {digit}" for digit in range(10)}
 

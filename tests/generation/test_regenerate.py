@@ -10,7 +10,7 @@ from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.maker import GenerationJob, ImageMaker, write_references
 from ray_synth.generation.regenerate import as_made, regenerate
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 PAINTED = {"generator": "painting:Painter", "width": 16, "height": 16, "image_format": "png"}
 EMBEDDED = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 3.0}

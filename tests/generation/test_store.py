@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from samples import encoded
 
 from ray_synth.generation.store import IMAGE_SCHEMA, PLAN_SCHEMA, ImageStore, part_name
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 
 def plan_rows(count: int) -> list[dict]:

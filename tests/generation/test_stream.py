@@ -12,7 +12,7 @@ from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.generation.stream import image_stream, make_images
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 CONFIG = embedded()
 
@@ -66,7 +66,7 @@ def actor_pids() -> list[int]:
 
 
 def test_a_model_that_cannot_be_loaded_fails_with_its_name(local_ray, tmp_path):
-    from ray_synth.errors import explain
+    from ray_synth.cli.explanation import explain
 
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}')

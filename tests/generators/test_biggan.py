@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
-from ray_synth.generation.biggan import BigGanGenerator, imagenet_indices
-from ray_synth.generation.generator import check_generator, fingerprint, generate_all
+from ray_synth.generators.biggan import BigGanGenerator, imagenet_indices
+from ray_synth.generators.registry import check_generator, fingerprint, generate_all
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 def config_of(folder, *, settings=(), **others):
     return GenerationConfig(
-        generator="ray_synth.generation.biggan:BigGanGenerator",
+        generator="ray_synth.generators.biggan:BigGanGenerator",
         generator_kwargs={"weights": str(folder), **dict(settings)},
         **{"width": 32, "height": 32, "batch_size": 3, "device": "cpu", "num_threads": 1, **others},
     )

@@ -8,8 +8,8 @@ import torch
 from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
-from ray_synth.generation.diffusion import DiffusionGenerator, resolve_model, wants_compile
-from ray_synth.generation.generator import (
+from ray_synth.generators.diffusion import DiffusionGenerator, resolve_model, wants_compile
+from ray_synth.generators.registry import (
     check_generator,
     fingerprint,
     generate_all,

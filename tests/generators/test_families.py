@@ -11,16 +11,16 @@ from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig, ReferenceConfig
 from ray_synth.data.images import encode_array, encode_image
-from ray_synth.generation.diffusion import DiffusionGenerator
-from ray_synth.generation.generator import Failure
-from ray_synth.generation.prompt_encoder import PromptEncoder
-from ray_synth.generation.reference import (
+from ray_synth.embedded import sd_folder
+from ray_synth.generators.diffusion import DiffusionGenerator
+from ray_synth.generators.image_to_image import (
     image_to_image,
     prepare_references,
     reference_arguments,
     reference_steps,
 )
-from ray_synth.mini import sd_folder
+from ray_synth.generators.prompt_encoder import PromptEncoder
+from ray_synth.generators.registry import Failure
 
 IMAGE_TO_IMAGE = ("sd15", "lcm", "sdxl", "sdxl-turbo", "sd3", "flux", "embedded")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ray_synth.config import GenerationConfig
-from ray_synth.generation.generator import fingerprint, generator_class
-from ray_synth.generation.glyphs import NUMBERS, GlyphGenerator, font_files
+from ray_synth.generators.glyphs import NUMBERS, GlyphGenerator, font_files
+from ray_synth.generators.registry import fingerprint, generator_class
 
 CONFIG = GenerationConfig(generator="glyphs", width=64, height=48)
 

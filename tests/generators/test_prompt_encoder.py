@@ -16,7 +16,7 @@ from diffusers.pipelines.auto_pipeline import (
 )
 from pipelines import FAMILIES, GUIDANCE, load
 
-from ray_synth.generation.prompt_encoder import (
+from ray_synth.generators.prompt_encoder import (
     DIMENSIONS,
     PromptEncoder,
     generates_text_to_image,

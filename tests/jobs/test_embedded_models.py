@@ -15,22 +15,22 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from ray_synth.mini import clip_folder, sd_folder
-from ray_synth.mini.recipe import captions, noise
-from ray_synth.mini.recipe.__main__ import main, run_stage
-from ray_synth.mini.recipe.clock import learning_rate
-from ray_synth.mini.recipe.pack import stored
-from ray_synth.mini.recipe.photographs import Photographs, write_photographs
-from ray_synth.mini.recipe.render import plan_jobs
-from ray_synth.mini.recipe.settings import Settings, stable_seed
-from ray_synth.mini.recipe.wordnet import Noun, build_lexicon, read_lexicon, read_synset
+from jobs.embedded_models import captions, noise
+from jobs.embedded_models.__main__ import main, run_stage
+from jobs.embedded_models.clock import learning_rate
+from jobs.embedded_models.pack import stored
+from jobs.embedded_models.photographs import Photographs, write_photographs
+from jobs.embedded_models.render import plan_jobs
+from jobs.embedded_models.settings import Settings, stable_seed
+from jobs.embedded_models.wordnet import Noun, build_lexicon, read_lexicon, read_synset
+from ray_synth.embedded import clip_folder, sd_folder
 
 pytest.importorskip("cv2")
 
-from ray_synth.mini.recipe.digits import digit_picture
-from ray_synth.mini.recipe.filters import FILTERS
-from ray_synth.mini.recipe.natural import natural_picture
-from ray_synth.mini.recipe.surfaces import SURFACES
+from jobs.embedded_models.digits import digit_picture
+from jobs.embedded_models.filters import FILTERS
+from jobs.embedded_models.natural import natural_picture
+from jobs.embedded_models.surfaces import SURFACES
 
 CAT = Noun(("cat", "true cat"), "feline mammal with soft fur", ("feline", "carnivore", "animal"))
 # Two classes and what they are kinds of, in the format of WordNet's data.noun.
@@ -168,7 +168,7 @@ def test_jobs_cover_every_picture_once(totals: dict[str, int], size: int) -> Non
 
 
 def test_seeds_are_the_same_in_every_process() -> None:
-    code = "from ray_synth.mini.recipe.settings import stable_seed; print(stable_seed('digit', 40))"
+    code = "from jobs.embedded_models.settings import stable_seed; print(stable_seed('digit', 40))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == stable_seed("digit", 40) != stable_seed("digit", 60)
 
@@ -225,7 +225,7 @@ def test_a_missing_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_without_opencv_the_error_says_what_to_install() -> None:
-    code = "import sys; sys.modules['cv2'] = None; import ray_synth.mini.recipe.digits"
+    code = "import sys; sys.modules['cv2'] = None; import jobs.embedded_models.digits"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode
     assert "pip install 'ray-synth[recipe]'" in done.stderr

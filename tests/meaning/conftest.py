@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_synth.meaning.llm import TransformersLLM
+from ray_synth.meaning.transformers_llm import TransformersLLM
 
 
 @pytest.fixture(scope="session")

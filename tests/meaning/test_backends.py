@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from ray_synth.config import LlmConfig
 from ray_synth.meaning.answer_cache import AnswerCache
 from ray_synth.meaning.backends import load_llm
-from ray_synth.meaning.llm import FewShot, TransformersLLM
+from ray_synth.meaning.transformers_llm import FewShot, TransformersLLM
 
 QUESTION = FewShot(
     "What each word can mean.", (("q", "the letter Q"),), "seven", ("Word", "Meaning")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ray_synth.meaning.in_process import MeaningModels
-from ray_synth.meaning.llm import FewShot
+from ray_synth.meaning.transformers_llm import FewShot
 
 BIRD, MACHINE = "a large wading bird", "a machine for lifting"
 IMAGES = np.tile(np.eye(4, dtype=np.float32)[0], (2, 1))

@@ -22,7 +22,7 @@ from ray_synth.meaning.clip import ClipModel
 from ray_synth.meaning.comparison import names_it
 from ray_synth.meaning.in_process import MeaningModels
 from ray_synth.meaning.lexicon import WordNet
-from ray_synth.meaning.llm import TransformersLLM, Usage
+from ray_synth.meaning.transformers_llm import TransformersLLM, Usage
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
@@ -333,7 +333,7 @@ def test_classes_are_judged_by_the_images_that_the_pipeline_takes(
     image_folder: Path, tmp_path: Path, overrides: list[str], images: int
 ) -> None:
     from ray_synth.data.dataset import read_index, select
-    from ray_synth.run import open_run
+    from ray_synth.pipeline.run import open_run
 
     settings = from_folder(image_folder, *overrides, f"runs_dir={tmp_path / 'runs'}")
     found = llms.class_features(settings, Counting())

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
 from ray_synth.meaning.clip import ClipModel
-from ray_synth.meaning.llm import FewShot, TransformersLLM
+from ray_synth.meaning.transformers_llm import FewShot, TransformersLLM
 
 DIGITS = {"seven": 7, "two": 2, "zero": 0}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ray_synth.meaning.llm import (
+from ray_synth.meaning.transformers_llm import (
     EMBEDDED_MEND,
     FewShot,
     TransformersLLM,

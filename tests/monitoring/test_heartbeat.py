@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from ray_synth import heartbeat, progress
-from ray_synth.heartbeat import PROGRESS, Heartbeat, process_lives, watched
-from ray_synth.progress import Bar, under_way
-from ray_synth.storage import Folder
+from ray_synth.monitoring import heartbeat, progress
+from ray_synth.monitoring.heartbeat import PROGRESS, Heartbeat, process_lives, watched
+from ray_synth.monitoring.progress import Bar, under_way
+from ray_synth.storage.folder import Folder
 
 
 def beat(folder) -> dict:

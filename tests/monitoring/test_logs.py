@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from painting import Painter
 
-from ray_synth import logs
 from ray_synth.config import GenerationConfig
 from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.generation.stream import make_images
-from ray_synth.logs import (
+from ray_synth.monitoring import logs
+from ray_synth.monitoring.logs import (
     MOST,
     MOST_ALIKE,
     Forwarder,
@@ -32,8 +32,8 @@ from ray_synth.logs import (
     log,
     where,
 )
-from ray_synth.progress import Board, make_board, watch
-from ray_synth.storage import Folder
+from ray_synth.monitoring.progress import Board, make_board, watch
+from ray_synth.storage.folder import Folder
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_formats_are_named(monkeypatch):
 
 
 def test_the_command_says_its_errors_as_json_where_asked(capsys, tmp_path, monkeypatch):
-    from ray_synth.cli import main
+    from ray_synth.cli.command import main
 
     root = logging.getLogger()
     handler = logging.StreamHandler(io.StringIO())

@@ -13,8 +13,8 @@ from samples import draw
 
 from ray_synth.config import SourceConfig, parse_config
 from ray_synth.data.dataset import load_index, select
-from ray_synth.storage import Folder
-from ray_synth.tracking import MetricLogger, Tracker, digest, tracking_uri
+from ray_synth.monitoring.mlflow_run import MetricLogger, Tracker, digest, tracking_uri
+from ray_synth.storage.folder import Folder
 
 
 def config(**tracking):

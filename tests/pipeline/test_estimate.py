@@ -3,10 +3,10 @@
 import pytest
 from samples import ROOT
 
-from ray_synth.budget.demands import Sizes
-from ray_synth.budget.estimate import Estimate, Measured, compare, estimate
-from ray_synth.budget.probe import pace
 from ray_synth.config import load_config
+from ray_synth.pipeline.estimate import Estimate, Measured, compare, estimate
+from ray_synth.pipeline.probe import pace
+from ray_synth.preflight.demands import Sizes
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 SIZES = Sizes(real=50, classes=10, tests={"in_domain": 2500, "uci": 1797})

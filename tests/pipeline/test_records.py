@@ -5,7 +5,7 @@ from samples import ROOT
 
 from ray_synth.config import load_config
 from ray_synth.stages import STAGES, StageLog, changed, stage_inputs
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from samples import ROOT
 from test_packing import reference
 
-from ray_synth.budget.check import check_budget, fit_stages
-from ray_synth.budget.demands import Sizes, demands
-from ray_synth.budget.mend import Change, changed, fits, mends
-from ray_synth.budget.packing import Nodes
-from ray_synth.budget.reach import Reach, added_nodes, reach_of_cluster_yaml
 from ray_synth.config import ReachConfig, load_config
+from ray_synth.preflight.check import check_budget, fit_stages
+from ray_synth.preflight.demands import Sizes, demands
+from ray_synth.preflight.packing import Nodes
+from ray_synth.preflight.reach import Reach, added_nodes, reach_of_cluster_yaml
+from ray_synth.preflight.smallest_fix import Change, changed, fits, mends
 from ray_synth.stages import STAGES
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
@@ -60,7 +60,7 @@ def refused(config, found, sizes=None):
 
 def overrides_of(config):
     """All that differs from the quickstart, as overrides."""
-    from ray_synth.tracking import flatten
+    from ray_synth.monitoring.mlflow_run import flatten
 
     base = flatten(load_config(QUICKSTART).model_dump(mode="json"))
     mine = flatten(config.model_dump(mode="json"))

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from samples import ROOT
 
-from ray_synth.budget.demands import Sizes
-from ray_synth.budget.memory import (
+from ray_synth.config import load_config
+from ray_synth.preflight.demands import Sizes
+from ray_synth.preflight.memory import (
     GIB,
     classifier_size,
     disk_needs,
@@ -17,10 +18,9 @@ from ray_synth.budget.memory import (
     model_folder,
     stored_parameters,
 )
-from ray_synth.budget.packing import Nodes
-from ray_synth.budget.reach import Reach
-from ray_synth.config import load_config
-from ray_synth.storage import Folder
+from ray_synth.preflight.packing import Nodes
+from ray_synth.preflight.reach import Reach
+from ray_synth.storage.folder import Folder
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 

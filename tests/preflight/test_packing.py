@@ -5,7 +5,7 @@ from functools import cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_synth.budget.packing import Demand, Nodes, pack
+from ray_synth.preflight.packing import Demand, Nodes, pack
 
 
 def reference(demands, nodes, most_added=None):

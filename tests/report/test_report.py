@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 
 from ray_synth.data.images import encode_image
 from ray_synth.evaluation.accuracy import interval
-from ray_synth.filesystems import redact
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.report.page import (
     duration,
@@ -32,7 +31,8 @@ from ray_synth.report.sheet import (
     write_contact_sheet,
 )
 from ray_synth.report.table import comparison_rows, comparison_table, gain, signed
-from ray_synth.storage import Folder
+from ray_synth.storage.filesystems import redact
+from ray_synth.storage.folder import Folder
 
 EVIL = "<script>alert(1)</script>"
 CLASSES = ("zero", "one", EVIL)

@@ -14,16 +14,16 @@ import yaml
 from small_runs import NO_LLM, ROOT, SMALL, command
 from test_store import made, plan_rows
 
-from ray_synth.cli import main
+from ray_synth.cli.command import main
 from ray_synth.config import parse_config
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
-from ray_synth.heartbeat import PROGRESS, Heartbeat, watched
-from ray_synth.logs import log
-from ray_synth.progress import Bar, under_way
+from ray_synth.monitoring.heartbeat import PROGRESS, Heartbeat, watched
+from ray_synth.monitoring.logs import log
+from ray_synth.monitoring.progress import Bar, under_way
+from ray_synth.report.status import DONE, RUNNING, SILENT, duration, read_status
+from ray_synth.report.status_table import show_status
 from ray_synth.stages import STAGES, StageLog, stage_inputs
-from ray_synth.status import DONE, RUNNING, SILENT, duration, read_status
-from ray_synth.status_view import show_status
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 
 class RealRun:
@@ -164,8 +164,8 @@ def test_how_it_ended_is_told(run, error, verdict, says):
 def test_a_killed_driver_is_known_at_once_on_its_own_machine(run):
     run.plan(8)
     code = (
-        "import sys, time; from ray_synth.heartbeat import watched; "
-        "from ray_synth.storage import Folder\n"
+        "import sys, time; from ray_synth.monitoring.heartbeat import watched; "
+        "from ray_synth.storage.folder import Folder\n"
         "with watched(Folder(sys.argv[1]), 'report'): print('up', flush=True); time.sleep(300)"
     )
     process = subprocess.Popen(

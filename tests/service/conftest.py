@@ -15,9 +15,9 @@ def url(tmp_path_factory):
     """The app over HTTP, with its real models and small limits."""
     from ray import serve
 
-    from ray_synth.cluster import connect
-    from serve.app import ServeConfig, build
-    from serve.limits import Limits
+    from ray_synth.cluster.connection import connect
+    from ray_synth.service.app import ServeConfig, build
+    from ray_synth.service.limits import Limits
 
     port = free_port()
     cache = tmp_path_factory.mktemp("answers")

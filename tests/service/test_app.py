@@ -129,7 +129,7 @@ def test_questions_asked_together_share_batches(url, sevens):
 def test_a_token_is_required_where_one_is_set(monkeypatch):
     from fastapi.testclient import TestClient
 
-    from serve.app import TOKEN_VARIABLE, api
+    from ray_synth.service.app import TOKEN_VARIABLE, api
 
     monkeypatch.setenv(TOKEN_VARIABLE, "secret")
     client = TestClient(api)
@@ -142,7 +142,7 @@ def test_a_token_is_required_where_one_is_set(monkeypatch):
 def test_a_misspelt_setting_of_the_app_is_refused():
     from pydantic import ValidationError
 
-    from serve.app import ServeConfig
+    from ray_synth.service.app import ServeConfig
 
     with pytest.raises(ValidationError, match="modle"):
         ServeConfig.model_validate({"llm": {"modle": "x"}})
@@ -254,7 +254,7 @@ def test_urls_are_read_from_allowed_hosts_alone(kind, monkeypatch):
 
     import httpx
 
-    from serve.limits import Limits, read_images
+    from ray_synth.service.limits import Limits, read_images
 
     def answer(request: httpx.Request) -> httpx.Response:
         if kind == "huge":
@@ -282,7 +282,7 @@ def test_urls_are_read_from_allowed_hosts_alone(kind, monkeypatch):
 
 def test_a_picture_of_any_size_is_one_image_for_the_cache():
     from ray_synth.data.images import encode_image
-    from serve.limits import Limits, read_images
+    from ray_synth.service.limits import Limits, read_images
 
     data = encode_image(draw(1))
     text = "data:image/png;base64," + base64.b64encode(data).decode()

@@ -20,10 +20,10 @@ from PIL import Image
 from samples import draw, encoded
 from service import free_port
 
-from ray_synth.cli import main
-from ray_synth.client import Client, ServiceError, ServiceUnavailable, encode_image
-from ray_synth.client import _backoff as BACKOFF
-from ray_synth.messages import Answer, BatchBody, DisambiguateBody, Line, Problem
+from ray_synth.cli.command import main
+from ray_synth.service.client import Client, ServiceError, ServiceUnavailable, encode_image
+from ray_synth.service.client import _backoff as BACKOFF
+from ray_synth.service.messages import Answer, BatchBody, DisambiguateBody, Line, Problem
 
 PROBLEM = Problem(title="Unprocessable Content", status=422, detail="images[0]: no", request_id="7")
 
@@ -108,7 +108,7 @@ def running():
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr("ray_synth.client._backoff", lambda state: 0.01)
+    monkeypatch.setattr("ray_synth.service.client._backoff", lambda state: 0.01)
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_an_image_is_bytes_or_a_path_or_a_picture_or_a_url(client, service, tmp_
 
 
 def test_a_busy_service_is_asked_again_after_waits_that_double(client, service, monkeypatch):
-    monkeypatch.setattr("ray_synth.client._backoff", BACKOFF)
+    monkeypatch.setattr("ray_synth.service.client._backoff", BACKOFF)
     service.failures = [PlainTextResponse("busy", 503), problem_response(PROBLEM_OF[503])]
     start = time.monotonic()
     assert client.disambiguate("crane").class_name == "crane"

@@ -12,9 +12,9 @@ import ray.serve.config as ray_config
 import ray.serve.schema as ray_schema
 import yaml
 
-from ray_synth.cli import main
-from serve.app import ServeConfig
-from serve.schema import check_serve_config, load_serve_config
+from ray_synth.cli.command import main
+from ray_synth.service.app import ServeConfig
+from ray_synth.service.deploy_config import check_serve_config, load_serve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY_OPTION = Path(__file__).with_name("every_option.yaml")
@@ -135,7 +135,7 @@ def test_a_wrong_value_is_refused_with_its_place(application, says):
 def test_fewest_replicas_may_be_given_alone():
     deployment = {"name": "LLM", "num_replicas": "auto", "autoscaling_config": {"min_replicas": 2}}
     check_serve_config(serve_config(deployments=[deployment]))
-    check_serve_config(serve_config(import_path="serve.app.build", args={}))
+    check_serve_config(serve_config(import_path="ray_synth.service.app.build", args={}))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serve.full_batches import FullBatches
+from ray_synth.service.full_batches import FullBatches
 
 
 def run(requests, **options):

@@ -137,7 +137,7 @@ def gibberish(url, tmp_path_factory):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from ray_synth.config import ClipConfig, LlmConfig
-    from serve.app import ServeConfig, build
+    from ray_synth.service.app import ServeConfig, build
 
     folder = tmp_path_factory.mktemp("gibberish")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -8,8 +8,8 @@ import time
 import pytest
 from service import DIGITS, digit_images, free_port
 
-from ray_synth.client import Client
 from ray_synth.config import ClipConfig, ClusterConfig, LlmConfig
+from ray_synth.service.client import Client
 
 pytestmark = pytest.mark.slow
 NUMBERS = [f"the number {name}" for name in DIGITS]
@@ -22,9 +22,9 @@ def served(monkeypatch):
         monkeypatch.setenv(f"RAY_SERVE_{source}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
     from ray import serve
 
-    from ray_synth.cluster import connect
-    from serve.app import ServeConfig, build
-    from serve.limits import Limits
+    from ray_synth.cluster.connection import connect
+    from ray_synth.service.app import ServeConfig, build
+    from ray_synth.service.limits import Limits
 
     port = free_port()
     with connect(ClusterConfig(num_cpus=8)):
@@ -107,7 +107,7 @@ def _alike(one: dict, other: dict) -> bool:
 
 
 def test_two_minutes_at_saturation_with_replicas_killed_and_a_new_config(served):
-    from serve.limits import Limits
+    from ray_synth.service.limits import Limits
 
     url = served(cache_images=0, replicas=2)
     load = Load(url, threads=24)
@@ -134,7 +134,7 @@ def test_two_minutes_at_saturation_with_replicas_killed_and_a_new_config(served)
 
 
 def test_a_rolling_update_fails_no_request_even_without_retries(served):
-    from serve.limits import Limits
+    from ray_synth.service.limits import Limits
 
     url = served(cache_images=0, replicas=2)
     load = Load(url, threads=8)
@@ -186,7 +186,7 @@ def test_too_many_waiting_requests_are_turned_away_at_once(served):
     """Beyond its queue the service answers 503, with a problem or Serve's own words, and goes on."""
     import httpx
 
-    from serve.limits import Limits
+    from ray_synth.service.limits import Limits
 
     url = served(limits=Limits(max_queued_requests=1))
     image = base64.b64encode(digit_images("seven", 1)[0]).decode()

@@ -12,17 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from buckets import make_bucket, serving
 from pyarrow.fs import FileSelector
-from test_storage import SCHEMA, numbered
+from test_folder import SCHEMA, numbered
 
 from ray_synth.generation.store import ImageStore
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 
 pytestmark = pytest.mark.slow
 WHOLE = 12_000_000  # bytes; more than one part of a multipart upload
 # Writes one name again and again, each time with other bytes; says so before each.
 WRITER = f"""
 import sys
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 folder = Folder(sys.argv[1])
 for number in range(1000):
     print(number, flush=True)
@@ -156,7 +156,7 @@ def contents(folder) -> dict[str, bytes]:
 def test_a_run_in_a_bucket_is_exported_and_shown_as_one_on_disk(folder, tmp_path):
     from test_export import image_rows, write_plan, write_store
 
-    from ray_synth.generation.export import LAYOUTS, export_images
+    from ray_synth.export.layouts import LAYOUTS, export_images
     from ray_synth.report.page import render_report, write_report
     from ray_synth.report.sheet import sheet_of, write_contact_sheet
 

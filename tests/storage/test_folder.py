@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pyarrow.fs import FileSelector
 
 from ray_synth.config import parse_config
-from ray_synth.filesystems import open_uri, patiently, redact
-from ray_synth.storage import ABANDONED_S, Folder
+from ray_synth.storage.filesystems import open_uri, patiently, redact
+from ray_synth.storage.folder import ABANDONED_S, Folder
 
 
 def test_files_round_trip_and_are_listed_whole(tmp_path):

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from ray_synth.report.page import write_report
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.studies import plots
 from ray_synth.studies.arm import REAL_ONLY, Arm
 from ray_synth.studies.catalog import WRITERS, Study

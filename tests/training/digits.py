@@ -21,7 +21,7 @@ from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.generation.stream import make_images
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.training.job import TrainJob
 from ray_synth.training.trainer import run_training
 
@@ -75,7 +75,7 @@ def train_digits(
 
 
 if __name__ == "__main__":
-    from ray_synth.cluster import connect
+    from ray_synth.cluster.connection import connect
 
     with connect(ClusterConfig(num_cpus=6)):
         train_digits(Folder(sys.argv[1]), **json.loads(sys.argv[2]))

@@ -4,7 +4,7 @@ import pytest
 from digits import train_digits
 from ray.exceptions import ActorDiedError
 
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.training.failures import FailuresInARow
 
 BUG = {1: ValueError("a bug")}

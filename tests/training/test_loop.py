@@ -14,7 +14,7 @@ import torch
 from digits import train_digits
 
 from ray_synth.config import TrainingConfig
-from ray_synth.storage import Folder
+from ray_synth.storage.folder import Folder
 from ray_synth.training.job import total_steps
 from ray_synth.training.loop import LossWatch, _point
 
