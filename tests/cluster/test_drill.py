@@ -25,6 +25,7 @@ from fake_cluster import (
 )
 from metadata import QUIET_ASKS, metadata_service
 
+from ray_synth.cluster import preemption
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes end by their session")
