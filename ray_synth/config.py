@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from ray_synth.errors import UserError
 from ray_synth.storage.filesystems import redact, refuse_secrets
 
 Kind = Literal["plain", "contextual", "stylized"]
@@ -34,13 +35,13 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 def _in_order(value: int | tuple[int, int]) -> int | tuple[int, int]:
     if isinstance(value, tuple) and value[0] > value[1]:
-        raise ValueError(f"give [fewest, most], not {list(value)}")
+        raise UserError(f"give [fewest, most], not {list(value)}")
     return value
 
 
 def _on_this_machine(value: str) -> str:
     if "://" in value:
-        raise ValueError("answers are kept in an SQLite file, which needs a local disk")
+        raise UserError("answers are kept in an SQLite file, which needs a local disk")
     return value
 
 
@@ -79,7 +80,7 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _needs_a_path(self) -> SourceConfig:
         if self.format not in ("digits", "uci_digits") and not self.path:
-            raise ValueError(f"a source of format {self.format} needs a path")
+            raise UserError(f"a source of format {self.format} needs a path")
         return self
 
 
@@ -136,11 +137,11 @@ class LlmConfig(Section):
     @model_validator(mode="after")
     def _backend_fits(self) -> LlmConfig:
         if self.backend == "openai" and (self.model == "embedded" or self.num_gpus):
-            raise ValueError(
+            raise UserError(
                 "backend openai wants the model's name on the server, and num_gpus 0: the GPU is there"
             )
         if self.backend == "transformers" and (self.base_url or self.structured):
-            raise ValueError("base_url and structured belong to backend: openai")
+            raise UserError("base_url and structured belong to backend: openai")
         return self
 
 
@@ -214,7 +215,7 @@ class PromptingConfig(Section):
     @classmethod
     def _mix_has_weight(cls, mix: dict[str, float]) -> dict[str, float]:
         if sum(mix.values()) <= 0:
-            raise ValueError("at least one kind of prompt needs a weight above 0")
+            raise UserError("at least one kind of prompt needs a weight above 0")
         return mix
 
 
@@ -227,7 +228,7 @@ class PoolConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> PoolConfig:
         if self.max_size < self.min_size:
-            raise ValueError(f"max_size {self.max_size} is below min_size {self.min_size}")
+            raise UserError(f"max_size {self.max_size} is below min_size {self.min_size}")
         return self
 
 
@@ -396,16 +397,16 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either steps or epochs")
+            raise UserError("give either steps or epochs")
         if not 1 <= round(self.batch_size * self.real_fraction) < self.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"batch_size {self.batch_size} with real_fraction {self.real_fraction} leaves no "
                 "room for both real and synthetic images"
             )
         if self.min_workers > self.max_workers:
-            raise ValueError(f"num_workers wants [fewest, most], got {self.num_workers}")
+            raise UserError(f"num_workers wants [fewest, most], got {self.num_workers}")
         if (self.mixup or self.cutmix) and (self.num_real % 2 or self.num_synth % 2):
-            raise ValueError(
+            raise UserError(
                 f"mixup and cutmix pair the images of a domain: {self.num_real} real and "
                 f"{self.num_synth} synthetic images a batch must both be even"
             )
@@ -574,18 +575,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), and validate.
 
     Raises:
-        ValueError: the file is missing or no mapping, or a key or value is wrong; the message names
+        UserError: the file is missing or no mapping, or a key or value is wrong; the message names
             each one and, for a misspelt key, the nearest that exists.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no config file at {path}; `ray-synth init --images DIR` writes one")
+        raise UserError(f"no config file at {path}; `ray-synth init --images DIR` writes one")
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings")
+        raise UserError(f"{path} holds no settings")
     for override in overrides or []:
         _apply(values, override)
     _merge_recipe(values)
@@ -601,7 +602,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     """Settings of `training` by a recipe's name, or from a YAML file.
 
     Raises:
-        ValueError: there is none of this name (with the nearest), or it holds a wrong setting.
+        UserError: there is none of this name (with the nearest), or it holds a wrong setting.
     """
     path = RECIPES / f"{name}.yaml"
     if str(name).endswith((".yaml", ".yml")):
@@ -609,7 +610,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not path.is_file():
         near = difflib.get_close_matches(str(name), recipe_names(), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(recipe_names())}"
-        raise ValueError(f"training.recipe: no recipe {name!r}; {hint} Or give a YAML file")
+        raise UserError(f"training.recipe: no recipe {name!r}; {hint} Or give a YAML file")
     values = yaml.safe_load(path.read_text())
     parse_config(values, origin=f"recipe {path.name}", model=TrainingConfig)
     return values
@@ -635,28 +636,28 @@ def _merge_recipe(values: dict[str, Any]) -> None:
 def parse_config(
     values: dict[str, Any], *, origin: str = "config", model: type[BaseModel] = Config
 ) -> Any:
-    """Validate a mapping as `model`. Raises ValueError with one line a problem."""
+    """Validate a mapping as `model`. Raises UserError with one line a problem."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         lines = [_explain(problem, model) for problem in error.errors()]
-        raise ValueError(f"{origin}:\n  " + "\n  ".join(lines)) from None
+        raise UserError(f"{origin}:\n  " + "\n  ".join(lines)) from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise ValueError(f"--set {override!r}: expected a.b=value")
+        raise UserError(f"--set {override!r}: expected a.b=value")
     *parents, leaf = key.strip().split(".")
     node = values
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ValueError(f"--set {override!r}: {parent} is a value, not a section")
+            raise UserError(f"--set {override!r}: {parent} is a value, not a section")
     try:
         node[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {override!r}: {error}") from None
+        raise UserError(f"--set {override!r}: {error}") from None
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:

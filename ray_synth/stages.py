@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_synth.config import Config
+from ray_synth.errors import UserError
 from ray_synth.monitoring.mlflow_run import flatten
 from ray_synth.monitoring.progress import under_way
 from ray_synth.storage.folder import Folder
@@ -95,11 +96,11 @@ class StageLog:
             force_stage: do this stage and all that follow it again.
 
         Raises:
-            ValueError: a finished stage had other inputs; names them.
+            UserError: a finished stage had other inputs; names them.
         """
         if force_stage:
             if force_stage not in STAGES:
-                raise ValueError(f"unknown stage {force_stage!r}: one of {', '.join(STAGES)}")
+                raise UserError(f"unknown stage {force_stage!r}: one of {', '.join(STAGES)}")
             self._again = set(STAGES[STAGES.index(force_stage) :])
         for stage in STAGES:
             record = self.record(stage)
@@ -107,7 +108,7 @@ class StageLog:
                 continue
             changes = changed(record["inputs"], self.inputs[stage])
             if changes:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder.address()} holds a finished {stage} stage with other settings:\n  "
                     + "\n  ".join(changes)
                     + f"\nGive the run a new name, or redo it with --force-stage {stage}."

@@ -18,6 +18,7 @@ from ray_synth.cli import submission as submit_cli
 from ray_synth.cli.explanation import explain
 from ray_synth.cluster import signals
 from ray_synth.config import Config, load_config
+from ray_synth.errors import UserError
 from ray_synth.monitoring import logs
 
 app = typer.Typer(
@@ -178,7 +179,7 @@ def evaluate(
     settings = load_config(config, overrides)
     if model is None:
         if checkpoint or pretrained or name:
-            raise ValueError("--checkpoint, --pretrained and --name go with --model")
+            raise UserError("--checkpoint, --pretrained and --name go with --model")
         _run(settings, "evaluation", force_stage)
         _done(settings, "stages/evaluation.json")
         return
@@ -219,7 +220,7 @@ def study(
     try:
         chosen = [int(part) for part in seeds.split(",")] if seeds else None
     except ValueError:
-        raise ValueError(f"--seeds {seeds!r}: give whole numbers, such as 0,1,2") from None
+        raise UserError(f"--seeds {seeds!r}: give whole numbers, such as 0,1,2") from None
     with _stoppable():
         folder = run_studies(name, settings, seeds=chosen)
     if name != "all":
@@ -251,7 +252,7 @@ def doctor(
     from ray_synth.cli.doctor import diagnose
 
     if estimate and config is None:
-        raise ValueError("--estimate goes with --config: there is nothing to estimate")
+        raise UserError("--estimate goes with --config: there is nothing to estimate")
     settings = load_config(config, overrides) if config else None
     lines, fits = diagnose(settings, estimate=estimate)
     typer.echo("\n".join(lines))

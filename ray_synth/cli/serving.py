@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ray_synth.cluster.jobs import require_answer
+from ray_synth.errors import UserError
 
 app = typer.Typer(help="Check, run, deploy and ask the disambiguation service.")
 ConfigFile = Annotated[Path, typer.Argument(help="a Serve config: serve/config.yaml")]
@@ -72,7 +73,7 @@ def ask(
                 num_meanings=num_meanings, seed=seed,
             )  # fmt: skip
     except (ServiceError, OSError) as error:  # OSError: no such image, and no such service
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     typer.echo(answer.model_dump_json(indent=2))
 
 

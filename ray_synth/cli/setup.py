@@ -13,6 +13,7 @@ from PIL import Image
 
 from ray_synth.config import SourceConfig
 from ray_synth.data.dataset import Index, load_index, read_index, select
+from ray_synth.errors import UserError
 
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 
@@ -26,16 +27,16 @@ def write_config(
         What was found: class counts, sizes, and where training and test images lie.
 
     Raises:
-        ValueError: the folder is missing or empty, has no test images, or `out` exists already.
+        UserError: the folder is missing or empty, has no test images, or `out` exists already.
     """
     if out.exists():
-        raise ValueError(f"{out} exists already; name another with --out")
+        raise UserError(f"{out} exists already; name another with --out")
     if not images.is_dir():
-        raise ValueError(f"no such folder: {images}")
+        raise UserError(f"no such folder: {images}")
     train = _first(images, TRAIN_NAMES) or images
     test = test or _first(images, TEST_NAMES)
     if test is None:
-        raise ValueError(
+        raise UserError(
             f"{images} has no test images: put them in {images}/test/CLASS/ (and the others in "
             f"{images}/train/CLASS/), or name a folder with --test. What is gained can only be "
             "shown on real images that were not trained on."

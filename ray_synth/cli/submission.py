@@ -13,6 +13,7 @@ import typer
 
 from ray_synth import __version__
 from ray_synth.config import load_config
+from ray_synth.errors import UserError
 
 VERBS = (
     "run", "disambiguate", "plan", "generate", "train", "evaluate", "report", "study", "doctor",
@@ -65,7 +66,7 @@ def submit(
     from ray_synth.cluster.upload import config_place, gather, is_checkout
 
     if job_id and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", job_id):
-        raise ValueError(f"--id {job_id!r}: letters, digits, dots, dashes and underscores only")
+        raise UserError(f"--id {job_id!r}: letters, digits, dots, dashes and underscores only")
     parameters = _parse(context, verb, arguments or [])
     config_path, overrides, rest = _split(arguments or [], parameters.get("config"))
     config = load_config(config_path, overrides) if config_path else None
@@ -153,7 +154,7 @@ def _follow(client: Any, job_id: str) -> None:
 def _parse(context: typer.Context, verb: str, arguments: list[str]) -> dict[str, Any]:
     """The verb's parameters, read as the verb itself would, so that a wrong one is refused here."""
     if verb not in VERBS:
-        raise ValueError(f"no job can be made of {verb!r}: one of {', '.join(VERBS)}")
+        raise UserError(f"no job can be made of {verb!r}: one of {', '.join(VERBS)}")
     assert context.parent is not None
     command = context.parent.command.commands[verb]  # type: ignore[attr-defined]
     return command.make_context(f"ray-synth {verb}", list(arguments)).params
@@ -169,10 +170,10 @@ def _split(arguments: list[str], config: Path | None) -> tuple[Path | None, list
 
 
 def check_version() -> None:
-    """Raises ValueError in a job that was submitted from another version, and without its code."""
+    """Raises UserError in a job that was submitted from another version, and without its code."""
     wanted = os.environ.get(VERSION)
     if wanted and wanted != __version__:
-        raise ValueError(
+        raise UserError(
             f"the cluster has ray-synth {__version__}, and the job was submitted with {wanted}: install "
             "that there, or submit with --code"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ray_synth.cluster.signals import own_handlers
 from ray_synth.config import ClusterConfig
+from ray_synth.errors import UserError
 from ray_synth.monitoring import logs
 from ray_synth.storage.folder import Folder
 
@@ -52,7 +53,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     of waiting for each other for ever. It is stopped at the end; a cluster that was joined stays.
 
     Raises:
-        ValueError: no cluster answers at the address.
+        UserError: no cluster answers at the address.
     """
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -84,7 +85,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         with own_handlers():
             ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
-        raise ValueError(
+        raise UserError(
             f"no Ray cluster to be had at {address or 'this machine'}: {error}; check cluster.address"
             " and RAY_ADDRESS (a cluster with token authentication wants RAY_AUTH_MODE=token and "
             "the token on both sides)"
@@ -92,7 +93,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     except Exception as error:  # Ray raises no class of its own for this
         if "timed out during startup" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             "Ray did not start on this machine in the 30 s it gives itself: the machine is too busy, "
             "or short of memory; run the same command again when it is not"
         ) from None
@@ -105,14 +106,14 @@ def connect(config: ClusterConfig) -> Iterator[None]:
 
 
 def _require_answer(address: str) -> None:
-    """Raises ValueError where nothing listens at `host:port`; Ray itself would try for minutes."""
+    """Raises UserError where nothing listens at `host:port`; Ray itself would try for minutes."""
     host, separator, port = address.removeprefix("ray://").rpartition(":")
     if not separator or not port.isdigit():
         return
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"no Ray cluster to be had at {address} ({error}): check cluster.address and RAY_ADDRESS"
         ) from None
 

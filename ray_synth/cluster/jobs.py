@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray_synth.cluster.signals import INTERRUPTED
+from ray_synth.errors import UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -41,7 +42,7 @@ def connect_jobs(address: str | None) -> JobSubmissionClient:
     machine's).
 
     Raises:
-        ValueError: nothing answers, the token is missing or wrong, or Ray there is another minor.
+        UserError: nothing answers, the token is missing or wrong, or Ray there is another minor.
     """
     import logging
 
@@ -58,12 +59,12 @@ def connect_jobs(address: str | None) -> JobSubmissionClient:
     try:
         client = JobSubmissionClient(address)
     except AuthenticationError:
-        raise ValueError(
+        raise UserError(
             f"the cluster at {address} does not take the token that it was given, or was given none: "
             "RAY_AUTH_TOKEN, or the file ~/.ray/auth_token, must hold the one that its head has"
         ) from None
     except (RuntimeError, ConnectionError, OSError) as error:
-        raise ValueError(f"no Ray jobs to be had at {address}: {error}") from None
+        raise UserError(f"no Ray jobs to be had at {address}: {error}") from None
     check_ray_version(ray.__version__, client._server_ray_version)  # no public name for it
     return client
 
@@ -73,7 +74,7 @@ def find_address(address: str | None) -> str:
     this machine's.
 
     Raises:
-        ValueError: it is no http address.
+        UserError: it is no http address.
     """
     fallback = os.environ.get("RAY_ADDRESS", "")
     address = (
@@ -83,35 +84,35 @@ def find_address(address: str | None) -> str:
         or DEFAULT_ADDRESS
     )
     if not address.startswith(("http://", "https://")):
-        raise ValueError(
+        raise UserError(
             f"--address {address}: jobs go to the cluster's dashboard, such as {DEFAULT_ADDRESS}"
         )
     return address.rstrip("/")
 
 
 def require_answer(address: str) -> None:
-    """Raises ValueError where no dashboard answers, or one that wants a token which is not given;
+    """Raises UserError where no dashboard answers, or one that wants a token which is not given;
     Ray's own clients would wait, or show their insides."""
     import httpx
 
     try:
         response = httpx.get(f"{address}/api/version", timeout=10)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(
+        raise UserError(
             f"no Ray dashboard answers at {address} ({error}): check --address; from outside of a "
             "cluster its port 8265 is forwarded"
         ) from None
     if response.status_code == 401 and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
-        raise ValueError(
+        raise UserError(
             f"the cluster at {address} asks for a token: set RAY_AUTH_MODE=token, and its token in "
             "RAY_AUTH_TOKEN or ~/.ray/auth_token"
         )
 
 
 def check_ray_version(here: str, there: str | None) -> None:
-    """Raises ValueError where the cluster's Ray is another minor version."""
+    """Raises UserError where the cluster's Ray is another minor version."""
     if there and here.split(".")[:2] != there.split(".")[:2]:
-        raise ValueError(
+        raise UserError(
             f"the cluster runs Ray {there}, and this is Ray {here}: ray-synth wants the same minor "
             "version on both; see constraints.txt"
         )
@@ -126,20 +127,20 @@ def passed_on(names: Sequence[str]) -> dict[str, str]:
     """Values of environment variables that the user names.
 
     Raises:
-        ValueError: one is not set here, or is ray-synth's own.
+        UserError: one is not set here, or is ray-synth's own.
     """
     from ray_synth.cluster.connection import ENVIRONMENT
 
     values = {}
     for name in names:
         if "=" in name:
-            raise ValueError(
+            raise UserError(
                 f"--env {name.split('=')[0]}: give the name alone; its value is read here"
             )
         if name in ENVIRONMENT:
-            raise ValueError(f"--env {name}: ray-synth sets it on the cluster itself")
+            raise UserError(f"--env {name}: ray-synth sets it on the cluster itself")
         if name not in os.environ:
-            raise ValueError(f"--env {name}: no such variable here")
+            raise UserError(f"--env {name}: no such variable here")
         values[name] = os.environ[name]
     return values
 
@@ -164,14 +165,14 @@ def submit(
         env: variables of the job; whoever may look at the cluster's dashboard can read them.
 
     Raises:
-        ValueError: a job is at this run already, the id is taken, or the cluster refuses.
+        UserError: a job is at this run already, the id is taken, or the cluster refuses.
     """
     import tenacity
 
     jobs = client.list_jobs()
     for job in jobs:
         if run and not job.status.is_terminal() and (job.metadata or {}).get(RUN) == run:
-            raise ValueError(
+            raise UserError(
                 f"job {job.submission_id} is at work on {run}: `ray-synth follow {job.submission_id}`"
                 f" shows it, `ray-synth stop {job.submission_id}` ends it"
             )
@@ -195,7 +196,7 @@ def submit(
             metadata={RUN: run} if run else None,
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"the cluster refused the job: {_refusal(error, env or {})}") from None
+        raise UserError(f"the cluster refused the job: {_refusal(error, env or {})}") from None
 
 
 def next_id(name: str, taken: Sequence[str]) -> str:
@@ -218,13 +219,13 @@ def _refusal(error: Exception, secrets: dict[str, str]) -> str:
 
 
 def details(client: JobSubmissionClient, job_id: str) -> JobDetails:
-    """Raises ValueError where the cluster has no such job."""
+    """Raises UserError where the cluster has no such job."""
     try:
         return client.get_job_info(job_id)
     except RuntimeError as error:
         if "404" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"no job {job_id} on this cluster; `ray-synth jobs` lists those that there are"
         ) from None
 
@@ -233,7 +234,7 @@ def stop(client: JobSubmissionClient, job_id: str) -> JobStatus:
     """Ask a job to stop, and wait for its end; its status then.
 
     Raises:
-        ValueError: there is no such job, or it has not ended long after Ray should have killed it.
+        UserError: there is no such job, or it has not ended long after Ray should have killed it.
     """
     import tenacity
 
@@ -248,7 +249,7 @@ def stop(client: JobSubmissionClient, job_id: str) -> JobStatus:
     try:
         return attempts(lambda: details(client, job_id).status)
     except tenacity.RetryError:
-        raise ValueError(f"job {job_id} has not stopped after {STOP_WAIT_S + 60} s") from None
+        raise UserError(f"job {job_id} has not stopped after {STOP_WAIT_S + 60} s") from None
 
 
 def follow(
@@ -257,7 +258,7 @@ def follow(
     """Pass on a job's log from its beginning until the job ends, over lost connections.
 
     Raises:
-        ValueError: there is no such job, or the cluster has not answered for `RECONNECT_S`.
+        UserError: there is no such job, or the cluster has not answered for `RECONNECT_S`.
         KeyboardInterrupt: the user has seen enough; the job goes on.
     """
     details(client, job_id)
@@ -334,7 +335,7 @@ class _Log:
                     lost_at = now
                     print(f"the connection was lost ({error}); trying again", file=sys.stderr)
                 if now - lost_at > RECONNECT_S:
-                    raise ValueError(
+                    raise UserError(
                         f"the cluster has not answered for {RECONNECT_S:.0f} s ({error}); the job may "
                         f"go on: `ray-synth follow {self.job_id}` shows it"
                     ) from None

@@ -23,6 +23,8 @@ from typing import Any
 
 import httpx
 
+from ray_synth.errors import UserError
+
 log = logging.getLogger("ray_synth.cluster.preemption")
 POLL_S = 2.0
 # Told to Ray earlier by this: a node that goes before its time counts as crashed.
@@ -139,7 +141,7 @@ def watch(
     """Ask until there is a notice, then tell the seconds that are left, once.
 
     Raises:
-        ValueError: the metadata service does not answer the first time.
+        UserError: the metadata service does not answer the first time.
     """
     url = url or METADATA[cloud]
     answered = False
@@ -150,7 +152,7 @@ def watch(
                 goes = ASK[cloud](http)
             except httpx.HTTPError as error:
                 if not answered:
-                    raise ValueError(
+                    raise UserError(
                         f"no metadata service of {cloud} answers at {url} ({error}): is this the cloud?"
                     ) from None
                 log.warning("the metadata service does not answer (%s); asking again", error)
@@ -162,7 +164,7 @@ def watch(
 
 
 def node_here(gcs_address: str) -> str:
-    """The id of the Ray node on this machine. Raises ValueError where there is none."""
+    """The id of the Ray node on this machine. Raises UserError where there is none."""
     import ray.util
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated import gcs_pb2
@@ -173,7 +175,7 @@ def node_here(gcs_address: str) -> str:
     for node_id, node in nodes.items():
         if node.state == alive and node.node_manager_address == here:
             return node_id.hex()
-    raise ValueError(f"the cluster at {gcs_address} has no node at {here}: run `ray start` first")
+    raise UserError(f"the cluster at {gcs_address} has no node at {here}: run `ray start` first")
 
 
 def main(arguments: list[str]) -> None:

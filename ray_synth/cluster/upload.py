@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ray_synth
 from ray_synth.config import Config, SourceConfig
+from ray_synth.errors import UserError
 
 LIMIT = 512 << 20  # bytes that Ray takes as a working directory
 PACKAGES = ("ray_synth",)
@@ -37,17 +38,17 @@ class Upload:
         """Take along a file, or what is in a folder, that is named by a relative path.
 
         Raises:
-            ValueError: there is none, or it lies outside of the current folder.
+            UserError: there is none, or it lies outside of the current folder.
         """
         place = os.path.normpath(value)
         if os.path.isabs(place) or place.startswith(".."):
-            raise ValueError(
+            raise UserError(
                 f"{setting} {value}: files of a job are uploaded from the current folder downwards; "
                 "start from a folder above it"
             )
         path = Path(place)
         if not path.exists():
-            raise ValueError(f"{setting}: no such file: {value}")
+            raise UserError(f"{setting}: no such file: {value}")
         for name in _walk(path) if path.is_dir() else [path]:
             self.files[name.as_posix()] = name.absolute()
 
@@ -56,10 +57,10 @@ class Upload:
         return sum(path.stat().st_size for path in self.files.values())
 
     def check_size(self) -> None:
-        """Raises ValueError where Ray would not take it."""
+        """Raises UserError where Ray would not take it."""
         if self.size() > LIMIT:
             largest = max(self.files, key=lambda name: self.files[name].stat().st_size)
-            raise ValueError(
+            raise UserError(
                 f"the job would upload {_mb(self.size())}, and Ray takes {_mb(LIMIT)} at most; the "
                 f"largest file is {largest} ({_mb(self.files[largest].stat().st_size)}). Put large "
                 "files where every node reaches them, and name them by URI or absolute path"
@@ -97,7 +98,7 @@ def gather(
         include: further files and folders, by relative paths.
 
     Raises:
-        ValueError: the config names data or models by a relative path, or a file that is not there.
+        UserError: the config names data or models by a relative path, or a file that is not there.
     """
     upload = Upload()
     if config is not None and config_path is not None:
@@ -140,7 +141,7 @@ def _add_config(upload: Upload, config: Config) -> None:
         if os.path.isabs(value):
             upload.notes.append(_must_exist(setting, value))
         elif Path(value).exists():
-            raise ValueError(
+            raise UserError(
                 f"{setting} {value} is a relative path, and models are not uploaded: give an "
                 "absolute path that every node has, or a hub id"
             )
@@ -161,7 +162,7 @@ def _check_source(upload: Upload, setting: str, source: SourceConfig) -> None:
     if source.format == "huggingface" and not Path(path).exists():
         return  # an id on the hub
     if not os.path.isabs(path):
-        raise ValueError(
+        raise UserError(
             f"{setting} {path} is relative to this machine's current folder, and images are not "
             "uploaded: give an absolute path that every node has, or a URI (s3://, gs://)"
         )

@@ -17,6 +17,7 @@ from ray_synth.config import SourceConfig
 from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
 from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
+from ray_synth.errors import UserError
 
 if TYPE_CHECKING:
     import ray.data
@@ -60,13 +61,13 @@ def read_class_names(given: list[str] | str | None) -> tuple[str, ...] | None:
         return imagenet.class_names()
     if isinstance(given, str):
         if not Path(given).is_file():
-            raise ValueError(f"no file of class names at {given}")
+            raise UserError(f"no file of class names at {given}")
         given = [line.strip() for line in Path(given).read_text().splitlines() if line.strip()]
     if given is None:
         return None
     repeated = sorted({name for name in given if given.count(name) > 1})
     if repeated:
-        raise ValueError(f"class names must differ; given twice: {', '.join(repeated)}")
+        raise UserError(f"class names must differ; given twice: {', '.join(repeated)}")
     return tuple(given)
 
 
@@ -77,13 +78,13 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
     numbers below their count, by position. With no `class_names`, the sorted labels are the classes.
 
     Raises:
-        ValueError: a training class has no image, or no label is a known class.
+        UserError: a training class has no image, or no label is a known class.
     """
     shards = list_shards(source)
     labels = [read_labels(shard) for shard in shards]
     flat = [label for part in labels for label in part]
     if not flat:
-        raise ValueError(f"{source.path or source.format} holds no images")
+        raise UserError(f"{source.path or source.format} holds no images")
     if source.class_map:
         mapping = source.class_map
         if isinstance(mapping, str):
@@ -100,7 +101,7 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
     classes = np.array([lookup.get(label, -1) for label in flat], dtype=np.int64)
     if (classes < 0).all():
         some = ", ".join(sorted(found)[:5])
-        raise ValueError(
+        raise UserError(
             f"{source.path or source.format}: none of its labels ({some}, ...) is a class name "
             f"({', '.join(class_names[:5])}, ...); map them with class_map"
         )
@@ -116,10 +117,10 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
 
 
 def require_every_class(index: Index, origin: str) -> Index:
-    """Raises ValueError where a class has no image at all."""
+    """Raises UserError where a class has no image at all."""
     empty = [name for name, count in index.counts().items() if not count]
     if empty:
-        raise ValueError(
+        raise UserError(
             f"{origin}: no image of {', '.join(map(repr, empty[:5]))}"
             + (f" and {len(empty) - 5} more classes" if len(empty) > 5 else "")
             + "; add images, or take the class out of class_names"
@@ -134,7 +135,7 @@ def select(index: Index, images_per_class: int | dict[str, int] | None, seed: in
         images_per_class: one number, or one by class name; a class that it lacks is taken whole.
 
     Raises:
-        ValueError: a name is no class.
+        UserError: a name is no class.
     """
     if images_per_class is None:
         return index
@@ -142,7 +143,7 @@ def select(index: Index, images_per_class: int | dict[str, int] | None, seed: in
     if isinstance(images_per_class, dict):
         unknown = set(images_per_class) - set(index.class_names)
         if unknown:
-            raise ValueError(f"images_per_class: no class is named {sorted(unknown)[0]!r}")
+            raise UserError(f"images_per_class: no class is named {sorted(unknown)[0]!r}")
         for name, number in images_per_class.items():
             most[index.class_names.index(name)] = number
     else:
@@ -163,13 +164,13 @@ def hold_out(index: Index, images_per_class: int | None) -> tuple[Index, Index]:
     chosen by.
 
     Raises:
-        ValueError: a class would have no image left.
+        UserError: a class would have no image left.
     """
     if images_per_class is None:
         return index, index.take(np.arange(0))
     for name, count in index.counts().items():
         if count <= images_per_class:
-            raise ValueError(
+            raise UserError(
                 f"data.validation holds {images_per_class} images of each class out of training, and "
                 f"{name!r} has {count} in all: give a smaller number"
             )

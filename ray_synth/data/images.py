@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ray_synth.errors import UserError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -25,17 +27,17 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
     """Decode to RGB; the first frame of animations, upright by EXIF.
 
     Raises:
-        ValueError: not an image in a known format, truncated, or larger than `max_pixels`.
+        UserError: not an image in a known format, truncated, or larger than `max_pixels`.
     """
     if not data:
-        raise ValueError("the file is empty")
+        raise UserError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             width, height = image.size
             if width * height > max_pixels:
-                raise ValueError(f"{width}x{height} is over the limit of {max_pixels:,} pixels")
+                raise UserError(f"{width}x{height} is over the limit of {max_pixels:,} pixels")
             image.seek(0)
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright)
@@ -43,9 +45,9 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
         raise
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)
-        raise ValueError(f"not a readable image in one of the formats {known}") from None
+        raise UserError(f"not a readable image in one of the formats {known}") from None
     except Exception as error:  # PIL's decoders raise nearly anything on broken files
-        raise ValueError(f"not a readable image ({type(error).__name__}: {error})") from None
+        raise UserError(f"not a readable image ({type(error).__name__}: {error})") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

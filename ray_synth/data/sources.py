@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
+from ray_synth.errors import UserError
 from ray_synth.storage.filesystems import open_uri
 
 FILES_PER_SHARD = 256
@@ -38,7 +39,7 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     """Cut a source into shards.
 
     Raises:
-        ValueError: the place does not exist, holds no images, or has an empty class folder.
+        UserError: the place does not exist, holds no images, or has an empty class folder.
     """
     match source.format:
         case "digits" | "uci_digits":
@@ -123,7 +124,7 @@ def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
     filesystem, path = open_uri(place)
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
-        raise ValueError(f"no such file or folder: {source.path}")
+        raise UserError(f"no such file or folder: {source.path}")
     if info.is_file:
         return [path]
     found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
@@ -131,7 +132,7 @@ def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
     if pattern:
         names = [name for name in names if fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern)]
     if not names:
-        raise ValueError(f"no {' or '.join(suffixes)} files in {source.path}")
+        raise UserError(f"no {' or '.join(suffixes)} files in {source.path}")
     return names
 
 
@@ -140,7 +141,7 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
     filesystem, root = open_uri(str(source.path))
     root = root.rstrip("/")
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
-        raise ValueError(f"no such folder: {source.path}")
+        raise UserError(f"no such folder: {source.path}")
     found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     files: list[tuple[str, str]] = []
     folders: set[str] = set()
@@ -154,9 +155,9 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
     files = sorted((path, label) for path, label in files if label in folders)
     empty = sorted(folders - {label for _, label in files})
     if not folders:
-        raise ValueError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
+        raise UserError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
     if empty:
-        raise ValueError(
+        raise UserError(
             f"no images in the class folder {source.path}/{empty[0]}"
             + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
             + f"; add images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
@@ -176,7 +177,7 @@ def _parquet_shards(source: SourceConfig) -> list[Shard]:
         for column in (source.image_column, source.label_column):
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
-                raise ValueError(f"{path} has no column {column!r}; it has {names}")
+                raise UserError(f"{path} has no column {column!r}; it has {names}")
         shards += [Shard(source, path, group) for group in range(file.num_row_groups)]
     return shards
 
@@ -209,7 +210,7 @@ def _tar_rows(shard: Shard) -> Iterator[tuple[str, bytes, str]]:
             else:
                 raw = sample.get("cls", sample.get("txt"))
                 if raw is None:
-                    raise ValueError(
+                    raise UserError(
                         f"{shard.place}: {sample['__key__']} has no .cls, .txt or .json"
                     )
                 label = raw.decode().strip()
@@ -232,19 +233,19 @@ def _huggingface(source: SourceConfig) -> Any:
         else:
             loaded = datasets.load_dataset(path, revision=source.revision)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load the Hugging Face dataset {path!r} ({type(error).__name__}: {error}); "
             "give a hub id that this machine can reach, or a local folder"
         ) from None
     if isinstance(loaded, dict):
         split = source.split or "train"
         if split not in loaded:
-            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
+            raise UserError(f"{path} has no split {split!r}; it has {', '.join(loaded)}")
         loaded = loaded[split]
     for column in (source.image_column, source.label_column):
         if column not in loaded.column_names:
             names = ", ".join(loaded.column_names)
-            raise ValueError(f"{path} has no column {column!r}; it has {names}")
+            raise UserError(f"{path} has no column {column!r}; it has {names}")
     if isinstance(loaded.features[source.image_column], datasets.Image):
         loaded = loaded.cast_column(source.image_column, datasets.Image(decode=False))
     return loaded

@@ -7,11 +7,13 @@ See MODEL_CARD.md for what they are and `jobs.embedded_models` for how they were
 from importlib.resources import files
 from pathlib import Path
 
+from ray_synth.errors import UserError
+
 
 def _packaged(name: str) -> Path:
     folder = Path(str(files("ray_synth.embedded") / "weights" / name))
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"The embedded {name!r} weights are not at {folder}: install ray-synth from a wheel "
             "or a full checkout, or name another model in the config."
         )
@@ -25,7 +27,7 @@ def sd_folder() -> Path:
     guidance scale 1.
 
     Raises:
-        ValueError: the package was installed without its weights.
+        UserError: the package was installed without its weights.
     """
     return _packaged("sd")
 
@@ -34,6 +36,6 @@ def clip_folder() -> Path:
     """Folder of the embedded CLIP; open_clip's name for it is `f"local-dir:{clip_folder()}"`.
 
     Raises:
-        ValueError: the package was installed without its weights.
+        UserError: the package was installed without its weights.
     """
     return _packaged("clip")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray_synth.config import Config
 from ray_synth.data.dataset import load_index, read_class_names, select
+from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
 
 
@@ -36,7 +37,7 @@ def evaluate_checkpoint(
         test set -> top1, top5, intervals, calibration, by class (see `accuracy.Tally`).
 
     Raises:
-        ValueError: an unknown model, a checkpoint that does not fit, or not exactly one of
+        UserError: an unknown model, a checkpoint that does not fit, or not exactly one of
             `checkpoint` and `pretrained`.
     """
     from ray_synth.cluster.connection import connect
@@ -44,7 +45,7 @@ def evaluate_checkpoint(
     from ray_synth.training import recipe
 
     if (checkpoint is None) == (not pretrained):
-        raise ValueError("give either --checkpoint FILE.safetensors or --pretrained")
+        raise UserError("give either --checkpoint FILE.safetensors or --pretrained")
     names = read_class_names(config.data.class_names)
     if names is None:
         names = load_index(config.data.train).class_names

@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from ray_synth.errors import UserError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -27,12 +29,12 @@ STRENGTHS = {
 
 
 def check_kinds(kinds: Iterable[str]) -> None:
-    """Raises ValueError for a kind that there is not, with the nearest."""
+    """Raises UserError for a kind that there is not, with the nearest."""
     for kind in kinds:
         if kind not in STRENGTHS:
             near = difflib.get_close_matches(kind, STRENGTHS, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
+            raise UserError(
                 f"no corruption is called {kind!r}; {hint}Known: {', '.join(STRENGTHS)}"
             )
 

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_synth.errors import UserError
 from ray_synth.evaluation.features import Rows, checked_pair, unit_rows
 from ray_synth.generation.thresholds import EXACT_COPY
 
@@ -78,7 +79,7 @@ def pairwise_distance(features: Rows) -> float:
         features: (n, dim) float, n >= 2.
 
     Raises:
-        ValueError: for fewer than 2 rows, and rows of NaN, infinity or length 0.
+        UserError: for fewer than 2 rows, and rows of NaN, infinity or length 0.
     """
     rows = unit_rows(features, "features")
     total = rows.sum(axis=0)
@@ -104,7 +105,7 @@ def vendi_score(features: Rows) -> float:
         1 to min(n, dim).
 
     Raises:
-        ValueError: see `pairwise_distance`.
+        UserError: see `pairwise_distance`.
     """
     rows = unit_rows(features, "features")
     smaller = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
@@ -131,7 +132,7 @@ def coverage(real: Rows, synthetic: Rows, *, k: int = 5) -> float:
         0 to 1. A real image that has k exact copies or more has nothing about it.
 
     Raises:
-        ValueError: see `pairwise_distance`; also for k out of 1 to n - 1, and sets of different dim.
+        UserError: see `pairwise_distance`; also for k out of 1 to n - 1, and sets of different dim.
     """
     return float((_count_about(real, synthetic, k) > 0).mean())
 
@@ -166,13 +167,13 @@ def copies(real: Rows, synthetic: Rows, *, quantile: float = 0.01, show: int = 1
         show: how many of the closest pairs to name, at most.
 
     Raises:
-        ValueError: see `pairwise_distance`; also for sets of different dim, and a quantile or `show`
+        UserError: see `pairwise_distance`; also for sets of different dim, and a quantile or `show`
             out of range.
     """
     if not 0 <= quantile <= 1:
-        raise ValueError(f"the quantile is {quantile}, but must be within 0 and 1")
+        raise UserError(f"the quantile is {quantile}, but must be within 0 and 1")
     if show < 0:
-        raise ValueError(f"show is {show}, but must be 0 or more")
+        raise UserError(f"show is {show}, but must be 0 or more")
     real, synthetic = checked_pair(real, synthetic, least=1, unit=True)
     own = _kth_nearest(real, 1)
     different = own[own > EXACT_COPY]
@@ -198,13 +199,13 @@ def prompt_diversity(prompts: Sequence[str]) -> PromptDiversity:
     fall as prompts get more or longer; compare them at equal counts.
 
     Raises:
-        ValueError: when there is no prompt, or no word in any.
+        UserError: when there is no prompt, or no word in any.
     """
     texts = [prompt.casefold() for prompt in prompts]
     words = [WORD.findall(text) for text in texts]
     singles = [word for line in words for word in line]
     if not singles:
-        raise ValueError(f"{len(texts)} prompts without a word: there is nothing to measure")
+        raise UserError(f"{len(texts)} prompts without a word: there is nothing to measure")
     pairs = [pair for line in words for pair in pairwise(line)]
     return PromptDiversity(
         prompts=len(texts),
@@ -219,7 +220,7 @@ def _count_about(real: Rows, synthetic: Rows, k: int) -> NDArray[np.int64]:
     """(n,): how many synthetic rows are nearer to each real row than its k-th nearest real row."""
     real, synthetic = checked_pair(real, synthetic, unit=True)
     if not 1 <= k < len(real):
-        raise ValueError(
+        raise UserError(
             f"k is {k}, but {len(real)} real images have from 1 to {len(real) - 1} neighbours each"
         )
     radius = _kth_nearest(real, k)

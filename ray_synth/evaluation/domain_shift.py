@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ray_synth.errors import UserError
 from ray_synth.evaluation.features import Rows, checked_pair
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def frechet_distance(real: Rows, synthetic: Rows) -> float:
         0 or more, in squared units of the features.
 
     Raises:
-        ValueError: for fewer than 2 rows, NaN or infinity, and sets of different dim.
+        UserError: for fewer than 2 rows, NaN or infinity, and sets of different dim.
     """
     left, right = checked_pair(real, synthetic)
     gap = left.mean(axis=0) - right.mean(axis=0)
@@ -108,10 +109,10 @@ def cmmd(
         scale: what the result is multiplied by.
 
     Raises:
-        ValueError: see `frechet_distance`; also for rows of length 0 and a bandwidth of 0 or less.
+        UserError: see `frechet_distance`; also for rows of length 0 and a bandwidth of 0 or less.
     """
     if bandwidth <= 0:
-        raise ValueError(f"the bandwidth is {bandwidth}, but must be above 0")
+        raise UserError(f"the bandwidth is {bandwidth}, but must be above 0")
     left, right = checked_pair(real, synthetic, unit=True)
     n, m, off = len(left), len(right), 0 if biased else 1
     # 1 - k throughout: k itself is nearly 1, and its digits would cancel. A row and itself add 0.
@@ -138,7 +139,7 @@ def probe_accuracy(real: Rows, synthetic: Rows, *, seed: int, folds: int = 5) ->
         folds: 2 or more.
 
     Raises:
-        ValueError: see `frechet_distance`; also for too few images for the folds.
+        UserError: see `frechet_distance`; also for too few images for the folds.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
@@ -148,9 +149,9 @@ def probe_accuracy(real: Rows, synthetic: Rows, *, seed: int, folds: int = 5) ->
 
     left, right = checked_pair(real, synthetic)
     if folds < 2:
-        raise ValueError(f"folds is {folds}, but must be 2 or more")
+        raise UserError(f"folds is {folds}, but must be 2 or more")
     if min(len(left), len(right)) < folds:
-        raise ValueError(
+        raise UserError(
             f"{len(left)} real and {len(right)} synthetic images are too few for {folds} folds: "
             f"each side needs {folds} or more"
         )
@@ -179,16 +180,16 @@ def bn_statistics(model: nn.Module, batches: Iterable[Tensor]) -> Statistics:
         called. Layers that are not called are left out; one that is called twice has both inputs.
 
     Raises:
-        ValueError: for a model without BatchNorm or in training mode, when there is no batch, and for
+        UserError: for a model without BatchNorm or in training mode, when there is no batch, and for
             NaN or infinity, naming the first layer.
     """
     import torch
 
     layers = {name: model.get_submodule(name) for name in batchnorm_layers(model)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm layer: there are no statistics")
+        raise UserError(f"{type(model).__name__} has no BatchNorm layer: there are no statistics")
     if any(module.training for module in (model, *layers.values())):
-        raise ValueError("the model is in training mode, which changes it: call model.eval() first")
+        raise UserError("the model is in training mode, which changes it: call model.eval() first")
     found: dict[str, Moments] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -207,10 +208,10 @@ def bn_statistics(model: nn.Module, batches: Iterable[Tensor]) -> Statistics:
         for handle in handles:
             handle.remove()
     if not found:
-        raise ValueError("no batch of images: there are no statistics")
+        raise UserError("no batch of images: there are no statistics")
     for name, (_, mean, var) in found.items():
         if not (mean + var).isfinite().all():
-            raise ValueError(f"the inputs of layer {name} have NaN or infinity")
+            raise UserError(f"the inputs of layer {name} have NaN or infinity")
     return {name: (mean.cpu().numpy(), var.cpu().numpy()) for name, (_, mean, var) in found.items()}
 
 
@@ -224,17 +225,17 @@ def statistics_distance(
         eps: added to every variance; the default is that of most BatchNorm layers.
 
     Raises:
-        ValueError: for no layer, different layers, or different numbers of channels.
+        UserError: for no layer, different layers, or different numbers of channels.
     """
     if not real:
-        raise ValueError("there are no layers to compare")
+        raise UserError("there are no layers to compare")
     if differing := sorted(set(real) ^ set(synthetic)):
-        raise ValueError(f"only one side has statistics of the layers {', '.join(differing)}")
+        raise UserError(f"only one side has statistics of the layers {', '.join(differing)}")
     shifts = []
     for layer, (m, v) in real.items():
         m2, v2 = synthetic[layer]
         if m.shape != m2.shape:
-            raise ValueError(
+            raise UserError(
                 f"layer {layer} has {m.size} channels for real images and {m2.size} for synthetic "
                 "ones: they must come from the same model"
             )
@@ -268,7 +269,7 @@ def main_aux_distance(
         eps: added to every variance.
 
     Raises:
-        ValueError: for state dicts without running statistics, or without those of one of `layers`,
+        UserError: for state dicts without running statistics, or without those of one of `layers`,
             and for those of different models.
     """
     main, aux = (
@@ -283,7 +284,7 @@ def main_aux_distance(
         for state in (main_state, aux_state)
     )
     if missing := [name for name in layers or () if name not in main or name not in aux]:
-        raise ValueError(f"there are no running statistics of the layers {', '.join(missing)}")
+        raise UserError(f"there are no running statistics of the layers {', '.join(missing)}")
     if layers is not None:
         main, aux = {name: main[name] for name in layers}, {name: aux[name] for name in layers}
     return statistics_distance(main, aux, eps=eps)

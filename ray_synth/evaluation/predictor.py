@@ -15,6 +15,7 @@ import numpy as np
 from ray_synth import metrics
 from ray_synth.config import EvaluationConfig
 from ray_synth.data.dataset import Index, to_ray
+from ray_synth.errors import UserError
 from ray_synth.evaluation.accuracy import VERDICT, Tally, judge
 from ray_synth.monitoring import logs
 from ray_synth.storage.folder import Folder
@@ -184,12 +185,12 @@ def warn_of_missing(test_set: str, index: Index) -> None:
     """Say which classes a test set has no image of; raise where it has none at all.
 
     Raises:
-        ValueError: the test set is empty.
+        UserError: the test set is empty.
     """
     counts = index.counts()
     missing = [name for name, count in counts.items() if not count]
     if len(missing) == len(counts):
-        raise ValueError(f"test set {test_set!r} has no image of any class; check its path")
+        raise UserError(f"test set {test_set!r} has no image of any class; check its path")
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         log.warning(

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ray_synth.data.images import FORMATS
+from ray_synth.errors import UserError
 from ray_synth.export.card import Exported, dataset_card
 from ray_synth.export.names import class_list, folder_names
 from ray_synth.generation.selection import choose, count_by, read_chosen, scan
@@ -76,12 +77,12 @@ def export_images(
         and `files` of the export, and `rejected` of the whole run.
 
     Raises:
-        ValueError: unknown layout, nothing to export, or a folder that holds something else.
+        UserError: unknown layout, nothing to export, or a folder that holds something else.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}: one of {', '.join(LAYOUTS)}")
+        raise UserError(f"unknown layout {layout!r}: one of {', '.join(LAYOUTS)}")
     if shard_rows < 1 or shard_bytes < 1:
-        raise ValueError(f"shards of {shard_rows} rows or {shard_bytes} bytes: give 1 or more")
+        raise UserError(f"shards of {shard_rows} rows or {shard_bytes} bytes: give 1 or more")
     facts = scan(run_folder)
     accepted = False if accepted_only else None
     chosen = choose(facts, class_names=class_names, kinds=kinds, rejected=accepted, limit=limit)
@@ -106,7 +107,7 @@ def export_images(
     else:
         written = _write_huggingface(_sharded(rows, shard_rows, shard_bytes), to, classes)
     if not done.total:
-        raise ValueError(f"none of the {chosen.num_rows} images of this slice is readable")
+        raise UserError(f"none of the {chosen.num_rows} images of this slice is readable")
     done.files = len(written)
     _remove_stale(to, layout, written)
     card = dataset_card(run_folder, done, facts=facts, classes=classes, licence=licence)
@@ -130,7 +131,7 @@ def _pictures(run_folder: Folder, chosen: pa.Table, done: Exported) -> Iterator[
     for part in read_chosen(run_folder, chosen):
         for row in part:
             if not re.fullmatch(r"[\w-]+", row["sample_id"], re.ASCII):
-                raise ValueError(f"sample id {row['sample_id']!r} cannot name a file")
+                raise UserError(f"sample id {row['sample_id']!r} cannot name a file")
             suffix = _suffix(row["image"] or b"")
             if suffix is None:
                 done.unreadable += 1
@@ -259,15 +260,15 @@ def _write_table(stream: pa.NativeFile, schema: pa.Schema, rows: Iterator[Row]) 
 
 
 def _claim(to: Folder, export: dict[str, Any]) -> None:
-    """Mark a folder as this export's. Raises ValueError where it holds anything else."""
+    """Mark a folder as this export's. Raises UserError where it holds anything else."""
     kind = to.filesystem.get_file_info(to.path()).type
     if kind == pafs.FileType.File:
-        raise ValueError(f"{to.address()} is a file; give a folder to export into")
+        raise UserError(f"{to.address()} is a file; give a folder to export into")
     if to.exists(MARKER):
         before = to.read_json(MARKER)
         changes = [f"{k}: {before.get(k)} -> {v}" for k, v in export.items() if before.get(k) != v]
         if changes:
-            raise ValueError(
+            raise UserError(
                 f"{to.address()} holds another export ({'; '.join(changes)}); give another folder, or "
                 "delete this one first"
             )
@@ -275,7 +276,7 @@ def _claim(to: Folder, export: dict[str, Any]) -> None:
         found = to.filesystem.get_file_info(pafs.FileSelector(to.path(), allow_not_found=True))
         others = sorted(info.base_name for info in found if not info.base_name.startswith("."))
         if others:
-            raise ValueError(
+            raise UserError(
                 f"{to.address()} is not empty and holds no export (there is {others[0]}); give a new or "
                 "an empty folder"
             )

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from ray_synth.config import GenerationConfig
+from ray_synth.errors import UserError
 from ray_synth.generation.store import ImageStore
 
 log = logging.getLogger("ray_synth")
@@ -27,14 +28,14 @@ def fit_batch(used: dict[int, int], available: int, *, largest: int = LARGEST) -
         available: bytes in all that the actor may use.
 
     Raises:
-        ValueError: not even one image fits.
+        UserError: not even one image fits.
     """
     (small, least), (large, more) = sorted(used.items())
     each = max(1, (more - least) // (large - small))
     base = least - small * each
     room = int(available * (1 - RESERVE)) - base
     if room < each:
-        raise ValueError(
+        raise UserError(
             f"one image needs {(base + each) / 2**30:.1f} GiB of {available / 2**30:.1f} GiB: too much "
             "for the device; take a smaller model or size, half precision, or generation.offload"
         )

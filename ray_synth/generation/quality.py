@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ray_synth.errors import UserError
 from ray_synth.generation.thresholds import EXACT_COPY, QualityReference, Thresholds
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Judge:
         pixels: look for blank and saturated images.
 
     Raises:
-        ValueError: `clip` comes without a reference, or with another model's.
+        UserError: `clip` comes without a reference, or with another model's.
     """
 
     def __init__(
@@ -117,13 +118,13 @@ class Judge:
     ) -> None:
         self.reference, self.clip, self.pixels = reference, clip, pixels
         if clip is not None and reference is None:
-            raise ValueError(
+            raise UserError(
                 "images can be scored with CLIP only against a reference: measure_reference makes one"
             )
         if clip is not None and reference is not None:
             measured = reference.thresholds.clip_model
             if clip.name != measured:
-                raise ValueError(
+                raise UserError(
                     f"the thresholds were measured with the CLIP model {measured!r}, not "
                     f"{clip.name!r}; measure them again, scores of two models do not compare"
                 )

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from ray_synth.config import Config, GenerationConfig, parse_config
 from ray_synth.data.images import decode_image, encode_image
+from ray_synth.errors import UserError
 from ray_synth.generation.maker import attempt_seed, read_references
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import Row, fingerprint, generate_all, generator_class
@@ -64,15 +65,15 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
         sample_id: its id, or the start of it.
 
     Raises:
-        ValueError: no run there, no such image (or several), or another model by the same name.
+        UserError: no run there, no such image (or several), or another model by the same name.
     """
     config = read_config(run)
     row = find_row(ImageStore(run.child("images")), sample_id)
     if not row["image"]:
-        raise ValueError(f"{row['sample_id']} was never an image: {row['reject_reason']}")
+        raise UserError(f"{row['sample_id']} was never an image: {row['reject_reason']}")
     facts = json.loads(row["generator"])
     if facts["fingerprint"] != fingerprint(config.generation):
-        raise ValueError(
+        raise UserError(
             f"{row['sample_id']} was made by a {facts['model']!r} with other weights or settings than "
             f"{config.generation.model!r} has now"
         )
@@ -82,7 +83,7 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
         inputs["reference_image"] = read_references(run)[row["reference"]]
     image, reason = generate_all(generator, [inputs])[0]
     if image is None:
-        raise ValueError(f"{row['sample_id']} could not be made again: {reason}")
+        raise UserError(f"{row['sample_id']} could not be made again: {reason}")
     made = config.generation
     data = encode_image(image, image_format=made.image_format, quality=made.quality)
     before, after = (np.asarray(decode_image(item)).astype(int) for item in (row["image"], data))
@@ -109,9 +110,9 @@ def as_made(config: GenerationConfig, facts: dict[str, Any]) -> GenerationConfig
 
 
 def read_config(run: Folder) -> Config:
-    """The config that a run directory keeps. Raises ValueError where there is none."""
+    """The config that a run directory keeps. Raises UserError where there is none."""
     if not run.exists("config.yaml"):
-        raise ValueError(f"no run at {run.address()}: it has no config.yaml; name one with --run")
+        raise UserError(f"no run at {run.address()}: it has no config.yaml; name one with --run")
     import yaml
 
     values = yaml.safe_load(run.read_bytes("config.yaml"))
@@ -130,5 +131,5 @@ def find_row(store: ImageStore, sample_id: str) -> Row:
             found += [table.slice(i, 1).to_pylist()[0] for i in at]
     if len({row["sample_id"] for row in found}) != 1:
         what = "several images" if found else "no image"
-        raise ValueError(f"{what} in {store.folder.address()} with an id that starts {sample_id!r}")
+        raise UserError(f"{what} in {store.folder.address()} with an id that starts {sample_id!r}")
     return found[0]

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_synth.errors import UserError
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
 from ray_synth.storage.folder import Folder
 
@@ -30,10 +31,10 @@ def scan(folder: Folder) -> pa.Table:
         100 MB.
 
     Raises:
-        ValueError: the folder holds no plan, or none of its images was made.
+        UserError: the folder holds no plan, or none of its images was made.
     """
     if not folder.exists("plan.parquet"):
-        raise ValueError(
+        raise UserError(
             f"{folder.address()} holds no plan.parquet; give the directory of a run, such as "
             "runs/quickstart"
         )
@@ -45,7 +46,7 @@ def scan(folder: Folder) -> pa.Table:
         table = table.append_column("rank", pc.index_in(table["sample_id"], value_set=planned))
         table = table.filter(pc.is_valid(table["rank"]))
     if table is None or table.num_rows == 0:
-        raise ValueError(
+        raise UserError(
             f"{folder.address()} holds no images of its plan yet; run `ray-synth generate`"
         )
     ranks = table["rank"].to_numpy().astype(np.int64)
@@ -81,10 +82,10 @@ def choose(
         limit: at most so many, the first ones of the plan: those are balanced over the classes.
 
     Raises:
-        ValueError: a value that does not occur, or nothing that fits; says what there is.
+        UserError: a value that does not occur, or nothing that fits; says what there is.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit}: give 1 or more")
+        raise UserError(f"limit {limit}: give 1 or more")
     slices = {"class_name": class_names, "kind": kinds, "style": styles, "sample_id": sample_ids}
     asked = []
     chosen = facts
@@ -102,7 +103,7 @@ def choose(
         chosen = chosen.filter(mask)
     if chosen.num_rows == 0:
         there = there if there.num_rows else facts
-        raise ValueError(f"no images with {', '.join(asked)}; there are {_inventory(there)}")
+        raise UserError(f"no images with {', '.join(asked)}; there are {_inventory(there)}")
     if limit is not None and limit < chosen.num_rows:
         last = np.partition(chosen["rank"].to_numpy(), limit - 1)[limit - 1]
         chosen = chosen.filter(pc.less_equal(chosen["rank"], pa.scalar(last)))
@@ -148,7 +149,7 @@ def _check_known(facts: pa.Table, column: str, values: Collection[str]) -> None:
     known = [value for value in present if value]
     near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
+    raise UserError(
         f"no image has {_label(column)} {unknown[0]!r}; {hint}there are {_some(sorted(known))}"
     )
 

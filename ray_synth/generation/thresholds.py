@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 from ray_synth.meaning.candidates import TEMPLATES
 from ray_synth.storage.folder import Folder
 
@@ -111,10 +112,10 @@ def measure_reference(
         images_per_class: how many images of a class will be made, roughly.
 
     Raises:
-        ValueError: images of a class without a text, or an image that cannot be decoded.
+        UserError: images of a class without a text, or an image that cannot be decoded.
     """
     if unknown := sorted(set(images) - set(texts)):
-        raise ValueError(f"there are real images but no text for the class indices {unknown}")
+        raise UserError(f"there are real images but no text for the class indices {unknown}")
     features = text_features(texts, clip)
     real = real_features({index: images.get(index, ()) for index in sorted(texts)}, clip)
     scores = {index: rows @ features[index] for index, rows in real.items()}
@@ -157,7 +158,7 @@ def real_features(
     """class index -> (n, dim) float32 unit rows, one an image, class by class.
 
     Raises:
-        ValueError: an image's bytes cannot be decoded; it names the class index and the position.
+        UserError: an image's bytes cannot be decoded; it names the class index and the position.
     """
     features = {}
     for index in sorted(images):
@@ -166,7 +167,7 @@ def real_features(
             try:
                 pictures.append(decode_image(image) if isinstance(image, bytes) else image)
             except ValueError as error:
-                raise ValueError(
+                raise UserError(
                     f"real image {position} of class index {index} is {error}"
                 ) from None
         features[index] = clip.encode_images(pictures)

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, parse_config
 from ray_synth.device import pick_device, pick_dtype
+from ray_synth.errors import UserError
 from ray_synth.generators.registry import Row, digest_settings
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class BigGanGenerator:
         provenance: what made the images, for their rows.
 
     Raises:
-        ValueError: a setting is wrong, the library is missing, or the weights do not fit.
+        UserError: a setting is wrong, the library is missing, or the weights do not fit.
     """
 
     def __init__(self, config: GenerationConfig) -> None:
@@ -76,7 +77,7 @@ class BigGanGenerator:
         """One RGB image of (width, height) for each row; `class_name`, `meaning`, `seed` are used.
 
         Raises:
-            ValueError: a class that ImageNet does not have; names it, and `class_map`.
+            UserError: a class that ImageNet does not have; names it, and `class_map`.
         """
         classes = [self.class_index(row) for row in rows]
         made: list[Image.Image] = []
@@ -96,7 +97,7 @@ class BigGanGenerator:
             by_meaning = imagenet_indices(meaning)
             found = (found & by_meaning or by_meaning) if found else by_meaning
         if len(found) != 1 or classes != 1000:
-            raise ValueError(
+            raise UserError(
                 f"BigGAN draws ImageNet's 1,000 classes, and {name!r} (meaning {meaning!r}) is "
                 f"{'several' if imagenet_indices(name) else 'none'} of them: map it in "
                 "generation.generator_kwargs.class_map, to an index, a WordNet id or a name"
@@ -132,15 +133,15 @@ class BigGanGenerator:
 
     @staticmethod
     def check(config: GenerationConfig) -> None:
-        """Raises ValueError for what can be known to be wrong without loading the weights."""
+        """Raises UserError for what can be known to be wrong without loading the weights."""
         settings = _settings(config)
         if not 0 < settings.truncation <= 1:
-            raise ValueError(
+            raise UserError(
                 f"generation.generator_kwargs.truncation {settings.truncation}: it lies above 0 and "
                 "is at most 1"
             )
         if config.reference is not None:
-            raise ValueError("BigGAN takes no real images: leave generation.reference out")
+            raise UserError("BigGAN takes no real images: leave generation.reference out")
         classes = _read_config(settings.weights).num_classes
         for name, value in settings.class_map.items():
             _mapped(name, value, classes)
@@ -186,10 +187,10 @@ def _nearest(name: str) -> str:
 
 
 def _mapped(name: str, value: int | str, classes: int) -> int:
-    """The index that `class_map` gives. Raises ValueError."""
+    """The index that `class_map` gives. Raises UserError."""
     found = {value} if isinstance(value, int) else imagenet_indices(value)
     if len(found) != 1 or not 0 <= (index := next(iter(found))) < classes:
-        raise ValueError(
+        raise UserError(
             f"generation.generator_kwargs.class_map: {name!r} is mapped to {value!r}, which is not "
             f"one of the {classes:,} classes{_nearest(str(value))}"
         )
@@ -203,13 +204,13 @@ def _settings(config: GenerationConfig) -> BigGanSettings:
 
 
 def _files(weights: str) -> tuple[Path, Path]:
-    """The safetensors file and its config.json. Raises ValueError with the mend."""
+    """The safetensors file and its config.json. Raises UserError with the mend."""
     path = Path(weights).expanduser()
     folder = path if path.is_dir() else path.parent
     found = sorted(folder.glob("*.safetensors")) if path.is_dir() else [path]
     files = [file for file in found if file.is_file() and file.suffix == ".safetensors"]
     if len(files) != 1 or not (folder / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"generation.generator_kwargs.weights {weights!r}: expected one .safetensors file with "
             f"BigGAN's config.json beside it. A pytorch_model.bin is converted once, by: {CONVERT}"
         )
@@ -220,7 +221,7 @@ def _read_config(weights: str) -> Any:
     try:
         from pytorch_pretrained_biggan import BigGANConfig
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"BigGAN needs a library ({error}): pip install pytorch-pretrained-biggan"
         ) from None
     return BigGANConfig.from_json_file(str(_files(weights)[1]))
@@ -235,7 +236,7 @@ def _load(weights: str) -> Any:
     try:
         missing = model.load_state_dict(load_file(file), strict=False).missing_keys
     except Exception as error:
-        raise ValueError(f"{file} is not BigGAN's: {str(error)[:300]}") from None
+        raise UserError(f"{file} is not BigGAN's: {str(error)[:300]}") from None
     if missing:
-        raise ValueError(f"{file} lacks {len(missing)} weights, such as {missing[0]}")
+        raise UserError(f"{file} lacks {len(missing)} weights, such as {missing[0]}")
     return model.eval()

@@ -20,6 +20,7 @@ import numpy as np
 
 from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
+from ray_synth.errors import UserError
 from ray_synth.generators.registry import Failure, Row, digest_settings
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def resolve_model(model: str) -> str:
     """A model name from the config as diffusers wants it: a folder or a hub id.
 
     Raises:
-        ValueError: it looks like a folder but is none, or holds no diffusers pipeline.
+        UserError: it looks like a folder but is none, or holds no diffusers pipeline.
     """
     if model == "embedded":
         from ray_synth.embedded import sd_folder
@@ -47,10 +48,10 @@ def resolve_model(model: str) -> str:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise ValueError(f"{model} is no diffusers pipeline: it has no model_index.json")
+            raise UserError(f"{model} is no diffusers pipeline: it has no model_index.json")
         return str(folder)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ValueError(
+        raise UserError(
             f"unknown generator {model!r}: no such folder, and a hub id looks like owner/name; "
             "generation.model takes 'embedded', a diffusers folder, or a hub id"
         )
@@ -68,7 +69,7 @@ class DiffusionGenerator:
         provenance: what made the images, for their rows.
 
     Raises:
-        ValueError: the model is unknown, cannot be loaded, or cannot do what is asked.
+        UserError: the model is unknown, cannot be loaded, or cannot do what is asked.
     """
 
     def __init__(self, config: GenerationConfig) -> None:
@@ -185,7 +186,7 @@ class DiffusionGenerator:
         pipeline.set_progress_bar_config(disable=True)
         if config.offload:
             if not self.device.startswith("cuda"):
-                raise ValueError("generation.offload moves parts to a GPU in turn: there is none")
+                raise UserError("generation.offload moves parts to a GPU in turn: there is none")
             pipeline.enable_model_cpu_offload(device=self.device)
         elif config.num_gpus <= 1:
             pipeline.to(self.device)
@@ -219,7 +220,7 @@ class DiffusionGenerator:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                raise ValueError(
+                raise UserError(
                     f"torch.compile of {self.config.model!r} failed ({type(error).__name__}: "
                     f"{str(error)[:300]}); set generation.compile: false, or install a C++ compiler"
                 ) from None
@@ -229,13 +230,13 @@ class DiffusionGenerator:
         """Look at the pipeline's index alone, so that what is wrong is known at once.
 
         Raises:
-            ValueError: neither a diffusers folder nor a hub id that this machine can reach; a
+            UserError: neither a diffusers folder nor a hub id that this machine can reach; a
                 checkpoint with code of its own; an unknown scheduler; too small a strength.
         """
         index = _read_index(config)
         code = remote_code(index, Path(resolve_model(config.model)))
         if code and not config.trust_remote_code:
-            raise ValueError(
+            raise UserError(
                 f"{config.model!r} brings Python code of its own ({code}) and cannot be loaded without "
                 "running it; read it, and if you trust it set generation.trust_remote_code: true"
             )
@@ -280,7 +281,7 @@ def wants_compile(config: GenerationConfig, *, num_images: int, on_gpu: bool) ->
 
 
 def find_scheduler(name: str) -> Any:
-    """The diffusers scheduler class. Raises ValueError with the nearest names."""
+    """The diffusers scheduler class. Raises UserError with the nearest names."""
     import diffusers
 
     found = getattr(diffusers, name, None)
@@ -289,7 +290,7 @@ def find_scheduler(name: str) -> Any:
     known = [n for n in dir(diffusers) if n.endswith(("Scheduler", "Inverse")) and n[0].isupper()]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "see diffusers' list of schedulers"
-    raise ValueError(f"diffusers has no scheduler {name!r} (generation.scheduler): {hint}")
+    raise UserError(f"diffusers has no scheduler {name!r} (generation.scheduler): {hint}")
 
 
 def remote_code(index: dict[str, Any], folder: Path) -> str:
@@ -308,7 +309,7 @@ def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
     """The pipeline, in memory, with the scheduler of the config.
 
     Raises:
-        ValueError: it cannot be loaded; says why.
+        UserError: it cannot be loaded; says why.
     """
     import diffusers
     import transformers
@@ -332,7 +333,7 @@ def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
         except ValueError:  # a pipeline class that the auto class does not list
             pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **arguments)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load the generator {config.model!r} ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); "
             "give a diffusers folder, or a hub id that this machine can reach"
@@ -351,7 +352,7 @@ def _read_index(config: GenerationConfig) -> dict[str, Any]:
         return dict(DiffusionPipeline.load_config(model, revision=config.revision))
     except Exception as error:
         where = "its model_index.json" if Path(model).is_dir() else "the hub"
-        raise ValueError(
+        raise UserError(
             f"unknown generator {config.model!r}: {where} gave {type(error).__name__}; "
             "generation.model takes 'embedded', a diffusers folder, or a hub id that this machine "
             "can reach"
@@ -381,7 +382,7 @@ def _to_uint8(images: Any) -> np.ndarray:
 
 def _text(row: Row, key: str) -> str:
     if not isinstance(row[key], str):
-        raise ValueError(f"{key} is {row[key]!r}, not a text")
+        raise UserError(f"{key} is {row[key]!r}, not a text")
     return row[key]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, parse_config
+from ray_synth.errors import UserError
 from ray_synth.generators.registry import Row, digest_settings
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class GlyphGenerator:
         """One RGB image of (width, height) for each row; `class_name` and `seed` are used.
 
         Raises:
-            ValueError: a class without characters; names it, and `class_map`.
+            UserError: a class without characters; names it, and `class_map`.
         """
         return [self._draw(self.characters(row["class_name"]), row["seed"]) for row in rows]
 
@@ -65,7 +66,7 @@ class GlyphGenerator:
             return str(NUMBERS.index(name))
         if 0 < len(name) <= LONGEST:
             return class_name.strip()
-        raise ValueError(
+        raise UserError(
             f"there are no characters to draw for class {class_name!r}: map it in "
             "generation.generator_kwargs.class_map"
         )
@@ -102,7 +103,7 @@ class GlyphGenerator:
 
     @staticmethod
     def check(config: GenerationConfig) -> None:
-        """Raises ValueError for a wrong setting."""
+        """Raises UserError for a wrong setting."""
         _settings(config)
 
     @staticmethod

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 
 if TYPE_CHECKING:
     from ray_synth.config import GenerationConfig
@@ -24,7 +25,7 @@ def image_to_image(pipeline: Any) -> Any:
     To be called before the parts are offloaded, spread or moved: hooks belong to one pipeline.
 
     Raises:
-        ValueError: diffusers has none that starts from a noised image.
+        UserError: diffusers has none that starts from a noised image.
     """
     from diffusers import AutoPipelineForImage2Image
 
@@ -33,7 +34,7 @@ def image_to_image(pipeline: Any) -> Any:
     except ValueError:
         twin = None
     if twin is None or not {"image", "strength"} <= set(_parameters(twin)):
-        raise ValueError(
+        raise UserError(
             f"generation.reference needs image-to-image, and diffusers has none for "
             f"{type(pipeline).__name__}; leave generation.reference out, or take a Stable Diffusion, "
             "SDXL, SD 3 or Flux model"
@@ -46,11 +47,11 @@ def reference_steps(num_inference_steps: int, strength: float) -> int:
     """How many of the steps are run: the last `strength` of the schedule.
 
     Raises:
-        ValueError: less than one.
+        UserError: less than one.
     """
     steps = min(int(num_inference_steps * strength), num_inference_steps)
     if steps < 1:
-        raise ValueError(
+        raise UserError(
             f"generation.reference.strength {strength} of {num_inference_steps} steps is less than "
             "one step: raise it, or generation.num_inference_steps, until their product is at least 1"
         )
@@ -76,7 +77,7 @@ def reference_arguments(
         config: with `reference` set.
 
     Raises:
-        ValueError: a row has no readable reference, or the strength is less than one step.
+        UserError: a row has no readable reference, or the strength is less than one step.
     """
     assert config.reference is not None
     reference_steps(config.num_inference_steps, config.reference.strength)

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ray_synth.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -67,12 +69,12 @@ class PromptEncoder:
         chunk: texts a forward pass. 1 wastes nothing; more is faster where many prompts are new.
 
     Raises:
-        ValueError: `capacity` or `chunk` is below 1.
+        UserError: `capacity` or `chunk` is below 1.
     """
 
     def __init__(self, pipeline: Any, *, capacity: int = 256, chunk: int = 1) -> None:
         if capacity < 1 or chunk < 1:
-            raise ValueError(f"capacity {capacity} and chunk {chunk} must be at least 1")
+            raise UserError(f"capacity {capacity} and chunk {chunk} must be at least 1")
         self.pipeline = pipeline
         self.capacity = capacity
         self.chunk = chunk

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_synth.config import GenerationConfig
+from ray_synth.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +30,7 @@ class Failure(str):
 class ImageGenerator(Protocol):
     """A loaded generator, in one process.
 
-    A class may have, besides: `check(config)` (raises ValueError before a cluster is started),
+    A class may have, besides: `check(config)` (raises UserError before a cluster is started),
     `fingerprint(config) -> str` (of all that decides the pixels besides the row), and
     `prompt_tokens(config) -> (count, limit)`.
     """
@@ -50,7 +51,7 @@ def generator_class(name: str) -> type[ImageGenerator]:
     """The class that `generation.generator` names.
 
     Raises:
-        ValueError: no such plug-in, module or class.
+        UserError: no such plug-in, module or class.
     """
     if name == "diffusers":
         from ray_synth.generators.diffusion import DiffusionGenerator
@@ -64,15 +65,15 @@ def generator_class(name: str) -> type[ImageGenerator]:
         if name in found:
             return found[name].load()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load the generator {name!r}: {error}") from None
-    raise ValueError(
+        raise UserError(f"cannot load the generator {name!r}: {error}") from None
+    raise UserError(
         f"unknown generator {name!r}: generation.generator takes 'diffusers', module:Class, or one "
         f"of the installed plug-ins ({', '.join(sorted(found)) or 'none'})"
     )
 
 
 def check_generator(config: GenerationConfig) -> None:
-    """Raises ValueError for what can be known to be wrong before a cluster is started."""
+    """Raises UserError for what can be known to be wrong before a cluster is started."""
     found = generator_class(config.generator)
     check = getattr(found, "check", None)
     if check is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.answers import clean_phrase, parse_meanings, phrase_key
 from ray_synth.meaning.candidates import (
     TEMPLATES,
@@ -81,25 +82,25 @@ async def resolve_meaning(
         merge_at: see `merge_alike`.
 
     Raises:
-        ValueError: there are neither images nor a context, or a meaning of the user's cannot go in a
+        UserError: there are neither images nor a context, or a meaning of the user's cannot go in a
             prompt.
     """
     if num_meanings < 0 or retries < 0:
-        raise ValueError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")
+        raise UserError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")
     if image_features is None or len(image_features) == 0:
         if not context:
-            raise ValueError(f"class {class_name!r} has no images to judge its meanings by")
+            raise UserError(f"class {class_name!r} has no images to judge its meanings by")
         image_features = None
     found: dict[str, Candidate] = {}
     for phrase in meanings or ():
         cleaned = clean_phrase(phrase)
         if not cleaned:
-            raise ValueError(f"meaning {phrase!r} cannot be used: give at most 12 plain words")
+            raise UserError(f"meaning {phrase!r} cannot be used: give at most 12 plain words")
         found.setdefault(phrase_key(cleaned), Candidate(cleaned, "user"))
     for phrase in models.senses(class_name) if models.senses else ():
         found.setdefault(phrase_key(phrase), Candidate(phrase, "lexicon"))
     if not found and num_meanings == 0:
-        raise ValueError(
+        raise UserError(
             f"there is no meaning of {class_name!r} to rank: give meanings, or num_meanings above 0"
         )
     found.setdefault(phrase_key(class_name), Candidate(class_name, "name"))

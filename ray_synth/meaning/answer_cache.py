@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.transformers_llm import FewShot
 
 
@@ -20,7 +21,7 @@ class AnswerCache:
     """Texts by key. A file that cannot be used costs its answers, never a question.
 
     Raises:
-        ValueError: the folder cannot be made or written.
+        UserError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -37,7 +38,7 @@ class AnswerCache:
                 "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT NOT NULL)"
             )
         except (OSError, sqlite3.Error) as error:
-            raise ValueError(
+            raise UserError(
                 f"the answer cache {path} cannot be used ({error}): give llm.cache_dir a folder on a "
                 "local disk, or leave it out"
             ) from None

@@ -12,6 +12,7 @@ import numpy as np
 
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.embedded import clip_folder
+from ray_synth.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,7 +37,7 @@ class ClipModel:
         max_batch_size: images or texts in one forward.
 
     Raises:
-        ValueError: a model name comes without `pretrained`, so its weights would be random.
+        UserError: a model name comes without `pretrained`, so its weights would be random.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ClipModel:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         if pretrained is None and not model.startswith(("embedded", "local-dir:", "hf-hub:")):
-            raise ValueError(
+            raise UserError(
                 f"clip.model {model!r} needs clip.pretrained (a tag such as 'laion2b_s34b_b79k'); "
                 "without it the weights would be random"
             )

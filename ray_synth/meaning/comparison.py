@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ray_synth.config import LlmConfig, parse_config
+from ray_synth.errors import UserError
 from ray_synth.meaning.answers import phrase_key
 
 MOST_DIFFERENCES = 30  # classes that the Markdown lists; the JSON has all
@@ -49,10 +50,10 @@ def read_backends(values: Any, *, origin: str = "backends") -> dict[str, LlmConf
     """A mapping of names to settings of `meaning.llm`, validated.
 
     Raises:
-        ValueError: it is no such mapping, or a key or value is wrong; the message names it.
+        UserError: it is no such mapping, or a key or value is wrong; the message names it.
     """
     if not isinstance(values, dict) or not values:
-        raise ValueError(f"{origin}: give a mapping of names to settings as under meaning.llm")
+        raise UserError(f"{origin}: give a mapping of names to settings as under meaning.llm")
     return {
         str(name): parse_config(settings, origin=f"{origin}, {name}", model=LlmConfig)
         for name, settings in values.items()
@@ -65,10 +66,10 @@ def read_truth(
     """A mapping of class names to words or phrases, one of which makes a choice right.
 
     Raises:
-        ValueError: it is no such mapping, or names a class that there is not.
+        UserError: it is no such mapping, or names a class that there is not.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{origin}: give a mapping of class names to accepted words")
+        raise UserError(f"{origin}: give a mapping of class names to accepted words")
     known = set(class_names)
     truth = {}
     for name, words in values.items():
@@ -77,9 +78,9 @@ def read_truth(
         listed = [word for word in plain if any(c.isalnum() for c in word)]
         if str(name) not in known:
             some = ", ".join(sorted(known)[:10])
-            raise ValueError(f"{origin}: {str(name)!r} is none of the classes ({some}, ...)")
+            raise UserError(f"{origin}: {str(name)!r} is none of the classes ({some}, ...)")
         if not listed or len(listed) < len(given):
-            raise ValueError(f"{origin}: {name}: give at least one word")
+            raise UserError(f"{origin}: {name}: give at least one word")
         truth[str(name)] = listed
     return truth
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ray_synth.config import ClipConfig
+from ray_synth.errors import UserError
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
 from ray_synth.meaning.backends import Llm
 from ray_synth.meaning.clip import ClipModel
@@ -54,7 +55,7 @@ class MeaningModels:
             questions: arguments of `resolve_meaning`: `class_name`, `image_features`, and so on.
 
         Raises:
-            ValueError: as the LLM or `resolve_meaning` does.
+            UserError: as the LLM or `resolve_meaning` does.
         """
 
         async def resolve_each() -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ class MeaningModels:
             futures = [future for *_, future in batch]
             try:
                 if self.llm is None:
-                    raise ValueError("there is no LLM to ask: give meanings, and num_meanings 0")
+                    raise UserError("there is no LLM to ask: give meanings, and num_meanings 0")
                 texts = self.llm.complete(
                     [prompt for prompt, *_ in batch], seeds=[item[1] for item in batch], **options
                 )

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.answers import MAX_WORDS, clean_phrase
 
 SYSTEM_FOLDERS = ("/usr/share/wordnet", "/usr/local/share/wordnet", "/opt/homebrew/share/wordnet")
@@ -63,7 +64,7 @@ class WordNet:
             index.noun and data.noun, or a zip file of such a folder.
 
     Raises:
-        ValueError: the files are missing, or are not WordNet's.
+        UserError: the files are missing, or are not WordNet's.
     """
 
     def __init__(self, source: str = "wordnet") -> None:
@@ -73,14 +74,14 @@ class WordNet:
             self._offsets = dict(_index_lines(index))
             last = max(itertools.chain.from_iterable(self._offsets.values()), default=0)
             if not self._data.startswith(b"%08d " % last, last):
-                raise ValueError("data.noun is not that of index.noun")
+                raise UserError("data.noun is not that of index.noun")
             self._base_forms = {
                 words[0]: words[1:]
                 for words in (line.split() for line in exceptions.decode().splitlines())
                 if words
             }
         except UNREADABLE as error:
-            raise ValueError(f"{place} holds no readable WordNet ({error}): {MEND}") from None
+            raise UserError(f"{place} holds no readable WordNet ({error}): {MEND}") from None
 
     def senses(self, name: str) -> list[str]:
         """A phrase for each sense of the noun, the most usual first; none for an unknown name."""
@@ -175,7 +176,7 @@ def _locate(source: str) -> Path:
     for place in _places() if source == "wordnet" else [Path(source).expanduser()]:
         if (place / "data.noun").is_file() or (place.suffix == ".zip" and place.is_file()):
             return place
-    raise ValueError(
+    raise UserError(
         f"no WordNet in {source if source != 'wordnet' else 'its usual places'}: {MEND}"
     )
 

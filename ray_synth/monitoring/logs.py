@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
@@ -105,11 +106,11 @@ def set_up(log_format: str | None = None) -> None:
     """Log to the terminal; text for people unless told otherwise here or by `RAY_SYNTH_LOG_FORMAT`.
 
     Raises:
-        ValueError: there is no such format.
+        UserError: there is no such format.
     """
     chosen = log_format or os.environ.get(VARIABLE) or FORMATS[0]
     if chosen not in FORMATS:
-        raise ValueError(f"log format {chosen!r} ({VARIABLE}): it is one of {', '.join(FORMATS)}")
+        raise UserError(f"log format {chosen!r} ({VARIABLE}): it is one of {', '.join(FORMATS)}")
     global _form  # noqa: PLW0603
     _form = chosen
     logging.captureWarnings(is_json())

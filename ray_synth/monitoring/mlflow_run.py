@@ -20,6 +20,7 @@ import numpy as np
 
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
+from ray_synth.errors import UserError
 from ray_synth.monitoring import logs
 from ray_synth.storage.folder import Folder
 
@@ -31,13 +32,13 @@ def tracking_uri(config: Config, runs: Folder) -> str:
     """The configured server, or an sqlite file beside the runs (MLflow's file store is gone).
 
     Raises:
-        ValueError: the uri holds a password, which would end in the run's config; or there is none
+        UserError: the uri holds a password, which would end in the run's config; or there is none
             and the runs are remote.
     """
     uri = config.tracking.uri
     if uri:
         if urllib.parse.urlsplit(uri).password:
-            raise ValueError(
+            raise UserError(
                 "tracking.uri holds a password, which would be written to the run's config.yaml: "
                 "take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             )
@@ -45,7 +46,7 @@ def tracking_uri(config: Config, runs: Folder) -> str:
     if runs.is_local:
         Path(runs.path()).mkdir(parents=True, exist_ok=True)
         return f"sqlite:///{runs.path('mlflow.db')}"
-    raise ValueError(
+    raise UserError(
         f"runs_dir {runs.address()} is remote, where MLflow cannot keep an sqlite file: set tracking.uri "
         "to an MLflow server (on one machine, sqlite:////FOLDER/mlflow.db is one), or "
         "tracking.enabled: false"
@@ -60,7 +61,7 @@ class Tracker:
         folder: this run's directory.
 
     Raises:
-        ValueError: the server does not answer.
+        UserError: the server does not answer.
     """
 
     def __init__(self, config: Config, runs: Folder, folder: Folder) -> None:
@@ -76,7 +77,7 @@ class Tracker:
         try:
             self.run_id = self._join() or self._create(runs)
         except MlflowException as error:
-            raise ValueError(
+            raise UserError(
                 f"no MLflow server to be had at {self.uri}: {error}; check tracking.uri, or set "
                 "tracking.enabled: false"
             ) from None

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ray_synth.config import Config
 from ray_synth.data.dataset import read_index, select
+from ray_synth.errors import UserError
 from ray_synth.generation.maker import write_references
 from ray_synth.generation.store import PLAN_SCHEMA
 from ray_synth.generators.registry import fingerprint, prompt_tokens
@@ -117,7 +118,7 @@ def read_contexts(answer: dict[str, Any]) -> list[tuple[Context, str]]:
 
 
 def plan_settings(config: Config) -> dict[str, Any]:
-    """What of a config decides a plan, as `plan_tables` takes it. Raises ValueError as `prompt_limit`."""
+    """What of a config decides a plan, as `plan_tables` takes it. Raises UserError as `prompt_limit`."""
     from ray_synth.prompting.styles import load_styles
 
     count_tokens, limit = prompt_tokens(config.generation)
@@ -133,16 +134,16 @@ def plan_settings(config: Config) -> dict[str, Any]:
 
 
 def prompt_limit(config: Config, count_tokens: Callable[[str], int], limit: int) -> int:
-    """Tokens that a prompt may have. Raises ValueError where what the user gave cannot fit."""
+    """Tokens that a prompt may have. Raises UserError where what the user gave cannot fit."""
     given = config.prompting.max_tokens
     if given and given > limit:
-        raise ValueError(
+        raise UserError(
             f"prompting.max_tokens {given} is more than the {limit} tokens that the text encoder of "
             f"{config.generation.model!r} reads; the rest would be cut off"
         )
     length = count_tokens(config.prompting.negative_prompt)
     if length > limit:
-        raise ValueError(
+        raise UserError(
             f"prompting.negative_prompt is too long: {length} tokens, and the text encoder of "
             f"{config.generation.model!r} reads {limit}; shorten it"
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
+from ray_synth.errors import UserError
 from ray_synth.preflight.demands import Sizes, demands
 from ray_synth.preflight.packing import Demand, Placement, pack
 from ray_synth.preflight.reach import Reach, cluster_reach
@@ -129,7 +130,7 @@ def check_budget(
     sizes: Sizes | None = None,
     stages: Collection[str] = STAGES,
 ) -> list[StageFit]:
-    """Raises ValueError, with the arithmetic and the smallest mend, where a stage cannot fit.
+    """Raises UserError, with the arithmetic and the smallest mend, where a stage cannot fit.
 
     Returns:
         The stages, all of which fit. Those that an unlucky placement could leave waiting are logged.
@@ -137,7 +138,7 @@ def check_budget(
     fits = fit_stages(config, reach, sizes, stages)
     problems = [found.problem for found in fits if found.problem]
     if problems:
-        raise ValueError(refusal(config, reach, sizes, stages, problems))
+        raise UserError(refusal(config, reach, sizes, stages, problems))
     for found in fits:
         if found.placement and not found.placement.sure:
             log.warning("%s", unsure(found))
@@ -177,7 +178,7 @@ def preflight(
     """Check the connected cluster before a run; what an earlier run is still letting go is waited for.
 
     Raises:
-        ValueError: a stage of the run does not fit the cluster, its memory or the disk.
+        UserError: a stage of the run does not fit the cluster, its memory or the disk.
     """
     from ray_synth.preflight.memory import look
 
@@ -193,7 +194,7 @@ def preflight(
         time.sleep(0.5)
     found = look(config, reach, sizes, stages, runs_folder(config.runs_dir))
     if found.problems:
-        raise ValueError("this run does not fit:\n  " + "\n  ".join(found.problems))
+        raise UserError("this run does not fit:\n  " + "\n  ".join(found.problems))
     for warning in found.warnings:
         log.warning("%s", warning)
     return reach

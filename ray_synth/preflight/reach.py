@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ray_synth.config import Config, ReachConfig
+from ray_synth.errors import UserError
 from ray_synth.preflight.demands import SERVE_CPUS
 from ray_synth.preflight.packing import Nodes
 
@@ -73,7 +74,7 @@ def cluster_reach(config: Config) -> Reach:
     """What the connected cluster has free, and by `cluster.max_reach` can add.
 
     Raises:
-        ValueError: the cluster launcher's file cannot be read.
+        UserError: the cluster launcher's file cannot be read.
     """
     import ray
     from ray._private.state import available_resources_per_node
@@ -157,7 +158,7 @@ def added_nodes(
             of `reach` is one of its nodes.
 
     Raises:
-        ValueError: the cluster launcher's file is missing, or is none.
+        UserError: the cluster launcher's file is missing, or is none.
     """
     if reach is None:
         return [], None
@@ -178,7 +179,7 @@ def added_nodes(
 
 def _read(path: str) -> str:
     if not Path(path).is_file():
-        raise ValueError(f"cluster.max_reach: no such file {path!r}")
+        raise UserError(f"cluster.max_reach: no such file {path!r}")
     return Path(path).read_text()
 
 
@@ -224,14 +225,14 @@ def nodes_of_cluster_yaml(text: str) -> tuple[list[Nodes], int | None]:
     """Types of nodes of a cluster launcher's file, the head among them, and `max_workers`.
 
     Raises:
-        ValueError: it is no such file.
+        UserError: it is no such file.
     """
     try:
         spec = yaml.safe_load(text)
         types: dict[str, Any] = spec["available_node_types"]
         head = spec["head_node_type"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"cluster.max_reach: not a cluster launcher's file ({error!r})") from None
+        raise UserError(f"cluster.max_reach: not a cluster launcher's file ({error!r})") from None
     nodes = []
     for name, kind in types.items():
         resources = kind.get("resources", {})

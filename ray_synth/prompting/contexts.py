@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.answers import ARTICLES, FIELDS, parse_scene_phrases, phrase_key
 from ray_synth.meaning.candidates import few_shot_seed, with_article
 from ray_synth.meaning.transformers_llm import FewShot
@@ -141,7 +142,7 @@ def load_pool(path: str | Path | None = None) -> Pool:
     The file has `scenes` (a list of `{foregrounds, backgrounds}`), `lightings`, `camera_angles`.
 
     Raises:
-        ValueError: the file is missing or not of that shape.
+        UserError: the file is missing or not of that shape.
     """
     return _parse_pool(None if path is None else str(path))
 
@@ -153,7 +154,7 @@ def _parse_pool(path: str | None) -> Pool:
     elif Path(path).is_file():
         text = Path(path).read_text("utf-8")
     else:
-        raise ValueError(f"no such file of contexts: {path}")
+        raise UserError(f"no such file of contexts: {path}")
     try:
         data = yaml.safe_load(text)
         return Pool(
@@ -162,7 +163,7 @@ def _parse_pool(path: str | None) -> Pool:
             _texts(data["camera_angles"]),
         )
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"contexts file {path or 'contexts.yaml'}: needs scenes (a list of foregrounds and "
             f"backgrounds), lightings and camera_angles, each a list of texts: {error}"
         ) from None
@@ -170,7 +171,7 @@ def _parse_pool(path: str | None) -> Pool:
 
 def _texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"not a list of texts: {value!r}")
+        raise UserError(f"not a list of texts: {value!r}")
     return tuple(value)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ray_synth.errors import UserError
 from ray_synth.prompting.contexts import Context, fit_prompt
 
 SUBJECT = "{subject}"
@@ -37,7 +38,7 @@ def load_styles(path: str | Path | None = None) -> list[Style]:
     The file is a list of `{name, template}`.
 
     Raises:
-        ValueError: the file is missing or no such list, a name comes twice, or a template does not
+        UserError: the file is missing or no such list, a name comes twice, or a template does not
             hold `{subject}` exactly once.
     """
     if path is None:
@@ -45,31 +46,31 @@ def load_styles(path: str | Path | None = None) -> list[Style]:
     elif Path(path).is_file():
         text = Path(path).read_text("utf-8")
     else:
-        raise ValueError(f"prompting.styles: no such file: {path}")
+        raise UserError(f"prompting.styles: no such file: {path}")
     where = f"styles file {path or 'styles.yaml'}"
     try:
         entries = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is not YAML: {error}") from None
+        raise UserError(f"{where} is not YAML: {error}") from None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{where} must be a list of {{name, template}} with at least one entry")
+        raise UserError(f"{where} must be a list of {{name, template}} with at least one entry")
     styles = [_style(entry, f"{where}, entry {number}") for number, entry in enumerate(entries, 1)]
     seen: set[str] = set()
     for style in styles:
         if style.name.casefold() in seen:
-            raise ValueError(f"{where}: the name {style.name!r} comes twice; names must differ")
+            raise UserError(f"{where}: the name {style.name!r} comes twice; names must differ")
         seen.add(style.name.casefold())
     return styles
 
 
 def _style(entry: Any, where: str) -> Style:
     if not isinstance(entry, dict) or set(entry) != {"name", "template"}:
-        raise ValueError(f"{where}: must have exactly the keys name and template, got {entry!r}")
+        raise UserError(f"{where}: must have exactly the keys name and template, got {entry!r}")
     name, template = entry["name"], entry["template"]
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{where}: the name must be a text, got {name!r}")
+        raise UserError(f"{where}: the name must be a text, got {name!r}")
     if not isinstance(template, str) or template.count(SUBJECT) != 1:
-        raise ValueError(f"{where} ({name}): the template must hold {SUBJECT} exactly once")
+        raise UserError(f"{where} ({name}): the template must hold {SUBJECT} exactly once")
     return Style(name.strip(), " ".join(template.split()))
 
 

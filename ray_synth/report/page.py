@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ray_synth.data.images import encode_image
+from ray_synth.errors import UserError
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
 from ray_synth.report.table import comparison_rows, signed, test_set_label, test_sets
@@ -46,7 +47,7 @@ def write_report(folder: Folder) -> str:
     """Write `report/index.html` of a run; its address.
 
     Raises:
-        ValueError: the folder holds no run.
+        UserError: the folder holds no run.
     """
     folder.write_bytes(PAGE, render_report(folder).encode())
     return folder.address(PAGE)
@@ -56,12 +57,12 @@ def render_report(folder: Folder) -> str:
     """The page of a run as HTML text.
 
     Raises:
-        ValueError: the folder holds neither config.yaml nor metrics.json.
+        UserError: the folder holds neither config.yaml nor metrics.json.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     if not (folder.exists("config.yaml") or folder.exists("metrics.json")):
-        raise ValueError(
+        raise UserError(
             f"{folder.address()} holds no run: neither config.yaml nor metrics.json is there; give the "
             "directory that `ray-synth run` wrote, such as runs/quickstart"
         )

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ray_synth.config import Kind
 from ray_synth.data.images import decode_image, encode_image
+from ray_synth.errors import UserError
 from ray_synth.generation.selection import choose, read_chosen, scan
 from ray_synth.generation.store import ImageStore
 from ray_synth.storage.folder import Folder
@@ -157,10 +158,10 @@ def sheet_of(
         cell: side of an image in pixels.
 
     Raises:
-        ValueError: nothing fits; says which values occur.
+        UserError: nothing fits; says which values occur.
     """
     if columns is not None and columns < 1:
-        raise ValueError(f"columns {columns}: give 1 or more")
+        raise UserError(f"columns {columns}: give 1 or more")
     chosen = choose(
         scan(folder),
         class_names=class_names,

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import yaml
 
+from ray_synth.errors import UserError
 from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.cost import reason_label
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
@@ -101,7 +102,7 @@ def read_status(folder: Folder, now: float | None = None) -> RunStatus:
     """Look at a run directory, or at a workspace of studies.
 
     Raises:
-        ValueError: there is no run.
+        UserError: there is no run.
     """
     now = time.time() if now is None else now
     if folder.exists("config.yaml"):
@@ -109,9 +110,7 @@ def read_status(folder: Folder, now: float | None = None) -> RunStatus:
     for studies in (folder, folder.child("studies")):
         if studies.exists(PROGRESS) or files(studies.child("arms/models")):
             return _studies_status(studies, now)
-    raise ValueError(
-        f"no run at {folder.uri}: it has no config.yaml; give a run's directory or URI"
-    )
+    raise UserError(f"no run at {folder.uri}: it has no config.yaml; give a run's directory or URI")
 
 
 def _run_status(folder: Folder, now: float) -> RunStatus:

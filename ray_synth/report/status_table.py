@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from ray_synth.errors import UserError
 from ray_synth.report.status import DONE, RUNNING, RunStatus, StageStatus, duration, read_status
 from ray_synth.storage.folder import Folder
 
@@ -20,10 +21,10 @@ def show_status(folder: Folder, *, as_json: bool = False, watch: float | None = 
         watch: draw it again every so many seconds, until the run is no longer running.
 
     Raises:
-        ValueError: there is no run; the seconds are none.
+        UserError: there is no run; the seconds are none.
     """
     if watch is not None and watch <= 0:
-        raise ValueError(f"--watch {watch:g}: give a number of seconds")
+        raise UserError(f"--watch {watch:g}: give a number of seconds")
     status = read_status(folder)
     if as_json:
         while True:

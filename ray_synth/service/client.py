@@ -32,6 +32,7 @@ from tenacity import (
     wait_random,
 )
 
+from ray_synth.errors import UserError
 from ray_synth.service.messages import (
     Answer,
     LimitsAnswer,
@@ -85,7 +86,7 @@ class Client:
         retries: times that a question is asked again.
 
     Raises:
-        ValueError: `url` is no http(s) URL.
+        UserError: `url` is no http(s) URL.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Client:
         retries: int = 5,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"{url!r} is no URL of a service: give http://HOST:PORT")
+            raise UserError(f"{url!r} is no URL of a service: give http://HOST:PORT")
         self.url, self.timeout_s, self.retries = url.rstrip("/"), timeout_s, retries
         self.retried = 0  # questions asked again so far, over all threads
         self._lock = threading.Lock()
@@ -111,7 +112,7 @@ class Client:
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
             )
         except httpx.InvalidURL as error:
-            raise ValueError(f"{url!r} is no URL of a service: {error}") from None
+            raise UserError(f"{url!r} is no URL of a service: {error}") from None
 
     def __enter__(self) -> Client:
         return self
@@ -175,7 +176,7 @@ class Client:
         """
         waiting = {name.strip(): _question(name, images) for name, images in classes.items()}
         if len(waiting) < len(classes):
-            raise ValueError("classes: give each class name once")
+            raise UserError("classes: give each class name once")
         asking = {"context": context, "num_meanings": num_meanings, "seed": seed}
         return self._lines(waiting, asking)
 
@@ -293,14 +294,14 @@ def encode_image(image: ImageLike) -> str:
 
     Raises:
         OSError: a path cannot be read.
-        ValueError: a URL that is not https.
+        UserError: a URL that is not https.
         TypeError: something else than bytes, a path, a PIL image or a str.
     """
     if isinstance(image, str):
         if image.startswith("https://"):
             return image
         if image.startswith(("http://", "data:", "file:")):
-            raise ValueError(f"not an https:// URL or a path: {image[:40]!r}")
+            raise UserError(f"not an https:// URL or a path: {image[:40]!r}")
         image = Path(image)
     if isinstance(image, Path):
         image = image.read_bytes()

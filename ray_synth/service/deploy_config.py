@@ -18,6 +18,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from ray_synth.config import ClipConfig, LlmConfig, parse_config
+from ray_synth.errors import UserError
 from ray_synth.service.app import Disambiguation, ServeConfig
 from ray_synth.service.clip_deployment import ClipDeployment
 from ray_synth.service.llm_deployment import LlmDeployment
@@ -49,16 +50,16 @@ def load_serve_config(path: str | Path) -> dict[str, Any]:
     """The values of a Serve config (`serve run`, `serve deploy`), checked by `check_serve_config`.
 
     Raises:
-        ValueError: the file is missing, not YAML or no mapping, or a key or value in it is wrong;
+        UserError: the file is missing, not YAML or no mapping, or a key or value in it is wrong;
             the message names each one and, for a misspelt key, the nearest that exists.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no Serve config at {path}; serve/config.yaml is one to start from")
+        raise UserError(f"no Serve config at {path}; serve/config.yaml is one to start from")
     try:
         values = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     check_serve_config(values, origin=str(path))
     return values
 
@@ -69,10 +70,10 @@ def check_serve_config(values: Any, *, origin: str = "config") -> None:
     Mappings with keys of the user's own stay free: runtime_env, user_config, resources, kwargs.
 
     Raises:
-        ValueError: with one line a problem.
+        UserError: with one line a problem.
     """
     if not isinstance(values, dict):
-        raise ValueError(f"{origin} holds no settings: it is to be a mapping of Serve's options")
+        raise UserError(f"{origin} holds no settings: it is to be a mapping of Serve's options")
     root = Part("", values, ServeDeploySchema, True)
     parts = [root, *_parts_of(root)]
     # Wrong keys first, alone: a value that would then be missing may just be misspelt.
@@ -81,7 +82,7 @@ def check_serve_config(values: Any, *, origin: str = "config") -> None:
         problems = [line for part in parts if part.on_its_own for line in _wrong_values(part)]
     if problems:
         lines = dict.fromkeys(problems)  # once, what both Ray and the part itself refuse
-        raise ValueError(f"{origin}:\n  " + "\n  ".join(lines))
+        raise UserError(f"{origin}:\n  " + "\n  ".join(lines))
 
 
 def _parts_of(part: Part) -> Iterator[Part]:

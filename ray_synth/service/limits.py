@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from ray_synth.config import Section
+from ray_synth.errors import UserError
 from ray_synth.service.problems import problem_response
 
 
@@ -79,20 +80,20 @@ async def read_images(images: list[str], limits: Limits) -> list[bytes]:
     """The encoded images of a request.
 
     Raises:
-        ValueError: naming the image: not base64, too large, or a URL that is not allowed or fails.
+        UserError: naming the image: not base64, too large, or a URL that is not allowed or fails.
     """
     if len(images) > limits.max_images:
-        raise ValueError(f"images: {len(images)} given, at most {limits.max_images}")
+        raise UserError(f"images: {len(images)} given, at most {limits.max_images}")
     found = []
     for position, text in enumerate(images):
         try:
             data = await _fetch(text, limits) if "://" in text[:10] else _decode(text)
             if len(data) > limits.max_image_bytes:
-                raise ValueError(
+                raise UserError(
                     f"{len(data):,} bytes is over the limit of {limits.max_image_bytes:,}"
                 )
         except ValueError as error:
-            raise ValueError(f"images[{position}]: {error}") from None
+            raise UserError(f"images[{position}]: {error}") from None
         found.append(data)
     return found
 
@@ -102,7 +103,7 @@ def _decode(text: str) -> bytes:
     try:
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("not base64") from None
+        raise UserError("not base64") from None
 
 
 async def _fetch(url: str, limits: Limits) -> bytes:
@@ -113,9 +114,9 @@ async def _fetch(url: str, limits: Limits) -> bytes:
         parts = urlsplit(url)
         host, scheme = parts.hostname or "", parts.scheme
     except ValueError:
-        raise ValueError("not a URL") from None
+        raise UserError("not a URL") from None
     if scheme != "https" or host not in limits.allowed_hosts or parts.username is not None:
-        raise ValueError(
+        raise UserError(
             "URLs are fetched over https from the hosts in limits.allowed_hosts alone "
             f"({', '.join(limits.allowed_hosts) or 'none'}): send the image itself, as base64"
         )
@@ -126,11 +127,11 @@ async def _fetch(url: str, limits: Limits) -> bytes:
             client.stream("GET", url) as response,
         ):
             if response.status_code != 200:
-                raise ValueError(f"{host} answered {response.status_code}")
+                raise UserError(f"{host} answered {response.status_code}")
             async for chunk in response.aiter_bytes():
                 data += chunk
                 if len(data) > limits.max_image_bytes:
                     break
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"{host} cannot be read ({type(error).__name__})") from None
+        raise UserError(f"{host} cannot be read ({type(error).__name__})") from None
     return bytes(data)

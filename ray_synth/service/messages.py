@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from ray_synth.errors import UserError
+
 # A question to the LLM is lines of "Word: ..." and "Meaning: ...", or a chat of turns: text of a
 # caller's must not be able to add a line, a label or a turn.
 FORMAT_MARKS = re.compile(
@@ -24,15 +26,15 @@ def one_plain_line(text: str) -> str:
     """`text`, where it can stand in a question without changing the question's format.
 
     Raises:
-        ValueError: it holds a line break, a control character, or a mark of a prompt's format.
+        UserError: it holds a line break, a control character, or a mark of a prompt's format.
     """
     if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
-        raise ValueError("give one line without control characters")
+        raise UserError("give one line without control characters")
     mark = FORMAT_MARKS.search(text)
     if mark:
-        raise ValueError(f"{mark.group(0)!r} is a mark of the question's own format: leave it out")
+        raise UserError(f"{mark.group(0)!r} is a mark of the question's own format: leave it out")
     if not any(c.isalnum() for c in text):
-        raise ValueError("give at least one letter or digit")
+        raise UserError("give at least one letter or digit")
     return text
 
 

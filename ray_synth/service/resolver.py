@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from ray_synth.config import ClipConfig, LlmConfig, Replicas, Section
+from ray_synth.errors import UserError
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
 from ray_synth.meaning.lexicon import WordNet
 from ray_synth.meaning.transformers_llm import FewShot
@@ -69,12 +70,12 @@ class Resolver:
         return await _ask(self.clip.encode_texts, texts)
 
     async def embed_images(self, images: list[bytes]) -> np.ndarray | None:
-        """(n, dim) unit rows; None for none. Raises ValueError naming the image that is wrong."""
+        """(n, dim) unit rows; None for none. Raises UserError naming the image that is wrong."""
         if not images:
             return None
         found = await _ask(self.clip.encode_images, images)
         if isinstance(found, str):
-            raise ValueError(found)
+            raise UserError(found)
         return found
 
     async def likelihood(self, prompts: list[Any], answers: list[str]) -> list[float] | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import tenacity
 
 from ray_synth import metrics
+from ray_synth.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -69,7 +70,7 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """The file system of a path or URI, and the path as that file system knows it.
 
     Raises:
-        ValueError: an unknown scheme or option, a package that is missing, no bucket in the URI, or a
+        UserError: an unknown scheme or option, a package that is missing, no bucket in the URI, or a
             secret in it.
         OSError: the storage does not answer.
     """
@@ -106,7 +107,7 @@ def _open_root(
     root = f"{scheme}://{authority}{options}"
     kind = SAME.get(scheme, scheme)
     if kind in CREDENTIALS and not authority:
-        raise ValueError(f"{scheme}:// names no bucket: give {scheme}://BUCKET/FOLDER")
+        raise UserError(f"{scheme}:// names no bucket: give {scheme}://BUCKET/FOLDER")
     try:
         if kind == "abfs":
             return _open_azure(authority, options)
@@ -121,11 +122,11 @@ def _open_root(
         found, path = fsspec.core.url_to_fs(root)
         return pafs.PyFileSystem(pafs.FSSpecHandler(found)), path
     except ImportError as error:
-        raise ValueError(f"cannot open {root}: {error}") from None
+        raise UserError(f"cannot open {root}: {error}") from None
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, OSError) and kind in CREDENTIALS and SILENT.search(str(error)):
             raise  # it may answer later: for `patiently`
-        raise ValueError(f"cannot open {root}: {storage_problem(error, root) or error}") from None
+        raise UserError(f"cannot open {root}: {storage_problem(error, root) or error}") from None
 
 
 def _open_azure(authority: str, options: str) -> tuple[pafs.FileSystem, str]:
@@ -138,14 +139,14 @@ def _open_azure(authority: str, options: str) -> tuple[pafs.FileSystem, str]:
     container, _, host = authority.partition("@")
     account = host.split(".")[0] or os.environ.get("AZURE_STORAGE_ACCOUNT", "")
     if not account:
-        raise ValueError(
+        raise UserError(
             "it names no storage account: give abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/FOLDER, "
             "or set AZURE_STORAGE_ACCOUNT"
         )
     given = dict(urllib.parse.parse_qsl(options.lstrip("?")))
     endpoint, scheme = given.pop("endpoint_override", None), given.pop("scheme", None)
     if given:
-        raise ValueError(f"unknown option {min(given)!r}; known: endpoint_override, scheme")
+        raise UserError(f"unknown option {min(given)!r}; known: endpoint_override, scheme")
     return pafs.AzureFileSystem(
         account,
         account_key=os.environ.get("AZURE_STORAGE_KEY"),
@@ -167,7 +168,7 @@ def redact(text: str) -> str:
 
 
 def refuse_secrets(uri: str) -> str:
-    """The URI as it is. Raises ValueError where it holds a secret; does not show it."""
+    """The URI as it is. Raises UserError where it holds a secret; does not show it."""
     scheme, mark, rest = uri.partition("://")
     if not mark:
         return uri
@@ -175,7 +176,7 @@ def refuse_secrets(uri: str) -> str:
     key = kind == "s3" and "@" in rest.partition("/")[0]
     if key or re.match(r"[^/:@?]*:[^@?]*@", rest) or SECRET.search(uri):
         names = CREDENTIALS.get(kind, "what the file system's package reads from the environment")
-        raise ValueError(
+        raise UserError(
             f"{redact(uri)} holds a secret, which would be written to the run's config.yaml: take it "
             f"out, and set {names}"
         )

@@ -24,6 +24,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import yaml
 
+from ray_synth.errors import UserError
 from ray_synth.storage.filesystems import (
     open_uri,
     patiently,
@@ -47,7 +48,7 @@ class Folder:
     tried again (see `patiently`).
 
     Raises:
-        ValueError: the URI holds a secret; once it is used, that it cannot be opened.
+        UserError: the URI holds a secret; once it is used, that it cannot be opened.
     """
 
     def __init__(self, uri: str | Path) -> None:
@@ -86,11 +87,11 @@ class Folder:
         return Folder(f"{address.rstrip('/')}/{name}{mark}{options}")
 
     def check_readable(self) -> None:
-        """Ask for the folder. Raises ValueError, with the mend, where its storage gives none."""
+        """Ask for the folder. Raises UserError, with the mend, where its storage gives none."""
         self._once("read", lambda: self.filesystem.get_file_info(self.path()))
 
     def check_writable(self) -> None:
-        """Write and delete a file. Raises ValueError, with the mend, where that cannot be done."""
+        """Write and delete a file. Raises UserError, with the mend, where that cannot be done."""
 
         def work() -> None:
             temporary = self._temporary("writable")
@@ -247,7 +248,7 @@ class Folder:
             problem = problem or storage_problem(error, self.uri)
             if not problem and what == "write to":
                 problem = f"{error}; give another runs_dir, or the right to write there"
-            raise ValueError(f"cannot {what} {self.address()}: {problem or error}") from None
+            raise UserError(f"cannot {what} {self.address()}: {problem or error}") from None
 
     def _temporary(self, name: str) -> str:
         *parents, base = name.split("/")

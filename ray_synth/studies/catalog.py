@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray_synth.config import Config
+from ray_synth.errors import UserError
 from ray_synth.studies.arm import REAL_ONLY, Arm
 
 PLAIN = {"plain": 1.0}
@@ -56,14 +57,14 @@ def known_name(name: str) -> str:
     """The name of a study, or `all`, however its words are joined.
 
     Raises:
-        ValueError: there is no study of this name.
+        UserError: there is no study of this name.
     """
     known = name.lower().replace("-", "_")
     if known == "all" or known in WRITERS:
         return known
     near = difflib.get_close_matches(known, [*WRITERS, "all"], n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"no study is called {name!r}; {hint}There are {', '.join(WRITERS)}; all")
+    raise UserError(f"no study is called {name!r}; {hint}There are {', '.join(WRITERS)}; all")
 
 
 def _ablation(config: Config, counts: dict[str, int]) -> Study:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import Index
+from ray_synth.errors import UserError
 from ray_synth.monitoring.mlflow_run import digest
 from ray_synth.monitoring.progress import Bar
 from ray_synth.pipeline.run import Run, open_run
@@ -68,7 +69,7 @@ class Grid:
         return config.model_copy(update={"runs_dir": self.folder.child("sources").uri})
 
     def check(self) -> None:
-        """Raises ValueError where a source, or as many at once as asked, do not fit the cluster."""
+        """Raises UserError where a source, or as many at once as asked, do not fit the cluster."""
         for config in {trial.source: trial.config for trial in self.trials}.values():
             check_budget(config, self.reach)
         self._check_parallel()
@@ -77,7 +78,7 @@ class Grid:
         """Inspect, resolve, plan and generate what the trials train on.
 
         Raises:
-            ValueError: as the pipeline's stages do.
+            UserError: as the pipeline's stages do.
         """
         mixed: dict[str, Run] = {}
         for trial in self.trials:
@@ -227,7 +228,7 @@ class Grid:
             self.arms.write_json(f"results/{trial.digest}.{kind}.json", results)
 
     def _check_parallel(self) -> None:
-        """Raises ValueError where `studies.parallel` is more than the cluster holds at a time."""
+        """Raises UserError where `studies.parallel` is more than the cluster holds at a time."""
         given = self.config.studies.parallel
         if given is None:
             return
@@ -237,7 +238,7 @@ class Grid:
             found = fit(stage, [*many, *read], self.reach)
             if found.problem:
                 most = most_at_once(parts, read, self.reach, given)
-                raise ValueError(
+                raise UserError(
                     f"studies.parallel {given} does not fit the cluster; Ray would wait for ever:\n  "
                     f"{found.problem}\nThe most that fits: --set studies.parallel={most}"
                 )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ray_synth.data.dataset import Index, read_index
+from ray_synth.errors import UserError
 from ray_synth.evaluation import diversity, domain_shift
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.comparison import Outcome, compare
@@ -70,11 +71,11 @@ class Measured:
         """`features` (n, dim), `label` and `kind` of the trial's synthetic images.
 
         Raises:
-            ValueError: the images were not embedded.
+            UserError: the images were not embedded.
         """
         table = self.plan(trial, ["class_index", "kind", "embedding"])
         if table["embedding"].null_count:
-            raise ValueError(
+            raise UserError(
                 "this study compares images by CLIP's features, which are kept where "
                 "generation.checks has clip: true and a policy other than off"
             )

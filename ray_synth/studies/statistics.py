@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ray_synth.errors import UserError
+
 LEVEL = 0.95
 
 
@@ -36,13 +38,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     """The mean of a few values, its interval, and a test that it is 0.
 
     Raises:
-        ValueError: no value.
+        UserError: no value.
     """
     from scipy import stats
 
     found = np.asarray(values, dtype=np.float64)
     if not len(found):
-        raise ValueError("no value to average")
+        raise UserError("no value to average")
     mean, n = float(found.mean()), len(found)
     if n < 2:
         return Estimate(mean, float("nan"), float("nan"), n)
@@ -57,11 +59,11 @@ def paired(after: dict[int, float], before: dict[int, float]) -> Estimate:
     """The mean difference of two arms over the seeds that both have (a paired t-test).
 
     Raises:
-        ValueError: they have no seed in common.
+        UserError: they have no seed in common.
     """
     seeds = sorted(set(after) & set(before))
     if not seeds:
-        raise ValueError("the two arms have no seed in common")
+        raise UserError("the two arms have no seed in common")
     return estimate([after[seed] - before[seed] for seed in seeds])
 
 

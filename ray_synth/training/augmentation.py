@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ray_synth.errors import UserError
+
 if TYPE_CHECKING:
     from ray_synth.config import TrainingConfig
 
@@ -102,7 +104,7 @@ class ImageTransform:
         std: Sequence[float],
     ) -> None:
         if interpolation not in INTERPOLATIONS:
-            raise ValueError(
+            raise UserError(
                 f"unknown interpolation {interpolation!r}: choose one of "
                 f"{', '.join(INTERPOLATIONS)}"
             )
@@ -129,7 +131,7 @@ class ImageTransform:
         if isinstance(image, Tensor) and (
             image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8
         ):
-            raise ValueError(
+            raise UserError(
                 f"an image must be (3, height, width) uint8, got {tuple(image.shape)} "
                 f"{image.dtype}: decode it as RGB"
             )
@@ -245,7 +247,7 @@ def train_transform(
             `policy` names the one to start from (`none` without it).
 
     Raises:
-        ValueError: for an unknown policy, field or interpolation.
+        UserError: for an unknown policy, field or interpolation.
     """
     return ImageTransform(
         image_size,
@@ -280,11 +282,11 @@ def resolve_augmentation(augment: str | Mapping[str, Any]) -> Augmentation:
     settings: dict[str, Any] = {"policy": augment} if isinstance(augment, str) else dict(augment)
     policy = settings.pop("policy", "none")
     if policy not in POLICIES:
-        raise ValueError(f"unknown augmentation policy {policy!r}{nearest_known(policy, POLICIES)}")
+        raise UserError(f"unknown augmentation policy {policy!r}{nearest_known(policy, POLICIES)}")
     known = [field.name for field in fields(Augmentation)]
     for name, value in settings.items():
         if name not in known:
-            raise ValueError(f"unknown augmentation setting {name!r}{nearest_known(name, known)}")
+            raise UserError(f"unknown augmentation setting {name!r}{nearest_known(name, known)}")
         if isinstance(value, list):
             settings[name] = tuple(value)
     return Augmentation(**{**asdict(POLICIES[policy]), **settings})

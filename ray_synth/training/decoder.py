@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 from ray_synth.training.augmentation import ImageTransform
 
 log = logging.getLogger("ray_synth")
@@ -69,12 +70,12 @@ class Decoder:
         """The form in which a row is held; None where it cannot be decoded.
 
         Raises:
-            ValueError: the label is not one of the model's.
+            UserError: the label is not one of the model's.
         """
         name = str(row.get("sample_id") or row.get("image_id") or "an image")
         label = int(row["class_index"])
         if label < 0 or (self.num_classes is not None and label >= self.num_classes):
-            raise ValueError(
+            raise UserError(
                 f"{name} has label {label}, out of range: the classifier has {self.num_classes} "
                 "classes, 0 to one less; check data.class_names and class_map"
             )
@@ -93,12 +94,12 @@ class Decoder:
         """The items' pixels; random crops and colours are drawn from `seed`.
 
         Raises:
-            ValueError: not one of them could be decoded.
+            UserError: not one of them could be decoded.
         """
         pixels = [item.form for item in items] if self.ready else self._draw(items, seed)
         good = [at for at, image in enumerate(pixels) if image is not None]
         if not good:
-            raise ValueError(
+            raise UserError(
                 "no image of a whole batch could be decoded, the last one: "
                 f"{items[-1].name}; check the images"
             )
@@ -144,7 +145,7 @@ class Decoder:
 def decode(
     data: bytes, transform: ImageTransform, max_pixels: int, seed: int | None = None
 ) -> Tensor:
-    """Encoded bytes to (3, size, size) uint8. Raises ValueError where they are no image."""
+    """Encoded bytes to (3, size, size) uint8. Raises UserError where they are no image."""
     return transform.prepare(decode_image(data, max_pixels=max_pixels), seed)
 
 

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ray_synth.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 EvalBN = Literal["main", "aux", "average"]
@@ -77,13 +79,13 @@ class DualBatchNorm(nn.Module):
         chosen by `use_bn`.
 
         Raises:
-            ValueError: when training outside of `domain_split`, or when the rows are no multiple
+            UserError: when training outside of `domain_split`, or when the rows are no multiple
                 of the split's.
         """
         if self.split.num_real is not None:
             x = self._normalise_by_domain(x)
         elif self.training:
-            raise ValueError(
+            raise UserError(
                 "a dual-BN model in training mode was called outside of `domain_split`: wrap the "
                 "forward in `with domain_split(model, num_real, num_synth):` (and the backward as "
                 "well under gradient checkpointing), or call model.eval()"
@@ -102,7 +104,7 @@ class DualBatchNorm(nn.Module):
         # Some models (LeViT) fold tokens into the batch axis: each image is then several rows.
         rows_per_image, rest = divmod(x.shape[0], num_real + num_synth)
         if rest or rows_per_image == 0:
-            raise ValueError(
+            raise UserError(
                 f"the domain split says {num_real} real + {num_synth} synthetic images, but a "
                 f"BatchNorm layer got {x.shape[0]} rows: give `domain_split` the batch's own counts"
             )
@@ -302,10 +304,10 @@ def domain_split(model: nn.Module, num_real: int, num_synth: int) -> Iterator[No
     for it runs the forward again.
 
     Raises:
-        ValueError: when a count is negative or both are 0.
+        UserError: when a count is negative or both are 0.
     """
     if min(num_real, num_synth) < 0 or num_real + num_synth == 0:
-        raise ValueError(
+        raise UserError(
             f"a domain split needs counts >= 0 that are not both 0, got num_real={num_real}, "
             f"num_synth={num_synth}"
         )
@@ -327,10 +329,10 @@ def use_bn(model: nn.Module, bn: EvalBN) -> Iterator[None]:
     `average` takes the mean of both outputs at every layer. Has no effect inside `domain_split`.
 
     Raises:
-        ValueError: when `bn` is none of the three.
+        UserError: when `bn` is none of the three.
     """
     if bn not in EVAL_BNS:
-        raise ValueError(f"unknown BN {bn!r}: choose one of {', '.join(EVAL_BNS)}")
+        raise UserError(f"unknown BN {bn!r}: choose one of {', '.join(EVAL_BNS)}")
     splits = _splits(model)
     before = [split.eval_bn for split in splits]
     for split in splits:
@@ -368,7 +370,7 @@ def export_average(model: nn.Module) -> dict[str, Tensor]:
     plain BN. Equal to `use_bn(model, "average")` but for rounding.
 
     Raises:
-        ValueError: for BNs without running statistics, which have no map of their own.
+        UserError: for BNs without running statistics, which have no map of their own.
     """
     exported = {key: value.clone() for key, value in export_main(model).items()}
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -385,7 +387,7 @@ def _average(layer: DualBatchNorm, prefix: str) -> dict[str, Tensor]:
     if not isinstance(layer.main, _BatchNorm):
         return {key: (kept[key] + other[key]) / 2 for key in kept}
     if "running_var" not in kept:
-        raise ValueError(f"{prefix}: a BatchNorm without running statistics cannot be averaged")
+        raise UserError(f"{prefix}: a BatchNorm without running statistics cannot be averaged")
     eps = layer.main.eps
     one, zero = torch.ones(()), torch.zeros(())
     scales, shifts = [], []

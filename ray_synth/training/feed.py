@@ -20,6 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ray_synth.errors import UserError
 from ray_synth.training.decoder import Batch, Decoder, Item, Row
 from ray_synth.training.recipe import balanced_weights
 from ray_synth.training.reservoir import Reservoir
@@ -66,7 +67,7 @@ class CachedFeed:
     ) -> None:
         self.items = decoder.keep_all(rows)
         if not self.items:
-            raise ValueError("no image to train on could be decoded")
+            raise UserError("no image to train on could be decoded")
         self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
         labels = np.array([item.label for item in self.items])
@@ -150,7 +151,7 @@ class StreamedFeed:
                 held[at], item = item, held[at]
                 yield item
             if not seen:
-                raise ValueError("no image to train on could be decoded")
+                raise UserError("no image to train on could be decoded")
             # Not rng.shuffle, which would turn the items into rows of an array.
             yield from (held[at] for at in rng.permutation(len(held)))
             held, number = [], number + 1
@@ -248,7 +249,7 @@ class LiveFeed:
             if self._error is not None:
                 raise self._error
             if not self.arrived:
-                raise ValueError("no synthetic image was accepted: nothing to train on")
+                raise UserError("no synthetic image was accepted: nothing to train on")
             keys = [self.fresh.popleft() for _ in range(min(self.batch_size, len(self.fresh)))]
             for key in keys:
                 self.used.setdefault(self.images.label(key), []).append(key)
@@ -302,7 +303,7 @@ class LockstepFeed:
                 self.images.put(item)
                 yield item
         if not self.images:
-            raise ValueError("no synthetic image was accepted: nothing to train on")
+            raise UserError("no synthetic image was accepted: nothing to train on")
         while True:
             yield from (self.images.get(key) for key in range(len(self.images)))
 

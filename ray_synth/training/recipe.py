@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_synth.config import OptimizerConfig
+from ray_synth.errors import UserError
 from ray_synth.training.augmentation import nearest_known
 
 if TYPE_CHECKING:
@@ -42,19 +43,19 @@ def build_model(
         keep_classifier: refuse a checkpoint whose classifier is of another size.
 
     Raises:
-        ValueError: for an unknown name (with the nearest ones), for arguments that the model
+        UserError: for an unknown name (with the nearest ones), for arguments that the model
             refuses, or for a checkpoint that does not fit.
     """
     import timm
 
     if ":" not in name and not timm.is_model(name):
-        raise ValueError(f"unknown timm model {name!r}{nearest_known(name, timm.list_models())}")
+        raise UserError(f"unknown timm model {name!r}{nearest_known(name, timm.list_models())}")
     try:
         model = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
         )
     except TypeError as error:
-        raise ValueError(f"timm model {name!r} refuses model_kwargs: {error}") from error
+        raise UserError(f"timm model {name!r} refuses model_kwargs: {error}") from error
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint), keep_classifier)
     return model
@@ -79,13 +80,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     twins of a dual BN have that of their layer.
 
     Raises:
-        ValueError: for an unknown name, with the nearest ones, or arguments that it refuses.
+        UserError: for an unknown name, with the nearest ones, or arguments that it refuses.
     """
     from timm.optim import create_optimizer_v2, list_optimizers
 
     known = [str(known_name) for known_name in list_optimizers()]
     if config.name.lower() not in known:
-        raise ValueError(f"unknown optimizer {config.name!r}{nearest_known(config.name, known)}")
+        raise UserError(f"unknown optimizer {config.name!r}{nearest_known(config.name, known)}")
     try:
         return create_optimizer_v2(
             model,
@@ -97,7 +98,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             **config.kwargs,
         )
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"optimizer {config.name!r} refuses training.optimizer.kwargs: {error}"
         ) from error
 
@@ -111,7 +112,7 @@ def build_schedule(
     of the step alone, so resuming needs nothing else.
 
     Raises:
-        ValueError: for `schedule_kwargs` that timm refuses.
+        UserError: for `schedule_kwargs` that timm refuses.
     """
     from timm.scheduler import create_scheduler_v2
 
@@ -135,7 +136,7 @@ def build_schedule(
             **options,
         )
     except TypeError as error:
-        raise ValueError(f"training.optimizer.schedule_kwargs: {error}") from error
+        raise UserError(f"training.optimizer.schedule_kwargs: {error}") from error
     assert schedule is not None
     return schedule
 
@@ -190,7 +191,7 @@ def mixed_loss(
         The total, and the two domains' losses, unweighted.
     """
     if not 0 <= num_real <= len(logits):
-        raise ValueError(f"num_real must be 0 to {len(logits)}, the batch size, got {num_real}")
+        raise UserError(f"num_real must be 0 to {len(logits)}, the batch size, got {num_real}")
 
     def mean_loss(rows: slice) -> Tensor:
         if logits[rows].numel() == 0:
@@ -205,7 +206,7 @@ def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> Non
     from safetensors.torch import load_file
 
     if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"checkpoint {path} must be an existing .safetensors file")
+        raise UserError(f"checkpoint {path} must be an existing .safetensors file")
     weights, own = load_file(path), model.state_dict()
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -223,7 +224,7 @@ def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> Non
     ]
     if wrong:
         shown = "; ".join(sorted(wrong)[:3])
-        raise ValueError(
+        raise UserError(
             f"checkpoint {path} does not fit a {type(model).__name__}, it is of another architecture: "
             f"{shown}"
             + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ray_synth.errors import UserError
 from ray_synth.training.decoder import Item
 
 
@@ -95,7 +96,7 @@ class _Disk:
         try:
             self._base.execute("INSERT INTO images VALUES (?, ?, ?)", (key, side, data))
         except sqlite3.OperationalError as error:
-            raise ValueError(
+            raise UserError(
                 f"the reservoir's temporary file in {tempfile.gettempdir()} cannot grow ({error}): "
                 "free some room there, point TMPDIR elsewhere, or lower training.reservoir_images"
             ) from None

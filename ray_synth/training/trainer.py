@@ -11,6 +11,7 @@ from typing import Any
 from ray_synth.cluster.signals import own_handlers
 from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index, to_ray
+from ray_synth.errors import UserError
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.stream import image_stream, planned_parts
 from ray_synth.training.job import TrainJob
@@ -23,7 +24,7 @@ def check_recipe(config: TrainingConfig) -> None:
     """Build the classifier without its weights, and look up all that is named.
 
     Raises:
-        ValueError: an unknown model, augmentation or optimizer, with the nearest ones.
+        UserError: an unknown model, augmentation or optimizer, with the nearest ones.
     """
     import torch
 
@@ -53,7 +54,7 @@ def run_training(
     Raises:
         ray.train.TrainingFailedError: when the workers failed more than `max_failures` times without
             a new checkpoint between.
-        ValueError: the loss was not finite; or the config asks for what a streamed set cannot give.
+        UserError: the loss was not finite; or the config asks for what a streamed set cannot give.
     """
     import ray.train
     import ray.train.torch
@@ -62,7 +63,7 @@ def run_training(
 
     config = job.config
     if job.real is None and config.class_balance:
-        raise ValueError(
+        raise UserError(
             "training.class_balance draws from images held in memory, and the "
             f"{len(real)} training images are more than training.cache_images "
             f"{config.cache_images}: raise that, or set class_balance to 0"
@@ -102,7 +103,7 @@ def run_training(
         raise KeyboardInterrupt from None
     error = (getattr(result, "return_value", None) or {}).get("error")
     if error:
-        raise ValueError(error)
+        raise UserError(error)
 
 
 def _synthetic(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:

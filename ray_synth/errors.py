@@ -1,0 +1,52 @@
+"""What a user is told: the exception of users' mistakes, nearest names, long lists cut short, times."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake that a user can fix; its message names the thing and the fix.
+
+    The command prints it as one line, without a traceback. A bare ValueError is a bug, and keeps its
+    traceback.
+    """
+
+
+def nearest(given: Any, known: Iterable[Any], *, cutoff: float = 0.5, most: int = 1) -> list[str]:
+    """Of `known` names, the `most` that are most like what was given, best first; often none."""
+    return difflib.get_close_matches(str(given), list(map(str, known)), n=most, cutoff=cutoff)
+
+
+def did_you_mean(given: Any, known: Iterable[Any], *, known_as: str = "known") -> str:
+    """`did you mean 'crane'?`, or `known: cat, dog` where no name is near."""
+    names = sorted(map(str, known))
+    near = nearest(given, names)
+    return f"did you mean {near[0]!r}?" if near else f"{known_as}: {shortened(names, 30)}"
+
+
+def shortened(names: Sequence[Any], most: int, *, what: str = "") -> str:
+    """`a, b and 3 more`: the first `most` names, and how many there are besides.
+
+    Args:
+        what: what is counted besides: `a, b and 3 more classes`.
+    """
+    more = len(names) - most
+    text = ", ".join(map(str, names[:most]))
+    return f"{text} and {more} more{f' {what}' if what else ''}" if more > 0 else text
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min`, `2 h 5 min`, `3 d 4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
