@@ -21,6 +21,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticUndefined
 
 from ray_synth.errors import UserError
 from ray_synth.storage.filesystems import redact, refuse_secrets
@@ -53,8 +54,21 @@ Replicas = Annotated[
 ]
 
 
+def result(default: Any = PydanticUndefined, **more: Any) -> Any:
+    """A setting that changes what comes out: another value makes finished work invalid."""
+    return Field(default, json_schema_extra={"changes": "result"}, **more)
+
+
+def how(default: Any = PydanticUndefined, **more: Any) -> Any:
+    """A setting of how the work is done (speed, place, what is said of it): it may change at any time.
+
+    Of a section, it holds for all in it.
+    """
+    return Field(default, json_schema_extra={"changes": "how"}, **more)
+
+
 class Section(BaseModel):
-    """A group of settings; immutable, and strict about its keys."""
+    """A group of settings; immutable, and strict about its keys. Each is `result` or `how`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -62,16 +76,18 @@ class Section(BaseModel):
 class SourceConfig(Section):
     """Where a set of labelled images is read from."""
 
-    format: Literal["digits", "uci_digits", "imagefolder", "parquet", "webdataset", "huggingface"]
-    path: Place | None = Field(None, description="folder, URI, glob, or Hugging Face dataset id")
-    split: str | None = Field(None, description="split name (huggingface) or train|test (digits)")
-    revision: str | None = Field(None, description="revision of a Hugging Face dataset")
-    image_column: str = "image"
-    label_column: str = "label"
-    images_per_class: Positive | dict[str, Positive] | None = Field(
+    format: Literal[
+        "digits", "uci_digits", "imagefolder", "parquet", "webdataset", "huggingface"
+    ] = result()
+    path: Place | None = result(None, description="folder, URI, glob, or Hugging Face dataset id")
+    split: str | None = result(None, description="split name (huggingface) or train|test (digits)")
+    revision: str | None = result(None, description="revision of a Hugging Face dataset")
+    image_column: str = result("image")
+    label_column: str = result("label")
+    images_per_class: Positive | dict[str, Positive] | None = result(
         None, description="take at most this many a class; or a number for each class name"
     )
-    class_map: Literal["imagenet_wnids", "imagenet_indices"] | dict[str, str] | None = Field(
+    class_map: Literal["imagenet_wnids", "imagenet_indices"] | dict[str, str] | None = result(
         None,
         description="label in this source -> class name; labels left out are ignored. Or how "
         "ImageNet's folders are named",
@@ -87,49 +103,49 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """The real images: training set, in-domain test, out-of-domain tests."""
 
-    train: SourceConfig
-    test: SourceConfig
-    ood: dict[str, SourceConfig] = Field(default_factory=dict)
-    validation: Positive | None = Field(
+    train: SourceConfig = result()
+    test: SourceConfig = result()
+    ood: dict[str, SourceConfig] = result(default_factory=dict)
+    validation: Positive | None = result(
         None, description="training images a class that are held out, to choose settings by"
     )
-    class_names: list[str] | str | None = Field(
+    class_names: list[str] | str | None = result(
         None,
         description="names, 'imagenet', or a text file with one a line; default: the labels "
         "themselves",
     )
-    max_pixels: Positive = Field(50_000_000, description="larger images are set aside")
+    max_pixels: Positive = result(50_000_000, description="larger images are set aside")
 
 
 class LlmConfig(Section):
     """The language model that lists meanings and writes contexts."""
 
-    backend: Literal["transformers", "openai"] = Field(
+    backend: Literal["transformers", "openai"] = result(
         "transformers", description="openai: any server that speaks OpenAI's HTTP API"
     )
-    model: str = Field(
+    model: str = result(
         "embedded", description="'embedded', hub id, folder, .gguf file, or a server's model name"
     )
-    revision: str | None = None
-    style: Literal["auto", "completion", "chat"] = "auto"
-    base_url: str | None = Field(None, description="of the server: http://localhost:8000/v1")
-    api_key_env: str = Field("OPENAI_API_KEY", description="environment variable with its token")
-    timeout_s: Annotated[float, Field(gt=0)] = Field(60, description="for one question to a server")
-    max_retries: Annotated[int, Field(ge=0)] = Field(
+    revision: str | None = result(None)
+    style: Literal["auto", "completion", "chat"] = result("auto")
+    base_url: str | None = how(None, description="of the server: http://localhost:8000/v1")
+    api_key_env: str = how("OPENAI_API_KEY", description="environment variable with its token")
+    timeout_s: Annotated[float, Field(gt=0)] = how(60, description="for one question to a server")
+    max_retries: Annotated[int, Field(ge=0)] = how(
         5, description="times that a busy or broken server is asked again"
     )
-    requests_per_minute: Positive | None = Field(None, description="sent to a server at most")
-    structured: bool = Field(False, description="ask a server for JSON by schema")
-    cache_dir: Annotated[str, AfterValidator(_on_this_machine)] | None = Field(
+    requests_per_minute: Positive | None = how(None, description="sent to a server at most")
+    structured: bool = result(False, description="ask a server for JSON by schema")
+    cache_dir: Annotated[str, AfterValidator(_on_this_machine)] | None = how(
         None, description="local folder for answers, by model and prompt"
     )
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    max_batch_size: Positive = 16
-    num_cpus: Annotated[float, Field(gt=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    replicas: Replicas = 1
-    autoscaling: dict[str, float] = Field(
+    device: Device = how("auto")
+    dtype: Dtype = result("auto")
+    max_batch_size: Positive = how(16)
+    num_cpus: Annotated[float, Field(gt=0)] = how(1)
+    num_gpus: Annotated[float, Field(ge=0)] = how(0)
+    replicas: Replicas = how(1)
+    autoscaling: dict[str, float] = how(
         default_factory=dict,
         description="Ray Serve's: upscale_delay_s, target_ongoing_requests, ...",
     )
@@ -148,24 +164,24 @@ class LlmConfig(Section):
 class ClipConfig(Section):
     """The image-text model that scores meanings against images."""
 
-    model: str = Field("embedded", description="'embedded', open_clip name, or local-dir:FOLDER")
-    pretrained: str | None = None
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    max_batch_size: Positive = 64
-    temperature: Annotated[float, Field(gt=0)] | None = Field(
+    model: str = result("embedded", description="'embedded', open_clip name, or local-dir:FOLDER")
+    pretrained: str | None = result(None)
+    device: Device = how("auto")
+    dtype: Dtype = result("auto")
+    max_batch_size: Positive = how(64)
+    temperature: Annotated[float, Field(gt=0)] | None = result(
         None, description="cosine similarity worth a factor e of probability; default: the model's"
     )
-    merge_similarity: Fraction | None = Field(
+    merge_similarity: Fraction | None = result(
         None, description="cosine similarity from which two phrases mean the same"
     )
-    cache_images: Annotated[int, Field(ge=0)] = Field(
+    cache_images: Annotated[int, Field(ge=0)] = how(
         20_000, description="embeddings of images and texts that a replica keeps"
     )
-    num_cpus: Annotated[float, Field(gt=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    replicas: Replicas = 1
-    autoscaling: dict[str, float] = Field(
+    num_cpus: Annotated[float, Field(gt=0)] = how(1)
+    num_gpus: Annotated[float, Field(ge=0)] = how(0)
+    replicas: Replicas = how(1)
+    autoscaling: dict[str, float] = how(
         default_factory=dict,
         description="Ray Serve's: upscale_delay_s, target_ongoing_requests, ...",
     )
@@ -174,16 +190,16 @@ class ClipConfig(Section):
 class MeaningConfig(Section):
     """Label ambiguity resolution (paper, section 3.1)."""
 
-    enabled: bool = True
-    llm: LlmConfig = LlmConfig()
-    clip: ClipConfig = ClipConfig()
-    num_meanings: Positive = Field(5, description="K: phrases asked from the LLM")
-    num_images: Positive = Field(16, description="N: real images a class that judge them")
-    retries: Annotated[int, Field(ge=0)] = 3
-    lexicon: Literal["off", "wordnet"] | str = Field(
+    enabled: bool = result(True)
+    llm: LlmConfig = result(LlmConfig())
+    clip: ClipConfig = result(ClipConfig())
+    num_meanings: Positive = result(5, description="K: phrases asked from the LLM")
+    num_images: Positive = result(16, description="N: real images a class that judge them")
+    retries: Annotated[int, Field(ge=0)] = result(3)
+    lexicon: Literal["off", "wordnet"] | str = result(
         "off", description="dictionary senses as candidates: 'wordnet', or a WordNet folder"
     )
-    context: str | None = Field(
+    context: str | None = result(
         None, max_length=200, description="what the classes are of: 'from a list of farm animals'"
     )
 
@@ -195,19 +211,19 @@ def _even_mix() -> dict[Kind, float]:
 class PromptingConfig(Section):
     """Prompt diversification and the size of the plan (paper, section 3.2)."""
 
-    multiplier: Annotated[float, Field(gt=0)] = Field(
+    multiplier: Annotated[float, Field(gt=0)] = result(
         6.0, description="synthetic images = multiplier x real training images"
     )
-    mix: dict[Kind, Annotated[float, Field(ge=0)]] = Field(default_factory=_even_mix)
-    contexts_per_class: Annotated[int, Field(ge=0)] = Field(
+    mix: dict[Kind, Annotated[float, Field(ge=0)]] = result(default_factory=_even_mix)
+    contexts_per_class: Annotated[int, Field(ge=0)] = result(
         16, description="scenes for contextual and stylized prompts; 0: none are written"
     )
-    retries: Annotated[int, Field(ge=0)] = Field(
+    retries: Annotated[int, Field(ge=0)] = result(
         1, description="rounds of asking again before the built-in pool fills up"
     )
-    negative_prompt: str = ""
-    styles: str | None = Field(None, description="a YAML file of styles; default: the 60 built in")
-    max_tokens: Positive | None = Field(
+    negative_prompt: str = result("")
+    styles: str | None = result(None, description="a YAML file of styles; default: the 60 built in")
+    max_tokens: Positive | None = result(
         None, description="default: the CLIP model's context length"
     )
 
@@ -222,8 +238,8 @@ class PromptingConfig(Section):
 class PoolConfig(Section):
     """Bounds of the autoscaling pool of generator actors."""
 
-    min_size: Positive = 1
-    max_size: Positive = 1
+    min_size: Positive = how(1)
+    max_size: Positive = how(1)
 
     @model_validator(mode="after")
     def _ordered(self) -> PoolConfig:
@@ -235,30 +251,30 @@ class PoolConfig(Section):
 class ReferenceConfig(Section):
     """Image-to-image generation, guided by real training images of the class."""
 
-    strength: Annotated[float, Field(gt=0, le=1)] = Field(
+    strength: Annotated[float, Field(gt=0, le=1)] = result(
         0.75, description="share of the noise schedule that is run: 1 forgets the real image"
     )
-    images_per_class: Positive = Field(16, description="real images that take turns as guides")
+    images_per_class: Positive = result(16, description="real images that take turns as guides")
 
 
 class QualityConfig(Section):
     """What is looked for in each generated image, and what happens to those that fail."""
 
-    policy: Literal["off", "flag", "reject", "retry"] = Field(
+    policy: Literal["off", "flag", "reject", "retry"] = result(
         "flag", description="flag: only say so; reject: not trained on; retry: with new seeds"
     )
-    retries: Positive = Field(2, description="new seeds tried, with policy retry")
-    pixels: bool = Field(True, description="blank and saturated images")
-    clip: bool = Field(True, description="CLIP score against the resolved meaning; duplicates")
-    clip_quantile: Fraction = Field(
+    retries: Positive = result(2, description="new seeds tried, with policy retry")
+    pixels: bool = result(True, description="blank and saturated images")
+    clip: bool = result(True, description="CLIP score against the resolved meaning; duplicates")
+    clip_quantile: Fraction = result(
         0.01, description="an image fails below this quantile of real images' own CLIP scores"
     )
-    duplicate_quantile: Fraction = Field(
+    duplicate_quantile: Fraction = result(
         0.01,
         description="a near-duplicate is nearer than this quantile of the nearest distances in "
         "a class of real images, were it as large as what is made",
     )
-    real_images_per_class: Positive = Field(32, description="real images that set the thresholds")
+    real_images_per_class: Positive = result(32, description="real images that set the thresholds")
 
     @field_validator("policy", mode="before")
     @classmethod
@@ -269,128 +285,132 @@ class QualityConfig(Section):
 class GenerationConfig(Section):
     """The off-the-shelf image generator and the pool that runs it."""
 
-    generator: str = Field(
+    generator: str = result(
         "diffusers", description="'diffusers', an installed plug-in's name, or module:Class"
     )
-    generator_kwargs: dict[str, Any] = Field(
+    generator_kwargs: dict[str, Any] = result(
         default_factory=dict, description="settings of a plug-in generator"
     )
-    model: str = Field("embedded", description="'embedded', hub id, or a diffusers folder")
-    revision: str | None = None
-    variant: str | None = None
-    scheduler: str | None = Field(None, description="a diffusers scheduler class, else the model's")
-    dtype: Dtype = "auto"
-    device: Device = "auto"
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = 512
-    height: Annotated[int, Field(ge=8, multiple_of=8)] = 512
-    num_inference_steps: Positive = 20
-    guidance_scale: Annotated[float, Field(ge=0)] = 7.5
-    reference: ReferenceConfig | None = Field(None, description="guide by real images")
-    batch_size: Positive | Literal["auto"] = Field(
+    model: str = result("embedded", description="'embedded', hub id, or a diffusers folder")
+    revision: str | None = result(None)
+    variant: str | None = result(None)
+    scheduler: str | None = result(
+        None, description="a diffusers scheduler class, else the model's"
+    )
+    dtype: Dtype = result("auto")
+    device: Device = how("auto")
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = result(512)
+    height: Annotated[int, Field(ge=8, multiple_of=8)] = result(512)
+    num_inference_steps: Positive = result(20)
+    guidance_scale: Annotated[float, Field(ge=0)] = result(7.5)
+    reference: ReferenceConfig | None = result(None, description="guide by real images")
+    batch_size: Positive | Literal["auto"] = how(
         16, description="images at a time; 'auto' probes the device's memory"
     )
-    image_format: Literal["png", "webp", "jpeg"] = "webp"
-    quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="of webp and jpeg files")
-    channels_last: bool = True
-    compile: bool | Literal["auto"] = Field(
+    image_format: Literal["png", "webp", "jpeg"] = result("webp")
+    quality: Annotated[int, Field(ge=1, le=100)] = result(95, description="of webp and jpeg files")
+    channels_last: bool = how(True)
+    compile: bool | Literal["auto"] = how(
         "auto", description="torch.compile; auto: on GPUs, where the plan is long enough to pay"
     )
-    cache_prompts: bool = Field(True, description="encode each distinct prompt once an actor")
-    overlap: bool = Field(True, description="encode and write a batch while the next one is made")
-    offload: bool = Field(False, description="keep parts that are not at work in CPU memory")
-    trust_remote_code: bool = Field(False, description="run Python code that a checkpoint brings")
-    checks: QualityConfig = QualityConfig()
-    pool: PoolConfig = PoolConfig()
-    num_cpus: Annotated[float, Field(gt=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = Field(
+    cache_prompts: bool = how(True, description="encode each distinct prompt once an actor")
+    overlap: bool = how(True, description="encode and write a batch while the next one is made")
+    offload: bool = how(False, description="keep parts that are not at work in CPU memory")
+    trust_remote_code: bool = how(False, description="run Python code that a checkpoint brings")
+    checks: QualityConfig = result(QualityConfig())
+    pool: PoolConfig = how(PoolConfig())
+    num_cpus: Annotated[float, Field(gt=0)] = how(1)
+    num_gpus: Annotated[float, Field(ge=0)] = how(
         0, description="GPUs an actor: a fraction shares one, 2 or more spread the model"
     )
-    num_threads: Positive | None = Field(None, description="torch threads an actor; default: cores")
+    num_threads: Positive | None = how(None, description="torch threads an actor; default: cores")
 
 
 class OptimizerConfig(Section):
     """A timm optimizer and its schedule."""
 
-    name: str = Field("adamw", description="any of timm's optimizers")
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    momentum: Fraction = 0.9
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    name: str = result("adamw", description="any of timm's optimizers")
+    lr: Annotated[float, Field(gt=0)] = result(1e-3)
+    weight_decay: Annotated[float, Field(ge=0)] = result(0.05)
+    momentum: Fraction = result(0.9)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = result(
         None, description="learning rates fall by this factor a layer, towards the input"
     )
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further arguments of timm's")
-    schedule: Literal["cosine", "step", "multistep", "poly", "tanh", "constant"] = "cosine"
-    schedule_kwargs: dict[str, Any] = Field(
+    kwargs: dict[str, Any] = result(default_factory=dict, description="further arguments of timm's")
+    schedule: Literal["cosine", "step", "multistep", "poly", "tanh", "constant"] = result("cosine")
+    schedule_kwargs: dict[str, Any] = result(
         default_factory=dict, description="decay_milestones, decay_rate, ... (in steps)"
     )
-    warmup_fraction: Fraction = 0.05
-    min_lr_fraction: Fraction = 0.01
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    warmup_fraction: Fraction = result(0.05)
+    min_lr_fraction: Fraction = result(0.01)
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = result(1.0)
+    clip_mode: Literal["norm", "value", "agc"] = result("norm")
 
 
 class TrainingConfig(Section):
     """The classifier and how it is trained (paper, section 3.3)."""
 
-    recipe: str | None = Field(
+    recipe: str | None = result(
         None, description="a named recipe, or a YAML file: defaults for what is not given here"
     )
-    model: str = Field("resnet50", description="any timm model name")
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    pretrained: bool = False
-    checkpoint: str | None = Field(None, description="a local safetensors file to start from")
-    image_size: Positive = 224
-    augment: str | dict[str, Any] = Field("imagenet", description="a policy, or its settings")
-    mixup: Annotated[float, Field(ge=0)] = Field(0.0, description="alpha, within one domain")
-    cutmix: Annotated[float, Field(ge=0)] = Field(0.0, description="alpha, within one domain")
-    repeated_augmentation: Positive = Field(
+    model: str = result("resnet50", description="any timm model name")
+    model_kwargs: dict[str, Any] = result(default_factory=dict)
+    pretrained: bool = result(False)
+    checkpoint: str | None = result(None, description="a local safetensors file to start from")
+    image_size: Positive = result(224)
+    augment: str | dict[str, Any] = result("imagenet", description="a policy, or its settings")
+    mixup: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")
+    cutmix: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")
+    repeated_augmentation: Positive = result(
         1, description="draw each real image this many times, augmented anew"
     )
-    feed: Literal["live", "lockstep", "stored"] = "live"
-    dual_bn: bool = True
-    dual_layer_norm: bool = Field(False, description="twins for LayerNorm as well (ours)")
-    steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
-    epochs: Positive | None = Field(None, description="passes over the real images")
-    batch_size: Annotated[int, Field(ge=2)] = Field(256, description="real + synthetic, a worker")
-    accumulate_steps: Positive = Field(1, description="batches an optimizer step")
-    real_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="of each batch")
-    lambda_synth: Annotated[float, Field(ge=0)] = Field(1.0, description="weight of L_synth")
-    lambda_end: Annotated[float, Field(ge=0)] | None = Field(
+    feed: Literal["live", "lockstep", "stored"] = result("live")
+    dual_bn: bool = result(True)
+    dual_layer_norm: bool = result(False, description="twins for LayerNorm as well (ours)")
+    steps: Positive | None = result(None, description="optimizer steps; or give epochs")
+    epochs: Positive | None = result(None, description="passes over the real images")
+    batch_size: Annotated[int, Field(ge=2)] = result(256, description="real + synthetic, a worker")
+    accumulate_steps: Positive = result(1, description="batches an optimizer step")
+    real_fraction: Annotated[float, Field(gt=0, lt=1)] = result(0.5, description="of each batch")
+    lambda_synth: Annotated[float, Field(ge=0)] = result(1.0, description="weight of L_synth")
+    lambda_end: Annotated[float, Field(ge=0)] | None = result(
         None, description="go linearly from lambda_synth to this over the run"
     )
-    class_balance: Fraction = Field(
+    class_balance: Fraction = result(
         0.0, description="draw classes by their counts (0) to equally often (1)"
     )
-    label_smoothing: Fraction = 0.0
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    label_smoothing: Fraction = result(0.0)
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = result(
         None, description="test an exponential moving average of the weights"
     )
-    optimizer: OptimizerConfig = OptimizerConfig()
-    dtype: Dtype = "auto"
-    channels_last: bool = True
-    compile: bool = Field(False, description="torch.compile of the classifier")
-    sync_bn: bool = Field(False, description="BN statistics over all workers (on GPUs)")
-    baseline: bool = Field(True, description="also train on real images alone, same recipe")
-    warmup_images: Positive | None = Field(None, description="live: default, two batches")
-    reservoir_images: Positive = Field(20_000, description="live: images kept for replay, a worker")
-    reservoir_mb: Positive = Field(
+    optimizer: OptimizerConfig = result(OptimizerConfig())
+    dtype: Dtype = result("auto")
+    channels_last: bool = result(True)
+    compile: bool = result(False, description="torch.compile of the classifier")
+    sync_bn: bool = result(False, description="BN statistics over all workers (on GPUs)")
+    baseline: bool = result(True, description="also train on real images alone, same recipe")
+    warmup_images: Positive | None = result(None, description="live: default, two batches")
+    reservoir_images: Positive = result(
+        20_000, description="live: images kept for replay, a worker"
+    )
+    reservoir_mb: Positive = how(
         2_048, description="live: of which in memory; the rest lies in a temporary file"
     )
-    cache_images: Annotated[int, Field(ge=0)] = Field(
+    cache_images: Annotated[int, Field(ge=0)] = how(
         50_000, description="real images a worker keeps in memory; larger shards are streamed"
     )
-    decode_workers: Annotated[int, Field(ge=0)] = Field(
+    decode_workers: Annotated[int, Field(ge=0)] = how(
         0, description="processes a worker for random crops and RandAugment; 0: one thread"
     )
-    checkpoint_every: Positive = 500
-    log_every: Positive = 10
-    num_workers: Positive | tuple[Positive, Positive] = Field(
+    checkpoint_every: Positive = how(500)
+    log_every: Positive = how(10)
+    num_workers: Positive | tuple[Positive, Positive] = result(
         1, description="workers, or [fewest, most] on a cluster that shrinks and grows"
     )
-    num_cpus: Annotated[float, Field(gt=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    num_threads: Positive | None = None
-    max_failures: Annotated[int, Field(ge=-1)] = Field(
+    num_cpus: Annotated[float, Field(gt=0)] = how(1)
+    num_gpus: Annotated[float, Field(ge=0)] = how(0)
+    num_threads: Positive | None = how(None)
+    max_failures: Annotated[int, Field(ge=-1)] = how(
         3, description="failures without a new checkpoint between; -1: any number"
     )
 
@@ -436,71 +456,71 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """How trained models are tested."""
 
-    batch_size: Positive = 256
-    bns: list[Literal["main", "aux", "average"]] = Field(
+    batch_size: Positive = how(256)
+    bns: list[Literal["main", "aux", "average"]] = result(
         ["main", "aux"], description="of a dual-BN model, tested one by one"
     )
-    restrict_to_test_classes: bool = Field(
+    restrict_to_test_classes: bool = result(
         True, description="where a test set has only some classes, choose among those"
     )
-    num_actors: Positive = 1
-    num_cpus: Annotated[float, Field(gt=0)] = 1
-    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_actors: Positive = how(1)
+    num_cpus: Annotated[float, Field(gt=0)] = how(1)
+    num_gpus: Annotated[float, Field(ge=0)] = how(0)
 
 
 class TrackingConfig(Section):
     """MLflow."""
 
-    enabled: bool = True
-    uri: str | None = Field(None, description="default: sqlite in runs_dir")
-    experiment: str = "ray-synth"
-    system_metrics: bool = Field(True, description="CPU, memory, disk and GPU use of the driver")
-    log_models: bool = Field(True, description="as MLflow models, loadable by mlflow.pyfunc")
-    registered_model: str | None = Field(None, description="register the mixed model by this name")
+    enabled: bool = how(True)
+    uri: str | None = how(None, description="default: sqlite in runs_dir")
+    experiment: str = how("ray-synth")
+    system_metrics: bool = how(True, description="CPU, memory, disk and GPU use of the driver")
+    log_models: bool = how(True, description="as MLflow models, loadable by mlflow.pyfunc")
+    registered_model: str | None = how(None, description="register the mixed model by this name")
 
 
 class CorruptionConfig(Section):
     """Shifted copies of the test set, for the study of robustness."""
 
-    kinds: list[str] = Field(
+    kinds: list[str] = how(
         ["blur", "brightness", "contrast", "elastic", "jpeg", "noise", "rotate"],
         description="which of evaluation/corruption.py's",
     )
-    severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 3, 5]
-    images: Positive = Field(500, description="test images that are shifted, over all classes")
+    severities: list[Annotated[int, Field(ge=1, le=5)]] = how([1, 3, 5])
+    images: Positive = how(500, description="test images that are shifted, over all classes")
 
 
 class StudiesConfig(Section):
     """What `ray-synth study` varies; all else is as the config says."""
 
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0, 1, 2], min_length=1)
-    scale: Annotated[float, Field(gt=0)] = Field(
+    seeds: list[Annotated[int, Field(ge=0)]] = how([0, 1, 2], min_length=1)
+    scale: Annotated[float, Field(gt=0)] = how(
         6.0, description="synthetic images per real one, where the study varies something else"
     )
-    scales: list[Annotated[float, Field(gt=0)]] = [1, 2, 4, 6, 12, 24]
-    images_per_class: list[Positive] = Field(
+    scales: list[Annotated[float, Field(gt=0)]] = how([1, 2, 4, 6, 12, 24])
+    images_per_class: list[Positive] = how(
         [2, 5, 10, 20], description="real images a class, for the study low_data"
     )
-    imbalance: Annotated[float, Field(gt=1)] = Field(
+    imbalance: Annotated[float, Field(gt=1)] = how(
         20.0, description="largest over smallest class of the long-tailed sets"
     )
-    lambdas: list[Annotated[float, Field(ge=0)]] = [0.1, 0.25, 0.5, 1.0, 2.0]
-    real_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = [0.2, 0.3333, 0.5, 0.75]
-    llms: dict[str, dict[str, Any]] = Field(
+    lambdas: list[Annotated[float, Field(ge=0)]] = how([0.1, 0.25, 0.5, 1.0, 2.0])
+    real_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = how([0.2, 0.3333, 0.5, 0.75])
+    llms: dict[str, dict[str, Any]] = how(
         default_factory=dict,
         description="names to settings as under meaning.llm; default: the same one, asked otherwise",
     )
-    generators: dict[str, dict[str, Any]] = Field(
+    generators: dict[str, dict[str, Any]] = how(
         default_factory=dict,
         description="names to settings as under generation; default: fewer and more steps, guidance",
     )
-    corruption: CorruptionConfig = CorruptionConfig()
-    validation: Positive = Field(
+    corruption: CorruptionConfig = how(CorruptionConfig())
+    validation: Positive = how(
         20,
         description="training images a class that are held out, where data.validation gives no "
         "number; at most a fifth of the smallest class",
     )
-    parallel: Positive | None = Field(
+    parallel: Positive | None = how(
         None, description="trainings at a time; default: what the cluster has room for"
     )
 
@@ -508,11 +528,11 @@ class StudiesConfig(Section):
 class NodeTypeConfig(Section):
     """Nodes of one kind, as many as an autoscaling cluster can have of them."""
 
-    count: Positive
-    num_cpus: Annotated[float, Field(ge=0)]
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    memory_gb: Annotated[float, Field(ge=0)] = Field(0, description="of each node; 0: not known")
-    accelerator: str = Field("", description="the GPU's type: A10G, L4, A100-80G, H100, ...")
+    count: Positive = how()
+    num_cpus: Annotated[float, Field(ge=0)] = how()
+    num_gpus: Annotated[float, Field(ge=0)] = how(0)
+    memory_gb: Annotated[float, Field(ge=0)] = how(0, description="of each node; 0: not known")
+    accelerator: str = how("", description="the GPU's type: A10G, L4, A100-80G, H100, ...")
 
 
 class ReachConfig(Section):
@@ -521,12 +541,12 @@ class ReachConfig(Section):
     Either types of nodes, or the cluster launcher's file, or sums and the largest node.
     """
 
-    nodes: list[NodeTypeConfig] = Field(default_factory=list)
-    file: str | None = Field(None, description="the YAML file of `ray up`")
-    num_cpus: Annotated[float, Field(ge=0)] = 0
-    num_gpus: Annotated[float, Field(ge=0)] = 0
-    node_cpus: Annotated[float, Field(ge=0)] = Field(0, description="CPUs of the largest node")
-    node_gpus: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of the largest node")
+    nodes: list[NodeTypeConfig] = how(default_factory=list)
+    file: str | None = how(None, description="the YAML file of `ray up`")
+    num_cpus: Annotated[float, Field(ge=0)] = how(0)
+    num_gpus: Annotated[float, Field(ge=0)] = how(0)
+    node_cpus: Annotated[float, Field(ge=0)] = how(0, description="CPUs of the largest node")
+    node_gpus: Annotated[float, Field(ge=0)] = how(0, description="GPUs of the largest node")
 
     @model_validator(mode="before")
     @classmethod
@@ -539,36 +559,36 @@ class ReachConfig(Section):
 class ClusterConfig(Section):
     """The Ray cluster: an address to join, or what to start on this machine."""
 
-    address: str | None = Field(None, description="default: RAY_ADDRESS, else a local Ray")
-    num_cpus: Positive | None = Field(None, description="logical CPUs of a local Ray")
-    num_gpus: Annotated[int, Field(ge=0)] | None = None
-    max_reach: ReachConfig | None = Field(
+    address: str | None = how(None, description="default: RAY_ADDRESS, else a local Ray")
+    num_cpus: Positive | None = how(None, description="logical CPUs of a local Ray")
+    num_gpus: Annotated[int, Field(ge=0)] | None = how(None)
+    max_reach: ReachConfig | None = how(
         None,
         description="what autoscaling can reach: a list of node types, or the path of the cluster "
         "launcher's file",
     )
-    no_progress_timeout_s: Positive = Field(900, description="a stalled pipeline is an error")
-    price_per_gpu_hour: Annotated[float, Field(ge=0)] = Field(
+    no_progress_timeout_s: Positive = how(900, description="a stalled pipeline is an error")
+    price_per_gpu_hour: Annotated[float, Field(ge=0)] = how(
         0, description="for the cost of generation, in your currency"
     )
-    price_per_cpu_hour: Annotated[float, Field(ge=0)] = 0
+    price_per_cpu_hour: Annotated[float, Field(ge=0)] = how(0)
 
 
 class Config(Section):
     """One run, from class names to a report."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    runs_dir: Place = Field("runs", description="path or URI (s3://, gs://, abfs://, ...)")
-    seed: Annotated[int, Field(ge=0)] = 0
-    data: DataConfig
-    meaning: MeaningConfig = MeaningConfig()
-    prompting: PromptingConfig = PromptingConfig()
-    generation: GenerationConfig = GenerationConfig()
-    training: TrainingConfig
-    evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    studies: StudiesConfig = StudiesConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = how()
+    runs_dir: Place = how("runs", description="path or URI (s3://, gs://, abfs://, ...)")
+    seed: Annotated[int, Field(ge=0)] = result(0)
+    data: DataConfig = result()
+    meaning: MeaningConfig = result(MeaningConfig())
+    prompting: PromptingConfig = result(PromptingConfig())
+    generation: GenerationConfig = result(GenerationConfig())
+    training: TrainingConfig = result()
+    evaluation: EvaluationConfig = result(EvaluationConfig())
+    tracking: TrackingConfig = how(TrackingConfig())
+    studies: StudiesConfig = how(StudiesConfig())
+    cluster: ClusterConfig = how(ClusterConfig())
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -591,6 +611,47 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         _apply(values, override)
     _merge_recipe(values)
     return parse_config(values, origin=str(path))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changes_result(key: str) -> bool:
+    """Whether a setting, by its dotted key, is a `result` one; False for a key that there is none of.
+
+    Keys of the user's own, inside a mapping such as `prompting.mix`, are as the mapping is.
+    """
+    current: Any = Config
+    for part in key.split("."):
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(part)
+            if field is None or field.json_schema_extra == {"changes": "how"}:
+                return False
+            current = _strip(field.annotation)
+        elif get_origin(current) is dict:
+            current = _strip(get_args(current)[1])
+        else:
+            break
+    return True
+
+
+def default_of(key: str) -> Any:
+    """The default of a setting by its dotted key; None where it has none, or there is no such setting."""
+    *parents, name = key.split(".")
+    section = _section_at(Config, parents)
+    field = section.model_fields.get(name) if section else None
+    if field is None or field.is_required():
+        return None
+    default = field.get_default(call_default_factory=True)
+    return default.model_dump(mode="json") if isinstance(default, BaseModel) else default
 
 
 def recipe_names() -> list[str]:

@@ -1,30 +1,93 @@
-"""What a run directory remembers: which stages are done, from which inputs, in how many seconds.
+"""The stages of a run, in the paper's order: one table that every room reads.
 
-A stage that is done and whose inputs are unchanged is skipped; changed inputs are an error that says
-what changed, never a silent redo or a mixture of old and new.
+A stage that is done is skipped. What invalidates it are its own settings and those of all stages before
+it: only those that are marked `result` in config.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from ray_synth.config import Config
-from ray_synth.errors import UserError
-from ray_synth.monitoring.mlflow_run import flatten
-from ray_synth.monitoring.progress import under_way
-from ray_synth.storage.folder import Folder
+from ray_synth.config import Config, changes_result, default_of, flatten
+from ray_synth.errors import UserError, did_you_mean
 
-log = logging.getLogger("ray_synth")
-STAGES = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation")
-# Settings that decide how fast a stage runs and where, not what comes out of it.
-HOW = {"num_cpus", "num_gpus", "num_threads", "replicas", "pool", "max_batch_size", "batch_size",
-       "decode_workers", "reservoir_mb", "autoscaling", "cache_dir", "cache_images", "timeout_s",
-       "max_retries", "requests_per_minute", "api_key_env"}  # fmt: skip
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        name: as in `stages/<name>.json`, `--until` and `--force-stage`.
+        needs: the stage that must be done before it.
+        leaves: files and folders of the run directory that hold what it made.
+        settings: dotted keys of the config that decide its result; `generator` is the fingerprint of
+            the image generator. Other settings of the same stages leave it valid.
+        bars: names of the progress bars that show it, or the start of one.
+        says: what it does, for people.
+    """
+
+    name: str
+    needs: str | None
+    leaves: tuple[str, ...]
+    settings: tuple[str, ...]
+    bars: tuple[str, ...]
+    says: str
+
+
+TABLE = (
+    Stage(
+        "data", None, (),
+        ("seed", "data.train", "data.validation", "data.class_names", "data.max_pixels"), (),
+        "decode every real image once",
+    ),
+    Stage(
+        "meaning", "data", ("meanings.json",), ("meaning",), ("meaning",),
+        "resolve what each class name means (paper, section 3.1)",
+    ),
+    Stage(
+        "plan", "meaning", ("contexts.json", "plan.parquet"),
+        ("prompting", "generator", "generation.reference"), ("contexts",),
+        "write the prompts of all images (section 3.2)",
+    ),
+    Stage(
+        "quality", "plan", ("quality",), ("generation.checks",), (),
+        "measure thresholds on real images",
+    ),
+    Stage("generation", "quality", ("images",), (), ("generation",), "make the images"),
+    Stage(
+        "training", "generation", ("checkpoints", "models"), ("training",), ("training ",),
+        "train on real and synthetic images (section 3.3)",
+    ),
+    Stage(
+        "evaluation", "training", (), ("evaluation", "data.test", "data.ood"), ("evaluation",),
+        "test in domain and out of it",
+    ),
+)  # fmt: skip
+STAGES = tuple(stage.name for stage in TABLE)
+REPORT = "report"  # written again whenever it is asked for: no stage that is done or not
+
+
+def up_to(until: str) -> tuple[str, ...]:
+    """The stages up to one, or all for `report`.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    if until == REPORT:
+        return STAGES
+    return STAGES[: _place(until) + 1]
+
+
+def from_on(stage: str) -> tuple[str, ...]:
+    """A stage and all that follow it, which are to be done again with it. Raises as `up_to`."""
+    return STAGES[_place(stage) :]
+
+
+def _place(name: str) -> int:
+    if name not in STAGES:
+        raise UserError(f"unknown stage {name!r}; {did_you_mean(name, [*STAGES, REPORT])}")
+    return STAGES.index(name)
 
 
 def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
@@ -32,125 +95,37 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
 
     Args:
         generator: fingerprint of the image generator.
+
+    Returns:
+        Flat mappings of dotted key to value.
     """
-    values = config.model_dump(mode="json")
-    data = values["data"]
-    own: dict[str, dict[str, Any]] = {
-        "data": {
-            "seed": values["seed"],
-            "data": {
-                key: data[key] for key in ("train", "validation", "class_names", "max_pixels")
-            },
-        },
-        "meaning": {"meaning": _without(values["meaning"], HOW)},
-        "plan": {
-            "prompting": values["prompting"],
-            "generator": generator,
-            "generation": {"reference": values["generation"]["reference"]},
-        },
-        "quality": {"generation": {"checks": values["generation"]["checks"]}},
-        "generation": {},
-        "training": {
-            "training": _without(values["training"], HOW - {"batch_size"} | {"max_failures"})
-        },
-        "evaluation": {
-            "evaluation": _without(values["evaluation"], HOW | {"num_actors"}),
-            "data": {key: data[key] for key in ("test", "ood")},
-        },
-    }
+    values = {**config.model_dump(mode="json"), "generator": generator}
     inputs: dict[str, dict[str, Any]] = {}
-    flat: dict[str, Any] = {}
-    for stage in STAGES:
-        if stage == "training":  # a live feed trains while images are made: it follows the plan
-            flat = dict(inputs["generation"])
-        flat = {**flat, **flatten(own[stage])}
-        inputs[stage] = flat
+    for stage in TABLE:
+        own: dict[str, Any] = {}
+        for key in stage.settings:
+            value: Any = values
+            for part in key.split("."):
+                value = value[part]
+            own |= flatten({key: value})
+        kept = {k: v for k, v in own.items() if k == "generator" or changes_result(k)}
+        inputs[stage.name] = {**(inputs[stage.needs] if stage.needs else {}), **kept}
     return inputs
 
 
-def _without(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-    return {
-        key: _without(value, keys) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if key not in keys
-    }
-
-
-class StageLog:
-    """The records `stages/<stage>.json` of a run directory."""
-
-    def __init__(self, folder: Folder, inputs: dict[str, dict[str, Any]]) -> None:
-        self.folder, self.inputs = folder, inputs
-        self._again: set[str] = set()
-
-    def record(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left; None where it is still to do."""
-        name = f"stages/{stage}.json"
-        done = stage not in self._again and self.folder.exists(name)
-        return self.folder.read_json(name) if done else None
-
-    def check(self, force_stage: str | None = None) -> None:
-        """Compare all finished stages with the current inputs; nothing is written.
-
-        Args:
-            force_stage: do this stage and all that follow it again.
-
-        Raises:
-            UserError: a finished stage had other inputs; names them.
-        """
-        if force_stage:
-            if force_stage not in STAGES:
-                raise UserError(f"unknown stage {force_stage!r}: one of {', '.join(STAGES)}")
-            self._again = set(STAGES[STAGES.index(force_stage) :])
-        for stage in STAGES:
-            record = self.record(stage)
-            if record is None:
-                continue
-            changes = changed(record["inputs"], self.inputs[stage])
-            if changes:
-                raise UserError(
-                    f"{self.folder.address()} holds a finished {stage} stage with other settings:\n  "
-                    + "\n  ".join(changes)
-                    + f"\nGive the run a new name, or redo it with --force-stage {stage}."
-                )
-
-    def forget(self) -> None:
-        """Delete the records of the stages that are to be done again."""
-        for stage in self._again:
-            self.folder.delete(f"stages/{stage}.json")
-        self._again = set()
-
-    def run(self, stage: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Do a stage unless it is done; its result (small, JSON) either way."""
-        record = self.record(stage)
-        if record is not None:
-            log.info("%s: done before", stage, extra={"stage": stage})
-            return record["result"]
-        started = time.perf_counter()
-        with under_way(self.folder.uri, stage):
-            result = work()
-        seconds = time.perf_counter() - started
-        self.folder.write_json(
-            f"stages/{stage}.json",
-            {"inputs": self.inputs[stage], "seconds": seconds, "result": result},
-        )
-        log.info("%s: %.1f s", stage, seconds, extra={"stage": stage})
-        return result
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds that each finished stage took."""
-        records = {stage: self.record(stage) for stage in STAGES}
-        return {stage: record["seconds"] for stage, record in records.items() if record}
-
-    def digest(self, stage: str) -> str:
-        text = json.dumps(self.inputs[stage], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`generation.num_inference_steps: 4 -> 8`, for every input that differs."""
+    """`generation.num_inference_steps: 4 -> 8`, for every input that differs.
+
+    Settings that this version no longer has, or that do not change a result, do not count; one that
+    the version before did not have yet had its default.
+    """
+    before = {k: v for k, v in before.items() if k == "generator" or changes_result(k)}
     return [
-        f"{key}: {before.get(key)} -> {now.get(key)}"
+        f"{key}: {_value(before, key)} -> {_value(now, key)}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+        if _value(before, key) != _value(now, key)
     ]
+
+
+def _value(inputs: dict[str, Any], key: str) -> Any:
+    return inputs[key] if key in inputs else default_of(key)

@@ -1,10 +1,16 @@
 """The config: strict keys, near names, overrides, readable messages."""
 
+from typing import get_origin
+
 import pytest
 import yaml
+from pydantic import BaseModel
 from samples import ROOT
 
-from ray_synth.config import Config, load_config, parse_config
+from ray_synth.config import Config, _section_at, changes_result, load_config, parse_config
+from ray_synth.stages import stage_inputs
+
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
 MINIMAL = {
     "name": "x",
@@ -97,3 +103,53 @@ def test_batch_is_cut_by_real_fraction():
 def test_off_without_quotes_is_a_policy():
     config = load_config(ROOT / "jobs/configs/quickstart.yaml", ["generation.checks.policy=off"])
     assert config.generation.checks.policy == "off"
+
+
+def all_settings(model: type[BaseModel] = Config, place: str = "", mark: str = ""):
+    """(dotted key, field, mark) of every setting; a section's mark holds for all in it."""
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        own = extra.get("changes", "") if isinstance(extra, dict) else ""
+        section = _section_at(model, [name, "ANY"] if _is_mapping(field) else [name])
+        key = f"{place}{name}" + (".ANY" if section and _is_mapping(field) else "")
+        inherited = mark if mark == "how" else own
+        if section:
+            yield from all_settings(section, f"{key}.", inherited)
+        yield key, field, inherited
+
+
+def _is_mapping(field) -> bool:
+    return get_origin(field.annotation) is dict
+
+
+def test_every_setting_says_whether_it_changes_the_result():
+    """A new setting is marked where it is defined: `result(...)` or `how(...)`, not `Field(...)`."""
+    unmarked = [key for key, _, mark in all_settings() if mark not in ("result", "how")]
+    assert unmarked == []
+
+
+def test_no_setting_of_how_a_run_is_done_is_an_input_of_a_stage():
+    inputs = stage_inputs(load_config(QUICKSTART), "g")["evaluation"]
+    marks = {key: mark for key, _, mark in all_settings()}
+    assert {mark for mark in marks.values()} == {"result", "how"}
+    for key, mark in marks.items():
+        assert changes_result(key) == (mark == "result"), key
+    how = {key for key, mark in marks.items() if mark == "how"}
+    assert not how & set(inputs)
+    assert {"training.log_every", "training.checkpoint_every", "meaning.clip.device"} <= how
+
+
+def test_every_setting_that_changes_a_result_is_an_input_of_a_stage():
+    """But for those of the image generator, which its fingerprint stands for."""
+    inputs = stage_inputs(load_config(QUICKSTART), "g")["evaluation"]
+    covered = ("generation.", "data.ood.ANY.")
+    for key, field, mark in all_settings():
+        is_leaf = _section_at(Config, key.split(".")) is None
+        if mark == "result" and is_leaf and not key.startswith(covered):
+            assert (
+                key in inputs or any(k.startswith(f"{key}.") for k in inputs) or not _default(field)
+            ), key
+
+
+def _default(field):
+    return None if field.is_required() else field.get_default(call_default_factory=True)

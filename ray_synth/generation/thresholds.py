@@ -16,12 +16,13 @@ import pyarrow as pa
 
 from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
-from ray_synth.meaning.candidates import TEMPLATES
+from ray_synth.meaning.candidates import TEMPLATES, with_article
 from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ray_synth.config import ClipConfig, QualityConfig
     from ray_synth.meaning.clip import ClipModel
 
 # Embeddings of one picture come out nearer than this: bfloat16 against float32 at most 0.000076
@@ -270,6 +271,41 @@ def _nearest_others(rows: np.ndarray) -> np.ndarray:
     similar = rows @ rows.T
     np.fill_diagonal(similar, -1)
     return (1.0 - similar.max(axis=1).astype(np.float64)).clip(0)
+
+
+def measure_run(
+    images: dict[int, list[bytes]],
+    meanings: list[dict[str, Any]],
+    clip: ClipConfig,
+    checks: QualityConfig,
+    images_per_class: int,
+    folder: Folder,
+) -> None:
+    """The task that measures a run's reference and saves it, where the CLIP model can be held.
+
+    Args:
+        images: encoded real images by class index.
+        meanings: entries of meanings.json, by class index.
+        images_per_class: that will be made.
+    """
+    from ray_synth.meaning.clip import ClipModel
+
+    texts = {
+        index: with_article(entry["choice"])
+        if entry["choice"] == entry["class_name"]
+        else entry["choice"]
+        for index, entry in enumerate(meanings)
+    }
+    model = ClipModel(clip.model, clip.pretrained, device=clip.device, dtype=clip.dtype)
+    reference = measure_reference(
+        images,
+        texts,
+        model,
+        clip_quantile=checks.clip_quantile,
+        duplicate_quantile=checks.duplicate_quantile,
+        images_per_class=images_per_class,
+    )
+    save_reference(folder, reference)
 
 
 def save_reference(folder: Folder, reference: QualityReference) -> None:

@@ -91,7 +91,7 @@ def probe(run: Any, stages: Collection[str], *, shared: bool) -> Measured:
 def _words(run: Any) -> tuple[dict[str, float], Contexts]:
     """The service: its start, and seconds a class of both kinds of question; and the answers."""
     from ray_synth.data.dataset import read_index, select
-    from ray_synth.pipeline.steps import read_contexts
+    from ray_synth.prompting.plan_settings import read_contexts
     from ray_synth.service.session import Service
 
     config: Config = run.config
@@ -183,7 +183,7 @@ def pace(seen: list[tuple[float, int]], calls: int) -> float:
 
 def _quality(run: Any, folder: Folder) -> float:
     """Seconds of the quality task, for as many images as it will have; of many it sees some."""
-    from ray_synth.pipeline.runner import measure_quality
+    from ray_synth.pipeline.steps import measure_quality
 
     names = run.train.class_names
     folder.write_json("meanings.json", [{"class_name": n, "choice": n} for n in names])
@@ -199,11 +199,11 @@ def _quality(run: Any, folder: Folder) -> float:
 
 def _plan(run: Any, rows: int, contexts: Contexts) -> Any:
     """The run's first rows where it has them; or such as it will have, of a few classes' contexts."""
-    from ray_synth.pipeline.steps import plan_settings
     from ray_synth.prompting.plan import ClassPrompts, make_plan
+    from ray_synth.prompting.plan_settings import plan_settings
 
     config: Config = run.config
-    if run.stages.record("plan"):
+    if run.records.record("plan"):
         plan = run.folder.read_rows("plan.parquet", 0, rows)
         if len(plan) == rows and config.generation.reference is None:
             return plan
@@ -227,20 +227,13 @@ def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dic
 
     from ray_synth.data.dataset import select
     from ray_synth.generation.stream import calls_at_once, image_stream
-    from ray_synth.training.job import TrainJob
     from ray_synth.training.trainer import _resources
 
     config: Config = run.config
     few = select(run.train, max(1, 2_000 // len(run.train.class_names)), config.seed)
-    job = TrainJob(
-        arm="probe",
-        config=config.training.model_copy(update={"num_workers": 1}),
-        steps=STEPS,
-        class_names=run.train.class_names,
-        seed=config.seed,
-        folder=folder,
-        real=few,
-        max_pixels=config.data.max_pixels,
+    one_worker = config.training.model_copy(update={"num_workers": 1})
+    job = run.train_job(
+        "probe", num_synthetic=0, config=one_worker, steps=STEPS, folder=folder, real=few
     )
     trainer = ray.train.torch.TorchTrainer(
         probe_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value

@@ -18,7 +18,7 @@ log = logging.getLogger("ray_synth")
 def write_report(run: Run, seconds: float) -> dict[str, Any]:
     """metrics.json and the page, from what the stages left."""
     started = time.perf_counter()
-    records = {stage: run.stages.record(stage) or {} for stage in run.stages.inputs}
+    records = {stage: run.records.record(stage) or {} for stage in run.records.inputs}
     results = {stage: record.get("result", {}) for stage, record in records.items()}
     evaluation, generation = results["evaluation"], results["generation"]
     arms = results["training"].get("seconds", {})
@@ -34,7 +34,7 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
         },
         "stall_fraction": run.folder.read_json("models/mixed.json")["stall_fraction"],
         "seconds": {
-            **run.stages.seconds(),
+            **run.records.seconds(),
             **{f"training_{arm}": value for arm, value in arms.items()},
         },
         "corrupt": {"train": results["data"]["corrupt"], "test": evaluation["corrupt"]},

@@ -6,6 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
+import ray_synth
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
 from ray_synth.data.dataset import (
@@ -19,14 +20,25 @@ from ray_synth.data.dataset import (
 from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
-from ray_synth.generators.registry import check_generator, fingerprint, prompt_tokens
-from ray_synth.pipeline.steps import prompt_limit
+from ray_synth.generators.registry import check_generator, fingerprint
+from ray_synth.pipeline.records import StageRecords, adopt_older
 from ray_synth.preflight.demands import Sizes
-from ray_synth.stages import STAGES, StageLog, stage_inputs
+from ray_synth.prompting.plan_settings import prompt_limit
+from ray_synth.stages import stage_inputs, up_to
 from ray_synth.storage.folder import Folder
+from ray_synth.training.job import TrainJob, total_steps
 from ray_synth.training.trainer import check_recipe
 
-VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "mlflow")
+VERSIONS = (
+    "ray-synth",
+    "ray",
+    "torch",
+    "diffusers",
+    "transformers",
+    "open_clip_torch",
+    "timm",
+    "mlflow",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Run:
     config: Config
     runs: Folder
     folder: Folder
-    stages: StageLog
+    records: StageRecords
     train: Index
     tests: dict[str, Index]
     validation: Index
@@ -59,8 +71,26 @@ class Run:
 
     def todo(self, until: str) -> list[str]:
         """The stages up to one, or to `report`, that are not done."""
-        last = STAGES.index(until) if until in STAGES else len(STAGES)
-        return [stage for stage in STAGES[: last + 1] if self.stages.record(stage) is None]
+        return [stage for stage in up_to(until) if self.records.record(stage) is None]
+
+    @property
+    def arms(self) -> list[str]:
+        """What is trained: the real-only baseline, where it is asked for, and the mixed model."""
+        return [*(["real_only"] if self.config.training.baseline else []), "mixed"]
+
+    def train_job(self, arm: str, *, num_synthetic: int, **others: Any) -> TrainJob:
+        """What a training worker is told of an arm; `others` are fields of `TrainJob` that differ."""
+        training = others.get("config", self.config.training)
+        own = {
+            "config": training,
+            "steps": total_steps(training, len(self.train)),
+            "class_names": self.train.class_names,
+            "seed": self.config.seed,
+            "folder": self.folder,
+            "real": self.train if len(self.train) <= training.cache_images else None,
+            "max_pixels": self.config.data.max_pixels,
+        }
+        return TrainJob(arm=arm, num_synthetic=num_synthetic, **{**own, **others})
 
     def generation_job(self, board: Any = None) -> GenerationJob:
         return GenerationJob(
@@ -102,15 +132,15 @@ def check_run(config: Config, force_stage: str | None = None) -> Run:
     runs = runs_folder(config.runs_dir)
     folder = runs.child(config.name)
     folder.check_readable()
-    stages = StageLog(folder, stage_inputs(config, fingerprint(config.generation)))
-    stages.check(force_stage)
-    if stages.record("generation") is None:
+    records = StageRecords(folder, stage_inputs(config, fingerprint(config.generation)))
+    records.check(force_stage)
+    if records.record("generation") is None:
         check_generator(config.generation)
-    if stages.record("plan") is None:
-        prompt_limit(config, *prompt_tokens(config.generation))
-    if stages.record("training") is None:
+    if records.record("plan") is None:
+        prompt_limit(config)
+    if records.record("training") is None:
         check_recipe(config.training)
-    return Run(config, runs, folder, stages, train, tests, validation)
+    return Run(config, runs, folder, records, train, tests, validation)
 
 
 def begin(run: Run, force_stage: str | None = None) -> None:
@@ -119,14 +149,17 @@ def begin(run: Run, force_stage: str | None = None) -> None:
     Raises:
         ValueError: nothing can be written there.
     """
-    run.stages.forget()
+    adopt_older(run.folder, fingerprint(run.config.generation))
+    run.records.forget()
     if force_stage in ("quality", "generation"):
         run.store.clear()
-    if run.stages.record("generation") is None:
+    if run.records.record("generation") is None:
         run.folder.check_writable()
     for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
         run.folder.child(name).sweep()
     run.folder.sweep()
-    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    # Uploaded code has no metadata of its own.
+    versions = {"ray-synth": ray_synth.__version__}
+    versions |= {name: importlib.metadata.version(name) for name in VERSIONS}
     values = run.config.model_dump(mode="json")
     run.folder.write_yaml("config.yaml", {**values, "versions": versions})

@@ -20,14 +20,14 @@ from ray_synth.errors import UserError
 from ray_synth.monitoring.mlflow_run import digest
 from ray_synth.monitoring.progress import Bar
 from ray_synth.pipeline.run import Run, open_run
-from ray_synth.pipeline.runner import inspected, run_images, run_words
+from ray_synth.pipeline.steps import inspected, run_images, run_words
 from ray_synth.preflight import Reach, check_budget
 from ray_synth.preflight.check import fit, most_at_once
 from ray_synth.preflight.demands import READ, demands
 from ray_synth.preflight.packing import Demand
 from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
-from ray_synth.training.job import TrainJob, total_steps
+from ray_synth.training.job import TrainJob
 
 log = logging.getLogger("ray_synth")
 VALIDATION = "validation"
@@ -87,12 +87,12 @@ class Grid:
                 self._share(run, "data")
                 self.runs[trial.source] = inspected(run)
                 for stage in ("data", "meaning"):
-                    if run.stages.record(stage) is not None:
+                    if run.records.record(stage) is not None:
                         self._keep(run, stage)
             if trial.mixed:
                 mixed[trial.source] = self.runs[trial.source]
-        self._write_words([run for run in mixed.values() if run.stages.record("plan") is None])
-        missing = [run for run in mixed.values() if run.stages.record("generation") is None]
+        self._write_words([run for run in mixed.values() if run.records.record("plan") is None])
+        missing = [run for run in mixed.values() if run.records.record("generation") is None]
         side_by_side(run_images, missing, self._room_for("generation"))
 
     def _write_words(self, runs: list[Run]) -> None:
@@ -115,12 +115,12 @@ class Grid:
 
     def _keep(self, run: Run, stage: str) -> None:
         """Remember which run did a stage, by the digest of the stage's inputs."""
-        self.done.setdefault((stage, run.stages.digest(stage)), run)
+        self.done.setdefault((stage, run.records.digest(stage)), run)
 
     def _share(self, run: Run, stage: str, *files: str) -> None:
         """Take a stage's result from a run that did it with the same inputs, if there is one."""
-        other = self.done.get((stage, run.stages.digest(stage)))
-        if other is None or other is run or run.stages.record(stage) is not None:
+        other = self.done.get((stage, run.records.digest(stage)))
+        if other is None or other is run or run.records.record(stage) is not None:
             return
         for name in (*files, f"stages/{stage}.json"):  # the record last: it says that all is there
             run.folder.write_bytes(name, other.folder.read_bytes(name))
@@ -152,16 +152,12 @@ class Grid:
         training = trial.config.training
         if not training.num_gpus:
             training = training.model_copy(update={"num_threads": threads})
-        job = TrainJob(
-            arm=trial.digest,
+        job = run.train_job(
+            trial.digest,
+            num_synthetic=round(trial.arm.scale * len(run.train)),
             config=training,
-            steps=total_steps(training, len(run.train)),
-            class_names=run.train.class_names,
             seed=trial.seed,
             folder=self.arms,
-            real=run.train if len(run.train) <= training.cache_images else None,
-            max_pixels=trial.config.data.max_pixels,
-            num_synthetic=round(trial.arm.scale * len(run.train)),
             source=run.folder,
         )
         generation = run.generation_job() if trial.mixed else None

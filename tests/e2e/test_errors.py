@@ -61,12 +61,11 @@ def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
 )
 def test_prompts_that_the_text_encoder_cannot_read_are_refused(setting, says):
     from ray_synth.config import load_config
-    from ray_synth.generators.registry import prompt_tokens
-    from ray_synth.pipeline.steps import prompt_limit
+    from ray_synth.prompting.plan_settings import prompt_limit
 
     config = load_config(QUICKSTART, [setting])
     with pytest.raises(ValueError, match=says):
-        prompt_limit(config, *prompt_tokens(config.generation))
+        prompt_limit(config)
 
 
 def test_an_empty_class_is_named(tmp_path, image_folder, capsys):

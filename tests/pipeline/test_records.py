@@ -4,17 +4,21 @@ import pytest
 from samples import ROOT
 
 from ray_synth.config import load_config
-from ray_synth.stages import STAGES, StageLog, changed, stage_inputs
+from ray_synth.errors import UserError
+from ray_synth.pipeline.records import StageRecords
+from ray_synth.stages import STAGES, changed, stage_inputs, up_to
 from ray_synth.storage.folder import Folder
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
 
-def log(tmp_path, *overrides) -> StageLog:
-    return StageLog(Folder(tmp_path), stage_inputs(load_config(QUICKSTART, list(overrides)), "g"))
+def log(tmp_path, *overrides) -> StageRecords:
+    return StageRecords(
+        Folder(tmp_path), stage_inputs(load_config(QUICKSTART, list(overrides)), "g")
+    )
 
 
-def finish_all(stages: StageLog) -> list[str]:
+def finish_all(stages: StageRecords) -> list[str]:
     done = []
     for stage in STAGES:
         stages.run(stage, lambda s=stage: done.append(s) or {"stage": s})
@@ -55,6 +59,9 @@ def test_a_changed_setting_names_the_first_stage_it_invalidates(tmp_path, overri
         "generation.batch_size=3",
         "generation.num_cpus=3",
         "training.num_threads=1",
+        "training.log_every=3",
+        "training.checkpoint_every=3",
+        "meaning.clip.device=cpu",
         "tracking.enabled=false",
     ],
 )
@@ -70,4 +77,32 @@ def test_a_stage_that_failed_is_done_again(tmp_path):
 
 
 def test_changes_are_told_with_both_values():
-    assert changed({"a": 1, "b": 2}, {"a": 3, "b": 2, "c": 4}) == ["a: 1 -> 3", "c: None -> 4"]
+    before = {"seed": 1, "training.model": "vit", "generator": "a"}
+    now = {"seed": 3, "training.model": "vit", "generator": "b"}
+    assert changed(before, now) == ["generator: a -> b", "seed: 1 -> 3"]
+
+
+def test_settings_of_another_version_do_not_count_at_their_defaults():
+    """One that is no more, one of how the work is done, and one that is new."""
+    before = {"seed": 1, "training.gone": 7, "training.log_every": 3}
+    assert changed(before, {"seed": 1, "training.lambda_synth": 1.0}) == []
+    new = {"seed": 1, "training.lambda_synth": 2.0}
+    assert changed(before, new) == ["training.lambda_synth: 1.0 -> 2.0"]
+    mix = {"seed": 1, "prompting.mix.plain": 1.0}  # the user's own keys have no default
+    assert changed(before, mix) == ["prompting.mix.plain: None -> 1.0"]
+
+
+def test_what_was_begun_keeps_its_name_while_its_inputs_stay(tmp_path):
+    token = log(tmp_path).token("training")
+    assert log(tmp_path, "training.log_every=7").token("training") == token
+    other = log(tmp_path, "training.optimizer.lr=3").token("training")
+    assert other != token
+    assert log(tmp_path).token("training") == token, "the same inputs, the same name"
+
+
+@pytest.mark.parametrize("stage", ["trainig", "all", ""])
+def test_an_unknown_stage_is_an_error(stage):
+    with pytest.raises(UserError, match="unknown stage") as error:
+        up_to(stage)
+    if stage == "trainig":
+        assert "did you mean 'training'?" in str(error.value)

@@ -20,9 +20,10 @@ from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
 from ray_synth.monitoring.heartbeat import PROGRESS, Heartbeat, watched
 from ray_synth.monitoring.logs import log
 from ray_synth.monitoring.progress import Bar, under_way
+from ray_synth.pipeline.records import StageRecords
 from ray_synth.report.status import DONE, RUNNING, SILENT, duration, read_status
 from ray_synth.report.status_table import show_status
-from ray_synth.stages import STAGES, StageLog, stage_inputs
+from ray_synth.stages import STAGES, stage_inputs
 from ray_synth.storage.folder import Folder
 
 
@@ -33,7 +34,7 @@ class RealRun:
         values = yaml.safe_load((ROOT / "jobs/configs/quickstart.yaml").read_text())
         config = parse_config({**values, **settings})
         self.folder = Folder(uri)
-        self.stages = StageLog(self.folder, stage_inputs(config, "a generator"))
+        self.stages = StageRecords(self.folder, stage_inputs(config, "a generator"))
         self.store = ImageStore(self.folder.child("images"))
         self.folder.write_yaml("config.yaml", {**config.model_dump(mode="json"), "versions": {}})
 

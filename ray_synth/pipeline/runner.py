@@ -1,0 +1,105 @@
+"""A whole run: checked before anything is spent, watched while it goes on, reported in the end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from ray_synth.cluster.connection import connect
+from ray_synth.config import Config
+from ray_synth.monitoring.heartbeat import watched
+from ray_synth.monitoring.logs import hide_value_of
+from ray_synth.pipeline.estimate import Estimate, compare, priced
+from ray_synth.pipeline.probe import forecast, share_cores
+from ray_synth.pipeline.results import write_report
+from ray_synth.pipeline.run import Run, begin, check_run
+from ray_synth.pipeline.steps import run_stages
+from ray_synth.preflight import Reach, preflight
+from ray_synth.stages import REPORT, up_to
+
+log = logging.getLogger("ray_synth")
+
+
+def run_pipeline(
+    config: Config,
+    *,
+    until: str = REPORT,
+    force_stage: str | None = None,
+    estimate: bool = False,
+) -> dict[str, Any]:
+    """Run all stages up to `until`; the metrics (empty before the report).
+
+    Args:
+        until: one of `stages.STAGES`, or `report`.
+        estimate: first probe the cluster, and in the end say how far off the estimate was.
+
+    Raises:
+        UserError: there is no such stage, or something is wrong with the config or its data.
+    """
+    up_to(until)
+    started = time.perf_counter()
+    hide_value_of(config.meaning.llm.api_key_env)
+    run = check_run(config, force_stage)
+    if until == REPORT and run.folder.exists("metrics.json") and run.records.record("evaluation"):
+        begin(run)
+        write_report(run, time.perf_counter() - started)
+        return run.folder.read_json("metrics.json")
+    with ExitStack() as watching:
+        with connect(config.cluster):
+            reach = preflight(config, run.sizes, run.todo(until))
+            begin(run, force_stage)
+            watching.enter_context(watched(run.folder, until))
+            tracker = _tracker(run)
+            try:
+                expected = _forecast(run, until, reach) if estimate else None
+                estimated = time.perf_counter()
+                run_stages(run, until, tracker)
+            except BaseException as error:
+                if tracker:
+                    tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
+        metrics = write_report(run, time.perf_counter() - started) if until == REPORT else {}
+        if expected:
+            _compare(run, expected, time.perf_counter() - estimated)
+        if tracker and metrics:
+            _track_results(run, tracker, metrics)
+        elif tracker:
+            tracker.end()
+        return metrics
+
+
+def _forecast(run: Run, until: str, reach: Reach) -> Estimate:
+    """Of the stages that are to do, from a short probe; kept in estimate.json."""
+    found = forecast(run, until, shared=share_cores(run.config, reach))
+    run.folder.write_json("estimate.json", found.as_dict())
+    return found
+
+
+def _compare(run: Run, expected: Estimate, total: float) -> None:
+    """How far off the estimate was, in the log and in estimate.json."""
+    done = run.records.seconds()
+    seconds = {stage: done[stage] for stage in expected.seconds if stage in done}
+    seconds["around"] = total - sum(seconds.values())
+    taken = priced(run.config, run.sizes, seconds)
+    run.folder.write_json("estimate.json", {**expected.as_dict(), "taken": taken.as_dict()})
+    log.info("%s", compare(expected, taken))
+
+
+def _tracker(run: Run) -> Any:
+    if not run.config.tracking.enabled:
+        return None
+    from ray_synth.monitoring.mlflow_run import Tracker
+
+    tracker = Tracker(run.config, run.runs, run.folder)
+    tracker.datasets({"training": run.train, **run.tests})
+    return tracker
+
+
+def _track_results(run: Run, tracker: Any, metrics: dict[str, Any]) -> None:
+    tracker.metrics({key: value for key, value in metrics.items() if key != "corrupt"})
+    tracker.artifacts()
+    if run.config.tracking.log_models:
+        tracker.models()
+    tracker.end()
