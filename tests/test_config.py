@@ -131,7 +131,7 @@ def test_every_setting_says_whether_it_changes_the_result():
 def test_no_setting_of_how_a_run_is_done_is_an_input_of_a_stage():
     inputs = stage_inputs(load_config(QUICKSTART), "g")["evaluation"]
     marks = {key: mark for key, _, mark in all_settings()}
-    assert {mark for mark in marks.values()} == {"result", "how"}
+    assert set(marks.values()) == {"result", "how"}
     for key, mark in marks.items():
         assert changes_result(key) == (mark == "result"), key
     how = {key for key, mark in marks.items() if mark == "how"}
