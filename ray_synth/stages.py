@@ -90,6 +90,22 @@ def _place(name: str) -> int:
     return STAGES.index(name)
 
 
+def times(seconds: dict[str, float]) -> list[tuple[str, bool, float]]:
+    """Seconds by stage for people: (label, whether it is a part of the stage above, seconds), in order.
+
+    Args:
+        seconds: as metrics.json has them; `training_mixed` is a part of `training`, `total` is none.
+    """
+    rows = []
+    for stage in STAGES:
+        parts = [name for name in seconds if name.startswith(f"{stage}_")]
+        if stage in seconds:
+            rows.append((stage, False, seconds[stage]))
+        for name in parts:
+            rows.append((name.removeprefix(f"{stage}_").replace("_", " "), True, seconds[name]))
+    return rows
+
+
 def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
     """For each stage, the settings that its result depends on, those of earlier stages included.
 

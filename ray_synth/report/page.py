@@ -16,6 +16,7 @@ from ray_synth.errors import UserError
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
 from ray_synth.report.table import comparison_rows, signed, test_set_label, test_sets
+from ray_synth.stages import times
 from ray_synth.storage.filesystems import redact
 from ray_synth.storage.folder import Folder
 
@@ -268,27 +269,13 @@ def calibration(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def stage_times(seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Stages with their seconds and their share of the longest; parts of a stage follow it.
-
-    `training_real_only` and `training_mixed` are parts of `training`; `total` is no stage.
-    """
-    timed = {name: value for name, value in seconds.items() if name != "total"}
-    longest = max(timed.values(), default=0) or 1
-    rows = []
-    for name, value in timed.items():
-        parent = next((p for p in timed if p != name and name.startswith(f"{p}_")), None)
-        at = list(timed).index(parent) if parent else list(timed).index(name)
-        label = name.removeprefix(f"{parent}_") if parent else name
-        rows.append(
-            {
-                "order": (at, parent is not None),
-                "label": label.replace("_", " "),
-                "part": parent is not None,
-                "seconds": value,
-                "share": 100 * value / longest,
-            }
-        )
-    return sorted(rows, key=lambda row: row["order"])
+    """Stages and their parts with their seconds and their share of the longest."""
+    rows = times(seconds)
+    longest = max((value for _, _, value in rows), default=0) or 1
+    return [
+        {"label": label, "part": part, "seconds": value, "share": 100 * value / longest}
+        for label, part, value in rows
+    ]
 
 
 def generation_facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:

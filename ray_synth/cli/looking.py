@@ -1,4 +1,4 @@
-"""Verbs that look at a run's directory: status, show, export, regenerate."""
+"""Verbs that look: at images (init), a cluster (doctor), a run (status, show, export, regenerate)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,44 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_synth.cli.running import Overrides, Probe
+from ray_synth.config import load_config
+from ray_synth.errors import UserError
+
 RunFolder = Annotated[str, typer.Option("--run", "-r", help="a run's directory, or its URI")]
 Names = Annotated[list[str] | None, typer.Option("--class", help="only this class; repeatable")]
 Kinds = Annotated[
     list[str] | None, typer.Option("--kind", help="only plain, contextual or stylized")
 ]
+
+
+def init(
+    images: Annotated[Path, typer.Option(help="a folder of class folders with images")],
+    out: Annotated[Path, typer.Option(help="the config to write")] = Path("ray_synth.yaml"),
+    test: Annotated[Path | None, typer.Option(help="a test folder; default: images/test")] = None,
+    name: Annotated[str | None, typer.Option(help="the run's name")] = None,
+) -> None:
+    """Look at a folder of images and write a config for it."""
+    from ray_synth.cli.setup import describe, write_config
+
+    typer.echo(describe(write_config(images, out, test=test, name=name), out))
+
+
+def doctor(
+    config: Annotated[Path | None, typer.Option("--config", "-c")] = None,
+    overrides: Overrides = None,
+    estimate: Probe = False,
+) -> None:
+    """Print versions, devices and cluster resources, and what of a config would not fit."""
+    from ray_synth.cli.doctor import diagnose
+
+    if estimate and config is None:
+        raise UserError("--estimate goes with --config: there is nothing to estimate")
+    settings = load_config(config, overrides) if config else None
+    lines, fits = diagnose(settings, estimate=estimate)
+    typer.echo("\n".join(lines))
+    if not fits:
+        raise typer.Exit(1)
 
 
 def regenerate(
@@ -110,5 +143,5 @@ def _opened(run_folder: str) -> Any:
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
-    for verb in (regenerate, status, show, export):
+    for verb in (init, doctor, regenerate, status, show, export):
         app.command()(verb)
