@@ -22,7 +22,7 @@ from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.cost import reason_label
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
 from ray_synth.monitoring.logs import hide
-from ray_synth.stages import STAGES
+from ray_synth.stages import STAGES, TABLE
 from ray_synth.storage.folder import Folder
 
 DONE, RUNNING, SILENT = 0, 3, 4  # exit codes
@@ -277,9 +277,9 @@ def _counts(
     """By stage, what a bar would show; a heartbeat's own bars where they know more."""
     bars = {bar["name"]: bar for bar in beat.get("bars", [])}
     counts: dict[str, dict[str, Any]] = {}
-    for stage, name in (("meaning", "meaning"), ("plan", "contexts"), ("evaluation", "evaluation")):
-        if name in bars:
-            counts[stage] = dict(bars[name])
+    for stage in TABLE:
+        for name in set(stage.bars) & set(bars):
+            counts[stage.name] = dict(bars[name])
     if images.planned is not None:
         bar = {"done": images.stored, "total": images.planned, "unit": "images"}
         note = "" if images.exact else "about"
