@@ -16,12 +16,12 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
-from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import check_generator, fingerprint, prompt_tokens
 from ray_synth.pipeline.steps import prompt_limit
 from ray_synth.preflight.demands import Sizes
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.stages import STAGES, StageLog, stage_inputs
 from ray_synth.storage.folder import Folder
 from ray_synth.training.trainer import check_recipe

@@ -22,7 +22,7 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
-from ray_synth.generation.chunks import PlanFile, missing_rows
+from ray_synth.generation.chunks import missing_rows
 from ray_synth.monitoring.heartbeat import watched
 from ray_synth.monitoring.logs import hide_value_of
 from ray_synth.monitoring.progress import Bar, make_board, watch
@@ -31,6 +31,7 @@ from ray_synth.pipeline.results import write_report
 from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.steps import resolve_meanings, write_plan
 from ray_synth.preflight import Reach, preflight
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")

@@ -14,9 +14,9 @@ from ray_synth.config import Config
 from ray_synth.data.dataset import read_index, select
 from ray_synth.errors import UserError
 from ray_synth.generation.maker import write_references
-from ray_synth.generation.store import PLAN_SCHEMA
 from ray_synth.generators.registry import fingerprint, prompt_tokens
 from ray_synth.monitoring.progress import Bar
+from ray_synth.prompting.plan_file import PLAN_SCHEMA
 
 if TYPE_CHECKING:
     from ray_synth.pipeline.run import Run
