@@ -261,10 +261,10 @@ def _ray_round(plan: list[dict[str, Any]], made: GenerationConfig) -> float:
     """Steady state: from the second batch's arrival at the consumer to the last one's."""
     import pyarrow as pa
 
-    from ray_synth.generation.chunks import PlanTable
     from ray_synth.generation.maker import GenerationJob
-    from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+    from ray_synth.generation.store import ImageStore
     from ray_synth.generation.stream import image_stream
+    from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
     from ray_synth.storage.folder import Folder
 
     assert isinstance(made.batch_size, int)

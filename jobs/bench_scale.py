@@ -96,10 +96,10 @@ def _scaling_round(actors: int, seconds: float, batches: int) -> tuple[float, fl
     """(batches a second, seconds until all actors worked), counted while all of them work."""
     import pyarrow as pa
 
-    from ray_synth.generation.chunks import PlanTable
     from ray_synth.generation.maker import GenerationJob
-    from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+    from ray_synth.generation.store import ImageStore
     from ray_synth.generation.stream import image_stream
+    from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
     from ray_synth.storage.folder import Folder
 
     config = sleeper_config(seconds, actors)
@@ -152,10 +152,11 @@ def plans(sizes: list[int], batch_size: int = 32) -> dict[str, Any]:
 
 def _plan_round(size: int, batch_size: int) -> dict[str, float]:
     from ray_synth.cluster.connection import connect
-    from ray_synth.generation.chunks import PlanFile, cut
+    from ray_synth.generation.chunks import cut
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore, part_name
     from ray_synth.generation.stream import image_stream, missing_chunks
+    from ray_synth.prompting.plan_file import PlanFile
     from ray_synth.storage.folder import Folder
 
     sys.path.insert(0, str(Path(__file__).parent))
@@ -194,9 +195,9 @@ def _plan_round(size: int, batch_size: int) -> dict[str, float]:
 
 def _write_plan(run: Any, size: int) -> None:
     """A plan as the pipeline writes it: 1,000 classes, contexts and styles."""
-    from ray_synth.generation.store import PLAN_SCHEMA
     from ray_synth.prompting.contexts import Context
     from ray_synth.prompting.plan import ClassPrompts, plan_tables
+    from ray_synth.prompting.plan_file import PLAN_SCHEMA
     from ray_synth.prompting.styles import load_styles
 
     contexts = [

@@ -6,82 +6,11 @@ part. A finished chunk is known by its part's name alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Protocol
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ray_synth.generation.store import ImageStore, part_name
-from ray_synth.storage.folder import Folder
-
-WINDOW = 8_192  # plan rows that a reader keeps
-
-
-class Plan(Protocol):
-    """Plan rows by position; cheap to send to an actor."""
-
-    def __len__(self) -> int: ...
-
-    def ids(self, size: int) -> Iterator[list[str]]:
-        """The sample ids in order, `size` at a time."""
-        ...
-
-    def rows(self, start: int, stop: int) -> list[dict[str, Any]]: ...
-
-
-class PlanTable:
-    """A plan in memory."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def ids(self, size: int) -> Iterator[list[str]]:
-        for start in range(0, len(self), size):
-            yield self.table["sample_id"].slice(start, size).to_pylist()
-
-    def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        return self.table.slice(start, stop - start).to_pylist()
-
-
-class PlanFile:
-    """A plan of any length in a Parquet file; never read whole."""
-
-    def __init__(self, folder: Folder, name: str = "plan.parquet") -> None:
-        self.folder, self.name = folder, name
-        self._start, self._window = 0, pa.table({})
-
-    def __reduce__(self) -> tuple[type[PlanFile], tuple[Folder, str]]:
-        return PlanFile, (self.folder, self.name)
-
-    def __len__(self) -> int:
-        with self.folder.filesystem.open_input_file(self.folder.path(self.name)) as file:
-            return pq.read_metadata(file).num_rows
-
-    def ids(self, size: int) -> Iterator[list[str]]:
-        with self.folder.filesystem.open_input_file(self.folder.path(self.name)) as file:
-            batches = pq.ParquetFile(file).iter_batches(max(size, WINDOW), columns=["sample_id"])
-            left: list[str] = []
-            for batch in batches:
-                left += batch["sample_id"].to_pylist()
-                whole = len(left) // size * size
-                for at in range(0, whole, size):
-                    yield left[at : at + size]
-                left = left[whole:]
-        if left:
-            yield left
-
-    def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
-        first = start - self._start
-        if first < 0 or stop - self._start > self._window.num_rows:
-            self._start, first = start, 0
-            self._window = self.folder.read_rows(self.name, start, max(stop, start + WINDOW))
-        return self._window.slice(first, stop - start).to_pylist()
+from ray_synth.prompting.plan_file import Plan
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,12 @@ import pyarrow as pa
 from ray_synth import metrics
 from ray_synth.config import ClipConfig, GenerationConfig
 from ray_synth.data.images import encode_image
-from ray_synth.generation.chunks import Plan
 from ray_synth.generation.cost import reason_label
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
-from ray_synth.generators.registry import (
-    Row,
-    fingerprint,
-    generate_all,
-    generator_class,
-    provenance,
-    raised,
-)
+from ray_synth.generators.protocol import Row, generate_all, provenance, raised
+from ray_synth.generators.registry import fingerprint, generator_class
 from ray_synth.monitoring import logs
+from ray_synth.prompting.plan_file import Plan
 from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from ray_synth.data.images import decode_image, encode_image
 from ray_synth.errors import UserError
 from ray_synth.generation.maker import attempt_seed, read_references
 from ray_synth.generation.store import ImageStore
-from ray_synth.generators.registry import Row, fingerprint, generate_all, generator_class
+from ray_synth.generators.protocol import Row, generate_all
+from ray_synth.generators.registry import fingerprint, generator_class
 from ray_synth.storage.folder import Folder
 
 # What an image's row knows better than the run's config: the config may leave it open.

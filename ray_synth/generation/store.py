@@ -17,23 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_synth.prompting.plan_file import PLAN_FIELDS
 from ray_synth.storage.folder import Folder
 
 READ_AHEAD = 16  # parts
-PLAN_FIELDS = [
-    pa.field("sample_id", pa.string()),
-    pa.field("class_index", pa.int64()),
-    pa.field("class_name", pa.string()),
-    pa.field("meaning", pa.string()),
-    pa.field("kind", pa.string()),
-    pa.field("style", pa.string()),
-    pa.field("prompt", pa.string()),
-    pa.field("negative_prompt", pa.string()),
-    pa.field("context_source", pa.string()),
-    pa.field("seed", pa.int64()),
-    pa.field("reference", pa.string()),
-]
-PLAN_SCHEMA = pa.schema(PLAN_FIELDS)
 IMAGE_SCHEMA = pa.schema(
     [
         *PLAN_FIELDS,

@@ -18,7 +18,7 @@ from pydantic import Field
 from ray_synth.config import GenerationConfig, Section, parse_config
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.errors import UserError
-from ray_synth.generators.registry import Row, digest_settings
+from ray_synth.generators.protocol import Row, digest_settings
 
 if TYPE_CHECKING:
     from PIL import Image

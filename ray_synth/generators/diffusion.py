@@ -21,7 +21,7 @@ import numpy as np
 from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.errors import UserError
-from ray_synth.generators.registry import Failure, Row, digest_settings
+from ray_synth.generators.protocol import Failure, Row, digest_settings
 
 if TYPE_CHECKING:
     from PIL import Image

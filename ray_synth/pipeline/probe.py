@@ -122,11 +122,11 @@ def _generation_jobs(
     run: Any, folder: Folder, contexts: Contexts
 ) -> tuple[GenerationJob, GenerationJob]:
     """What one actor makes alone, and what beside training."""
-    from ray_synth.generation.chunks import PlanTable
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore
     from ray_synth.generation.stream import settled
     from ray_synth.generators.diffusion import wants_compile
+    from ray_synth.prompting.plan_file import PlanTable
 
     config: Config = run.config
     generation = config.generation
@@ -150,8 +150,8 @@ def _generation_jobs(
 
 def _images(run: Any, folder: Folder, job: GenerationJob) -> dict[str, float]:
     """The quality task, and a few batches of images: when the first came, and the pace after it."""
-    from ray_synth.generation.chunks import PlanTable
     from ray_synth.generation.stream import calls_at_once, image_stream
+    from ray_synth.prompting.plan_file import PlanTable
 
     generation: GenerationConfig = run.config.generation
     assert isinstance(job.plan, PlanTable)

@@ -17,28 +17,19 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
-from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import check_generator, fingerprint
 from ray_synth.pipeline.records import StageRecords, adopt_older
 from ray_synth.preflight.demands import Sizes
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.plan_settings import prompt_limit
 from ray_synth.stages import stage_inputs, up_to
 from ray_synth.storage.folder import Folder
 from ray_synth.training.job import TrainJob, total_steps
 from ray_synth.training.trainer import check_recipe
 
-VERSIONS = (
-    "ray-synth",
-    "ray",
-    "torch",
-    "diffusers",
-    "transformers",
-    "open_clip_torch",
-    "timm",
-    "mlflow",
-)
+VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "mlflow")
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_synth.data.dataset import drop, inspect, read_index, require_every_class, select
-from ray_synth.generation.chunks import PlanFile, missing_rows
+from ray_synth.generation.chunks import missing_rows
 from ray_synth.generation.maker import write_references
-from ray_synth.generation.store import PLAN_SCHEMA
 from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.run import Run
 from ray_synth.preflight.demands import asks_for_contexts
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.stages import up_to
 
 log = logging.getLogger("ray_synth")

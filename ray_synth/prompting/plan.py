@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ray_synth.generation.store import PLAN_SCHEMA
 from ray_synth.prompting.contexts import Context, contextual_prompt, plain_prompt
+from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.prompting.styles import Style, stylized_prompt
 
 KINDS = ("plain", "contextual", "stylized")

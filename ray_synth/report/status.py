@@ -18,10 +18,10 @@ import pyarrow.fs as pafs
 import yaml
 
 from ray_synth.errors import UserError
-from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.cost import reason_label
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
 from ray_synth.monitoring.logs import hide
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.stages import STAGES, TABLE
 from ray_synth.storage.folder import Folder
 

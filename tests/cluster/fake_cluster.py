@@ -71,9 +71,9 @@ def painting_job(
     from test_store import plan_rows
 
     from ray_synth.config import GenerationConfig
-    from ray_synth.generation.chunks import PlanTable
     from ray_synth.generation.maker import GenerationJob
-    from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+    from ray_synth.generation.store import ImageStore
+    from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
     from ray_synth.storage.folder import Folder
 
     config = GenerationConfig(

@@ -30,7 +30,8 @@ from ray_synth.export import layouts as export
 from ray_synth.export.card import cell, size_category
 from ray_synth.export.layouts import LAYOUTS, export_images
 from ray_synth.export.names import class_list, folder_names
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
+from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.storage.folder import Folder
 
 CLASSES = ["crane/bird", "test", "Kranich | `x` <b>\nß"]

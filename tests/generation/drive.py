@@ -4,10 +4,10 @@ import sys
 
 from ray_synth.cluster.connection import connect
 from ray_synth.config import ClusterConfig, GenerationConfig
-from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import make_images
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.storage.folder import Folder
 
 

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import made, plan_rows
 
-from ray_synth.generation.chunks import PlanFile, PlanTable, cut, missing_rows
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.chunks import cut, missing_rows
+from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import chunk_blocks
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile, PlanTable
 from ray_synth.storage.folder import Folder
 
 

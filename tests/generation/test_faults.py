@@ -18,10 +18,10 @@ from tiny import embedded
 
 from ray_synth.cli.explanation import explain
 from ray_synth.config import GenerationConfig, PoolConfig, QualityConfig
-from ray_synth.generation.chunks import PlanFile, PlanTable
 from ray_synth.generation.maker import GenerationJob, ImageMaker
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import make_images
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile, PlanTable
 from ray_synth.storage.folder import Folder
 
 HERE = Path(__file__).parent

@@ -10,11 +10,12 @@ from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig, QualityConfig
 from ray_synth.data.images import decode_image
-from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.cost import earlier_attempts
 from ray_synth.generation.maker import GenerationJob, ImageMaker, attempt_seed, write_references
-from ray_synth.generation.store import IMAGE_SCHEMA, PLAN_SCHEMA, ImageStore
-from ray_synth.generators.registry import Failure, fingerprint, generate_all, generator_class
+from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
+from ray_synth.generators.protocol import Failure, generate_all
+from ray_synth.generators.registry import fingerprint, generator_class
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
 from ray_synth.storage.folder import Folder
 
 

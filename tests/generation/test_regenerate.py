@@ -6,10 +6,10 @@ from painting import Painter
 from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig, load_config
-from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.maker import GenerationJob, ImageMaker, write_references
 from ray_synth.generation.regenerate import as_made, regenerate
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
 from ray_synth.storage.folder import Folder
 
 PAINTED = {"generator": "painting:Painter", "width": 16, "height": 16, "image_format": "png"}

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import encoded
 
-from ray_synth.generation.store import IMAGE_SCHEMA, PLAN_SCHEMA, ImageStore, part_name
+from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
+from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.storage.folder import Folder
 
 

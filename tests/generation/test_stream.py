@@ -8,10 +8,10 @@ import pytest
 from test_store import plan_rows
 from tiny import embedded
 
-from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.maker import GenerationJob
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import image_stream, make_images
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
 from ray_synth.storage.folder import Folder
 
 CONFIG = embedded()

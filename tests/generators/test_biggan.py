@@ -11,7 +11,8 @@ from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
 from ray_synth.generators.biggan import BigGanGenerator, imagenet_indices
-from ray_synth.generators.registry import check_generator, fingerprint, generate_all
+from ray_synth.generators.protocol import generate_all
+from ray_synth.generators.registry import check_generator, fingerprint
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,8 @@ from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
 from ray_synth.generators.diffusion import DiffusionGenerator, resolve_model, wants_compile
-from ray_synth.generators.registry import (
-    check_generator,
-    fingerprint,
-    generate_all,
-    prompt_tokens,
-)
+from ray_synth.generators.protocol import generate_all
+from ray_synth.generators.registry import check_generator, fingerprint, prompt_tokens
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
 CONFIG = GenerationConfig(model="embedded", dtype="float32", batch_size=4, **SMALL)

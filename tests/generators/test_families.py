@@ -20,7 +20,7 @@ from ray_synth.generators.image_to_image import (
     reference_steps,
 )
 from ray_synth.generators.prompt_encoder import PromptEncoder
-from ray_synth.generators.registry import Failure
+from ray_synth.generators.protocol import Failure
 
 IMAGE_TO_IMAGE = ("sd15", "lcm", "sdxl", "sdxl-turbo", "sd3", "flux", "embedded")
 

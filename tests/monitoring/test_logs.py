@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from painting import Painter
 
 from ray_synth.config import GenerationConfig
-from ray_synth.generation.chunks import PlanTable
 from ray_synth.generation.maker import GenerationJob
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import make_images
 from ray_synth.monitoring import logs
 from ray_synth.monitoring.logs import (
@@ -33,6 +32,7 @@ from ray_synth.monitoring.logs import (
     where,
 )
 from ray_synth.monitoring.progress import Board, make_board, watch
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
 from ray_synth.storage.folder import Folder
 
 

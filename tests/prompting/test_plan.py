@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_synth.generation.store import PLAN_SCHEMA
 from ray_synth.prompting import plan as planning
 from ray_synth.prompting.contexts import Context
 from ray_synth.prompting.plan import ClassPrompts, kinds, make_plan, plan_tables, sample_id
+from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.prompting.styles import load_styles
 
 STYLES = load_styles()

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 
 from ray_synth.data.images import encode_image
 from ray_synth.evaluation.accuracy import interval
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
+from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.report.page import (
     duration,
     meanings,

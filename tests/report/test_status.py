@@ -16,11 +16,12 @@ from test_store import made, plan_rows
 
 from ray_synth.cli.command import main
 from ray_synth.config import parse_config
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
 from ray_synth.monitoring.heartbeat import PROGRESS, Heartbeat, watched
 from ray_synth.monitoring.logs import log
 from ray_synth.monitoring.progress import Bar, under_way
 from ray_synth.pipeline.records import StageRecords
+from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.report.status import DONE, RUNNING, SILENT, duration, read_status
 from ray_synth.report.status_table import show_status
 from ray_synth.stages import STAGES, stage_inputs

@@ -17,10 +17,10 @@ from ray_synth.config import (
     TrainingConfig,
 )
 from ray_synth.data.dataset import load_index, select
-from ray_synth.generation.chunks import PlanFile
 from ray_synth.generation.maker import GenerationJob
-from ray_synth.generation.store import PLAN_SCHEMA, ImageStore
+from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import make_images
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.storage.folder import Folder
 from ray_synth.training.job import TrainJob
 from ray_synth.training.trainer import run_training
