@@ -6,7 +6,7 @@ Every section refuses keys it does not know and names the nearest one that it do
 
 from __future__ import annotations
 
-import difflib
+import copy
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,8 +22,8 @@ from pydantic import (
     model_validator,
 )
 
-from ray_synth.errors import UserError
-from ray_synth.storage.filesystems import redact, refuse_secrets
+from ray_synth.errors import UserError, did_you_mean
+from ray_synth.storage.secrets import redact, refuse_secrets
 
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
@@ -51,6 +51,10 @@ Replicas = Annotated[
     Field(description="a number, or [fewest, most] to follow the load"),
     AfterValidator(_in_order),
 ]
+
+
+# Settings of earlier versions, by dotted name -> what became of each. Runs that have them are still read.
+RETIRED: dict[str, str] = {}
 
 
 class Section(BaseModel):
@@ -593,6 +597,47 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return parse_config(values, origin=str(path))
 
 
+def read_run_config(folder: Any) -> dict[str, Any]:
+    """The settings in a run's config.yaml, without those that this version has no more, and without
+    the packages' versions (see `run_versions`).
+
+    Args:
+        folder: the run's `Folder`.
+    """
+    values = yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    values.pop("versions", None)
+    return without_retired(values)
+
+
+def run_versions(folder: Any) -> dict[str, str]:
+    """The versions of the packages that made a run, from its config.yaml."""
+    return (yaml.safe_load(folder.read_bytes("config.yaml")) or {}).get("versions") or {}
+
+
+def load_run_config(folder: Any) -> Config:
+    """The config that a run's folder keeps.
+
+    Raises:
+        UserError: there is no run, or its settings are not valid now.
+    """
+    if not folder.exists("config.yaml"):
+        raise UserError(f"no run at {folder.address()}: it has no config.yaml; name one with --run")
+    return parse_config(read_run_config(folder), origin=folder.address("config.yaml"))
+
+
+def without_retired(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those of `RETIRED`."""
+    values = copy.deepcopy(values)
+    for name in RETIRED:
+        *parents, leaf = name.split(".")
+        section: Any = values
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(leaf, None)
+    return values
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -608,8 +653,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     if str(name).endswith((".yaml", ".yml")):
         path = Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(str(name), recipe_names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(recipe_names())}"
+        hint = did_you_mean(name, recipe_names())
         raise UserError(f"training.recipe: no recipe {name!r}; {hint} Or give a YAML file")
     values = yaml.safe_load(path.read_text())
     parse_config(values, origin=f"recipe {path.name}", model=TrainingConfig)
@@ -667,11 +711,13 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
         return redact(f"{dotted or model.__name__}: {message}{given}")
+    # A recipe, or another part of a config, is validated on its own: its names lack the first parts.
+    retired = [name for name in RETIRED if f".{name}".endswith(f".{dotted}")]
+    if retired:
+        return f"{dotted}: removed; {RETIRED[retired[0]]}"
     section = _section_at(model, location[:-1])
     known = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"{dotted}: unknown key; {hint}"
+    return f"{dotted}: unknown key; {did_you_mean(location[-1], known, known_as='known keys')}"
 
 
 def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:

@@ -4,7 +4,10 @@ import pytest
 import yaml
 from samples import ROOT
 
+from ray_synth import config as config_module
 from ray_synth.config import Config, load_config, parse_config
+from ray_synth.errors import UserError
+from ray_synth.storage.folder import Folder
 
 MINIMAL = {
     "name": "x",
@@ -97,3 +100,24 @@ def test_batch_is_cut_by_real_fraction():
 def test_off_without_quotes_is_a_policy():
     config = load_config(ROOT / "jobs/configs/quickstart.yaml", ["generation.checks.policy=off"])
     assert config.generation.checks.policy == "off"
+
+
+def test_a_removed_setting_is_said_to_be_so_and_left_out_of_a_run_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(config_module.RETIRED, "training.reservoir", "memory_gb bounds it")
+    folder = Folder(tmp_path)
+    settings = {
+        "name": "a",
+        "data": {"train": {"format": "digits"}, "test": {"format": "digits"}},
+        "training": {"steps": 1, "reservoir": 5},
+    }
+    with pytest.raises(UserError, match="training.reservoir: removed; memory_gb bounds it"):
+        parse_config(settings)
+    with pytest.raises(UserError, match="reservoir: removed; memory_gb"):
+        parse_config(settings["training"], model=config_module.TrainingConfig)
+    folder.write_yaml("config.yaml", {**settings, "versions": {"torch": "2"}})
+    values = config_module.read_run_config(folder)
+    assert values == {**settings, "training": {"steps": 1}}
+    assert config_module.load_run_config(folder).training.steps == 1
+    assert config_module.run_versions(folder) == {"torch": "2"}
+    with pytest.raises(UserError, match="no run at .*none"):
+        config_module.load_run_config(folder.child("none"))

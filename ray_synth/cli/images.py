@@ -100,7 +100,7 @@ def export(
 
 
 def _opened(run_folder: str) -> Any:
-    """The folder of a run. Raises ValueError where its storage does not answer at once."""
+    """The folder of a run. Raises UserError where its storage does not answer at once."""
     from ray_synth.storage.folder import Folder
 
     folder = Folder(run_folder)

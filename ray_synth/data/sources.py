@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, shortened
 from ray_synth.storage.filesystems import open_uri
 
 FILES_PER_SHARD = 256
@@ -158,9 +158,8 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
         raise UserError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
     if empty:
         raise UserError(
-            f"no images in the class folder {source.path}/{empty[0]}"
-            + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
-            + f"; add images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
+            f"no images in the class folder {source.path}/{shortened(empty, 1)}; add "
+            f"images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
         )
     chunks = range(0, len(files), FILES_PER_SHARD)
     return [

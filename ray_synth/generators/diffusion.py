@@ -6,7 +6,6 @@ so an image is the same to the bit whatever batch it was in.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import logging
@@ -20,7 +19,7 @@ import numpy as np
 
 from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, did_you_mean
 from ray_synth.generators.registry import Failure, Row, digest_settings
 
 if TYPE_CHECKING:
@@ -288,8 +287,7 @@ def find_scheduler(name: str) -> Any:
     if isinstance(found, type) and hasattr(found, "set_timesteps"):
         return found
     known = [n for n in dir(diffusers) if n.endswith(("Scheduler", "Inverse")) and n[0].isupper()]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see diffusers' list of schedulers"
+    hint = did_you_mean(name, known, most=3)
     raise UserError(f"diffusers has no scheduler {name!r} (generation.scheduler): {hint}")
 
 

@@ -17,14 +17,13 @@ from ray_synth.cluster.connection import connect
 from ray_synth.config import ClipConfig, Config, QualityConfig
 from ray_synth.data.dataset import (
     drop,
+    images_by_class,
     inspect,
-    read_index,
     require_every_class,
     select,
 )
 from ray_synth.generation.chunks import PlanFile, missing_rows
 from ray_synth.monitoring.heartbeat import watched
-from ray_synth.monitoring.logs import hide_value_of
 from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.estimate import Estimate, compare, priced
 from ray_synth.pipeline.results import write_report
@@ -32,6 +31,7 @@ from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.steps import resolve_meanings, write_plan
 from ray_synth.preflight import Reach, preflight
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.secrets import redact_value_of
 
 log = logging.getLogger("ray_synth")
 
@@ -50,7 +50,7 @@ def run_pipeline(
         estimate: first probe the cluster, and in the end say how far off the estimate was.
     """
     started = time.perf_counter()
-    hide_value_of(config.meaning.llm.api_key_env)
+    redact_value_of(config.meaning.llm.api_key_env)
     run = check_run(config, force_stage)
     if until == "report" and run.folder.exists("metrics.json") and run.stages.record("evaluation"):
         begin(run)
@@ -160,9 +160,7 @@ def measure_quality(run: Run) -> dict[str, Any]:
         return {"measured": False}
     folder = run.folder.child("quality")
     few = select(run.train, checks.real_images_per_class, run.config.seed)
-    images: dict[int, list[bytes]] = {}
-    for row in read_index(few):
-        images.setdefault(row["class_index"], []).append(row["image"])
+    images = images_by_class(few)
     meanings = dict(enumerate(run.folder.read_json("meanings.json")))
     per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
     measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(_measure_quality)

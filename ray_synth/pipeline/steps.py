@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_synth.config import Config
-from ray_synth.data.dataset import read_index, select
+from ray_synth.data.dataset import images_by_class, read_index, select
 from ray_synth.errors import UserError
 from ray_synth.generation.maker import write_references
 from ray_synth.generation.store import PLAN_SCHEMA
@@ -35,9 +35,7 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
         entries = saved["entries"] if saved["digest"] == digest else {}
     if config.meaning.enabled:
         few = select(run.train, config.meaning.num_images, config.seed)
-        images: dict[int, list[bytes]] = {}
-        for row in read_index(few):
-            images.setdefault(row["class_index"], []).append(row["image"])
+        images = images_by_class(few)
         todo = {
             name: images[i] for i, name in enumerate(run.train.class_names) if name not in entries
         }

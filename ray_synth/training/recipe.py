@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_synth.config import OptimizerConfig
-from ray_synth.errors import UserError
-from ray_synth.training.augmentation import nearest_known
+from ray_synth.errors import UserError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -49,7 +48,9 @@ def build_model(
     import timm
 
     if ":" not in name and not timm.is_model(name):
-        raise UserError(f"unknown timm model {name!r}{nearest_known(name, timm.list_models())}")
+        raise UserError(
+            f"unknown timm model {name!r}: {did_you_mean(name, timm.list_models(), most=3)}"
+        )
     try:
         model = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
@@ -86,7 +87,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     known = [str(known_name) for known_name in list_optimizers()]
     if config.name.lower() not in known:
-        raise UserError(f"unknown optimizer {config.name!r}{nearest_known(config.name, known)}")
+        raise UserError(f"unknown optimizer {config.name!r}: {did_you_mean(config.name, known)}")
     try:
         return create_optimizer_v2(
             model,
@@ -223,11 +224,9 @@ def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> Non
         ),
     ]
     if wrong:
-        shown = "; ".join(sorted(wrong)[:3])
         raise UserError(
             f"checkpoint {path} does not fit a {type(model).__name__}, it is of another architecture: "
-            f"{shown}"
-            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            + "; give training.model the name of the model that it was saved from"
+            f"{shortened(sorted(wrong), 3, joint='; ')}; give "
+            "training.model the name of the model that it was saved from"
         )
     model.load_state_dict(weights, strict=True)
