@@ -587,7 +587,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"no config file at {path}; `ray-synth init --images DIR` writes one")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings")
@@ -700,7 +700,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override!r}: {parent} is a value, not a section")
     try:
         node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--set {override!r}: {error}") from None
 
 

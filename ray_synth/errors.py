@@ -15,6 +15,12 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """`OSError: no such file`: a library's error in a message of ours, its first line alone."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:most]}"
+
+
 def nearest(given: Any, known: Iterable[Any], *, cutoff: float = 0.5, most: int = 1) -> list[str]:
     """Of `known` names, the `most` that are most like what was given, best first; often none."""
     return difflib.get_close_matches(str(given), list(map(str, known)), n=most, cutoff=cutoff)

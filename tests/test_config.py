@@ -102,7 +102,9 @@ def test_off_without_quotes_is_a_policy():
     assert config.generation.checks.policy == "off"
 
 
-def test_a_removed_setting_is_said_to_be_so_and_left_out_of_a_run_that_has_it(tmp_path, monkeypatch):
+def test_a_removed_setting_is_said_to_be_so_and_left_out_of_a_run_that_has_it(
+    tmp_path, monkeypatch
+):
     monkeypatch.setitem(config_module.RETIRED, "training.reservoir", "memory_gb bounds it")
     folder = Folder(tmp_path)
     settings = {

@@ -1,7 +1,11 @@
 """What users are told: nearest names, long lists cut short, durations; and the package's face."""
 
+import subprocess
+import sys
+
 import pytest
 
+import ray_synth
 from ray_synth.errors import did_you_mean, duration, shortened
 
 
@@ -28,3 +32,13 @@ def test_long_lists_are_cut_and_counted():
     assert shortened(["a", "b"], 2) == "a, b"
     assert shortened(["a", "b", "c"], 1, what="classes") == "a and 2 more classes"
     assert shortened(["a (1, 2)", "b", "c"], 2, joint="; ") == "a (1, 2); b and 1 more"
+
+
+def test_the_package_is_light_and_its_public_names_are_there():
+    heavy = ("ray", "torch", "pydantic", "pyarrow", "numpy")
+    code = f"import sys, ray_synth; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    for name in ray_synth.__all__:
+        assert getattr(ray_synth, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        ray_synth.no_such_name  # noqa: B018

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ray_synth.errors import UserError
 
 RunFolder = Annotated[str, typer.Option("--run", "-r", help="a run's directory, or its URI")]
 Names = Annotated[list[str] | None, typer.Option("--class", help="only this class; repeatable")]
@@ -24,7 +27,7 @@ def regenerate(
 
     found = again(_opened(run_folder), sample_id)
     path = out or Path(f"{found.row['sample_id']}.{found.suffix}")
-    path.write_bytes(found.image)
+    _write(path, lambda: path.write_bytes(found.image))
     typer.echo(found.describe())
     typer.echo(f"wrote {path}")
     if not found.identical:
@@ -69,7 +72,7 @@ def show(
         _opened(run_folder), class_names=class_names, kinds=kinds, style=style, rejected=rejected,
         sample_ids=sample_ids, limit=limit, columns=columns,
     )  # fmt: skip
-    sheet.save(out)
+    _write(out, lambda: sheet.save(out))
     typer.echo(f"wrote {out}")
 
 
@@ -97,6 +100,13 @@ def export(
         f"wrote {counts['exported']:,} images of {len(counts['classes'])} classes to {counts['to']}"
         + (f"; {counts['unreadable']} could not be read" if counts["unreadable"] else "")
     )
+
+
+def _write(path: Path, work: Callable[[], Any]) -> None:
+    try:
+        work()
+    except (OSError, ValueError) as error:  # PIL: an unknown suffix
+        raise UserError(f"--out {path} cannot be written: {error}") from None
 
 
 def _opened(run_folder: str) -> Any:

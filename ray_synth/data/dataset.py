@@ -234,7 +234,7 @@ def inspect(index: Index, *, max_pixels: int) -> list[dict[str, Any]]:
         for row, item in zip(sorted(task["rows"]), read_task(task), strict=True):
             try:
                 decode_image(item["image"], max_pixels=max_pixels)
-            except ValueError as error:
+            except UserError as error:
                 place = {"shard": task["position"], "row": row}
                 broken.append({"image_id": item["image_id"], "error": str(error), **place})
         return broken

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -172,7 +173,10 @@ def _parquet_shards(source: SourceConfig) -> list[Shard]:
     shards = []
     for path in _matching(source, (".parquet",)):
         filesystem, _ = open_uri(str(source.path))
-        file = pq.ParquetFile(path, filesystem=filesystem)
+        try:
+            file = pq.ParquetFile(path, filesystem=filesystem)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path} is no Parquet file: {error}") from None
         for column in (source.image_column, source.label_column):
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)

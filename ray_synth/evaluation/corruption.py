@@ -124,7 +124,7 @@ def corrupted_rows(
     for row in rows:
         try:
             image = decode_image(row["image"], max_pixels=max_pixels)
-        except ValueError:
+        except UserError:
             continue
         for kind in kinds:
             for severity in severities:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, parse_config
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.errors import UserError, nearest
+from ray_synth.errors import UserError, first_line, nearest
 from ray_synth.generators.registry import Row, digest_settings
 
 if TYPE_CHECKING:
@@ -223,7 +223,11 @@ def _read_config(weights: str) -> Any:
         raise UserError(
             f"BigGAN needs a library ({error}): pip install pytorch-pretrained-biggan"
         ) from None
-    return BigGANConfig.from_json_file(str(_files(weights)[1]))
+    file = _files(weights)[1]
+    try:
+        return BigGANConfig.from_json_file(str(file))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not BigGAN's: {first_line(error)}") from None
 
 
 def _load(weights: str) -> Any:

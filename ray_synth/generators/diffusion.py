@@ -19,7 +19,7 @@ import numpy as np
 
 from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.errors import UserError, did_you_mean
+from ray_synth.errors import UserError, did_you_mean, first_line
 from ray_synth.generators.registry import Failure, Row, digest_settings
 
 if TYPE_CHECKING:
@@ -332,8 +332,7 @@ def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **arguments)
     except Exception as error:
         raise UserError(
-            f"cannot load the generator {config.model!r} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); "
+            f"cannot load the generator {config.model!r} ({first_line(error)}); "
             "give a diffusers folder, or a hub id that this machine can reach"
         ) from None
     if config.scheduler:
@@ -380,7 +379,7 @@ def _to_uint8(images: Any) -> np.ndarray:
 
 def _text(row: Row, key: str) -> str:
     if not isinstance(row[key], str):
-        raise UserError(f"{key} is {row[key]!r}, not a text")
+        raise ValueError(f"{key} is {row[key]!r}, not a text")
     return row[key]
 
 

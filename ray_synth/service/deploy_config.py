@@ -57,7 +57,7 @@ def load_serve_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no Serve config at {path}; serve/config.yaml is one to start from")
     try:
         values = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     check_serve_config(values, origin=str(path))
     return values
@@ -155,7 +155,7 @@ def _wrong_values(part: Part) -> Iterator[str]:
     prefix = f"{part.place}." if part.place else ""
     try:
         parse_config(values, model=part.model)
-    except ValueError as error:
+    except UserError as error:
         yield from (prefix + line.strip() for line in str(error).splitlines()[1:])
     except (NotImplementedError, TypeError, AttributeError) as error:
         yield f"{part.place or 'a deployment'}: {error}"  # raised past pydantic, by Ray's validators

@@ -130,7 +130,7 @@ class ImageTransform:
         if isinstance(image, Tensor) and (
             image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8
         ):
-            raise UserError(
+            raise ValueError(
                 f"an image must be (3, height, width) uint8, got {tuple(image.shape)} "
                 f"{image.dtype}: decode it as RGB"
             )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_synth.config import OptimizerConfig
-from ray_synth.errors import UserError, did_you_mean, shortened
+from ray_synth.errors import UserError, did_you_mean, first_line, shortened
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -55,8 +55,16 @@ def build_model(
         model = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
         )
-    except TypeError as error:
-        raise UserError(f"timm model {name!r} refuses model_kwargs: {error}") from error
+    except Exception as error:  # of timm, torch, the hub or a file
+        if model_kwargs:
+            raise UserError(f"timm model {name!r} refuses model_kwargs: {error}") from error
+        if not pretrained and ":" not in name:
+            raise
+        raise UserError(
+            f"timm model {name!r} cannot be loaded ({first_line(error)}): give training.model a name, a "
+            "hub id or a local-dir: that this machine can reach, and for training.pretrained one "
+            "with weights; or training.checkpoint a local file"
+        ) from error
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint), keep_classifier)
     return model
@@ -98,7 +106,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             layer_decay=config.layer_decay,
             **config.kwargs,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
             f"optimizer {config.name!r} refuses training.optimizer.kwargs: {error}"
         ) from error
@@ -136,7 +144,7 @@ def build_schedule(
             updates_per_epoch=1,
             **options,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"training.optimizer.schedule_kwargs: {error}") from error
     assert schedule is not None
     return schedule
@@ -192,7 +200,7 @@ def mixed_loss(
         The total, and the two domains' losses, unweighted.
     """
     if not 0 <= num_real <= len(logits):
-        raise UserError(f"num_real must be 0 to {len(logits)}, the batch size, got {num_real}")
+        raise ValueError(f"num_real must be 0 to {len(logits)}, the batch size, got {num_real}")
 
     def mean_loss(rows: slice) -> Tensor:
         if logits[rows].numel() == 0:
@@ -204,11 +212,15 @@ def mixed_loss(
 
 
 def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if path.suffix != ".safetensors" or not path.is_file():
         raise UserError(f"checkpoint {path} must be an existing .safetensors file")
-    weights, own = load_file(path), model.state_dict()
+    try:
+        weights, own = load_file(path), model.state_dict()
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {path} is no whole safetensors file: {error}") from None
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     for key in [key for key in weights if key.startswith(tuple(f"{head}." for head in heads))]:
