@@ -218,13 +218,10 @@ def _mean_batch(before: dict[str, Any], after: dict[str, Any], model: str) -> fl
 
 
 def _digits() -> list[list[bytes]]:
-    from ray_synth.data.dataset import load_index, read_index, select
+    from ray_synth.data.dataset import images_by_class, load_index, select
 
     index = select(load_index(SourceConfig(format="digits", split="test"), DIGITS), 100, seed=0)
-    images: list[list[bytes]] = [[] for _ in DIGITS]
-    for row in read_index(index):
-        images[row["class_index"]].append(row["image"])
-    return images
+    return [images for _, images in sorted(images_by_class(index).items())]
 
 
 def _question(

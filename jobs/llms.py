@@ -133,7 +133,7 @@ def class_features(settings: Config, clip: Any) -> dict[str, np.ndarray]:
     for row in read_index(select(index, settings.meaning.num_images, settings.seed)):
         try:
             picture = decode_image(row["image"], max_pixels=data.max_pixels)
-        except ValueError as error:
+        except UserError as error:
             log.warning("left out %s: %s", row["image_id"], error)
             continue
         pictures[index.class_names[row["class_index"]]].append(picture)
@@ -152,7 +152,7 @@ def ask(name: str, backend: LlmConfig, resolve: Callable[[Any], Any], load: Load
         entries = resolve(llm)
         seconds = time.perf_counter() - started
     except Exception as error:  # a library's own error too must not end the other backends
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         why = next(iter(str(error).strip().splitlines()), "no reason given")
         return Outcome(name, backend.model, problem=(kind + why)[:300])
     questions, prompts, answers = (_spent(llm) - before).tolist()
@@ -190,7 +190,7 @@ def _spent(llm: Any) -> np.ndarray:
 def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
@@ -198,5 +198,5 @@ if __name__ == "__main__":
     prepare_process()
     try:
         typer.run(main)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")

@@ -6,7 +6,7 @@ Every section refuses keys it does not know and names the nearest one that it do
 
 from __future__ import annotations
 
-import difflib
+import copy
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -23,8 +23,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticUndefined
 
-from ray_synth.errors import UserError
-from ray_synth.storage.filesystems import redact, refuse_secrets
+from ray_synth.errors import UserError, did_you_mean
+from ray_synth.storage.secrets import redact, refuse_secrets
 
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
@@ -65,6 +65,10 @@ def how(default: Any = PydanticUndefined, **more: Any) -> Any:
     Of a section, it holds for all in it.
     """
     return Field(default, json_schema_extra={"changes": "how"}, **more)
+
+
+# Settings of earlier versions, by dotted name -> what became of each. Runs that have them are still read.
+RETIRED: dict[str, str] = {}
 
 
 class Section(BaseModel):
@@ -603,7 +607,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"no config file at {path}; `ray-synth init --images DIR` writes one")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings")
@@ -654,6 +658,47 @@ def default_of(key: str) -> Any:
     return default.model_dump(mode="json") if isinstance(default, BaseModel) else default
 
 
+def read_run_config(folder: Any) -> dict[str, Any]:
+    """The settings in a run's config.yaml, without those that this version has no more, and without
+    the packages' versions (see `run_versions`).
+
+    Args:
+        folder: the run's `Folder`.
+    """
+    values = yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    values.pop("versions", None)
+    return without_retired(values)
+
+
+def run_versions(folder: Any) -> dict[str, str]:
+    """The versions of the packages that made a run, from its config.yaml."""
+    return (yaml.safe_load(folder.read_bytes("config.yaml")) or {}).get("versions") or {}
+
+
+def load_run_config(folder: Any) -> Config:
+    """The config that a run's folder keeps.
+
+    Raises:
+        UserError: there is no run, or its settings are not valid now.
+    """
+    if not folder.exists("config.yaml"):
+        raise UserError(f"no run at {folder.address()}: it has no config.yaml; name one with --run")
+    return parse_config(read_run_config(folder), origin=folder.address("config.yaml"))
+
+
+def without_retired(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those of `RETIRED`."""
+    values = copy.deepcopy(values)
+    for name in RETIRED:
+        *parents, leaf = name.split(".")
+        section: Any = values
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section.pop(leaf, None)
+    return values
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -669,8 +714,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     if str(name).endswith((".yaml", ".yml")):
         path = Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(str(name), recipe_names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(recipe_names())}"
+        hint = did_you_mean(name, recipe_names())
         raise UserError(f"training.recipe: no recipe {name!r}; {hint} Or give a YAML file")
     values = yaml.safe_load(path.read_text())
     parse_config(values, origin=f"recipe {path.name}", model=TrainingConfig)
@@ -717,7 +761,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override!r}: {parent} is a value, not a section")
     try:
         node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--set {override!r}: {error}") from None
 
 
@@ -728,11 +772,13 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
         return redact(f"{dotted or model.__name__}: {message}{given}")
+    # A recipe, or another part of a config, is validated on its own: its names lack the first parts.
+    retired = [name for name in RETIRED if f".{name}".endswith(f".{dotted}")]
+    if retired:
+        return f"{dotted}: removed; {RETIRED[retired[0]]}"
     section = _section_at(model, location[:-1])
     known = list(section.model_fields) if section else []
-    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"{dotted}: unknown key; {hint}"
+    return f"{dotted}: unknown key; {did_you_mean(location[-1], known, known_as='known keys')}"
 
 
 def _section_at(model: type[BaseModel], location: list[Any]) -> type[BaseModel] | None:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray_synth.errors import UserError
+
 
 def pick_device(device: str) -> str:
-    """A torch device; `auto` is cuda, else mps, else cpu."""
+    """A torch device; `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        UserError: this process does not see the device.
+    """
     import torch
 
     if device != "auto":
+        kind, _, number = device.partition(":")
+        count = torch.cuda.device_count() if kind == "cuda" else 0
+        if (kind == "cuda" and int(number or 0) >= count) or (
+            kind == "mps" and not torch.backends.mps.is_available()
+        ):
+            raise UserError(
+                f"device {device!r}: there is none such here ({count} CUDA GPUs); set `device: auto`, "
+                "and num_gpus where Ray is to give one"
+            )
         return device
     if torch.cuda.is_available():
         return "cuda"

@@ -15,31 +15,43 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """`OSError: no such file`: a library's error in a message of ours, its first line alone."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:most]}"
+
+
 def nearest(given: Any, known: Iterable[Any], *, cutoff: float = 0.5, most: int = 1) -> list[str]:
     """Of `known` names, the `most` that are most like what was given, best first; often none."""
     return difflib.get_close_matches(str(given), list(map(str, known)), n=most, cutoff=cutoff)
 
 
-def did_you_mean(given: Any, known: Iterable[Any], *, known_as: str = "known") -> str:
+def did_you_mean(
+    given: Any, known: Iterable[Any], *, known_as: str = "known", most: int = 1
+) -> str:
     """`did you mean 'crane'?`, or `known: cat, dog` where no name is near."""
     names = sorted(map(str, known))
-    near = nearest(given, names)
-    return f"did you mean {near[0]!r}?" if near else f"{known_as}: {shortened(names, 30)}"
+    near = nearest(given, names, most=most)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"{known_as}: {shortened(names, 30)}"
 
 
-def shortened(names: Sequence[Any], most: int, *, what: str = "") -> str:
+def shortened(names: Sequence[Any], most: int, *, what: str = "", joint: str = ", ") -> str:
     """`a, b and 3 more`: the first `most` names, and how many there are besides.
 
     Args:
         what: what is counted besides: `a, b and 3 more classes`.
     """
     more = len(names) - most
-    text = ", ".join(map(str, names[:most]))
+    text = joint.join(map(str, names[:most]))
     return f"{text} and {more} more{f' {what}' if what else ''}" if more > 0 else text
 
 
 def duration(seconds: float) -> str:
-    """`12 s`, `3 min`, `2 h 5 min`, `3 d 4 h`."""
+    """`0.4 s`, `12 s`, `3 min`, `2 h 5 min`, `3 d 4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -7,8 +7,11 @@ import yaml
 from pydantic import BaseModel
 from samples import ROOT
 
+from ray_synth import config as config_module
 from ray_synth.config import Config, _section_at, changes_result, load_config, parse_config
+from ray_synth.errors import UserError
 from ray_synth.stages import stage_inputs
+from ray_synth.storage.folder import Folder
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
@@ -153,3 +156,26 @@ def test_every_setting_that_changes_a_result_is_an_input_of_a_stage():
 
 def _default(field):
     return None if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def test_a_removed_setting_is_said_to_be_so_and_left_out_of_a_run_that_has_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(config_module.RETIRED, "training.reservoir", "memory_gb bounds it")
+    folder = Folder(tmp_path)
+    settings = {
+        "name": "a",
+        "data": {"train": {"format": "digits"}, "test": {"format": "digits"}},
+        "training": {"steps": 1, "reservoir": 5},
+    }
+    with pytest.raises(UserError, match="training.reservoir: removed; memory_gb bounds it"):
+        parse_config(settings)
+    with pytest.raises(UserError, match="reservoir: removed; memory_gb"):
+        parse_config(settings["training"], model=config_module.TrainingConfig)
+    folder.write_yaml("config.yaml", {**settings, "versions": {"torch": "2"}})
+    values = config_module.read_run_config(folder)
+    assert values == {**settings, "training": {"steps": 1}}
+    assert config_module.load_run_config(folder).training.steps == 1
+    assert config_module.run_versions(folder) == {"torch": "2"}
+    with pytest.raises(UserError, match="no run at .*none"):
+        config_module.load_run_config(folder.child("none"))

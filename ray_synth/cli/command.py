@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 from ray_synth.cli import looking, running, serving, submission
-from ray_synth.cli.explanation import explain
+from ray_synth.cli.explanation import bug_report, explain
 from ray_synth.cluster import signals
 from ray_synth.monitoring import logs
+from ray_synth.storage.secrets import redact
 
 app = typer.Typer(
     name="ray-synth",
@@ -48,7 +50,7 @@ def prepare_process() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command and of `jobs/*.py`.
 
-    Exits with 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C, 143 after SIGTERM.
+    Exits with 0, 2 for what the user can fix, 1 for a bug, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
         prepare_process()
@@ -62,10 +64,14 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     except Exception as error:
         message = explain(error)
-        if message is None or os.environ.get("RAY_SYNTH_DEBUG"):
+        if message is not None and os.environ.get("RAY_SYNTH_DEBUG"):
             raise
+        log, bug = logging.getLogger("ray_synth"), bug_report()
         if logs.is_json():
-            logging.getLogger("ray_synth").error(message)
+            log.error(message or bug, exc_info=None if message else error)
+        elif message:
+            typer.secho(f"error: {redact(message)}", fg="red", err=True)
         else:
-            typer.secho(f"error: {message}", fg="red", err=True)
-        sys.exit(2)
+            typer.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
+            typer.secho(redact(bug), fg="red", err=True)
+        sys.exit(2 if message else 1)

@@ -8,6 +8,7 @@ import platform
 
 from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import ClusterConfig, Config
+from ray_synth.errors import UserError
 from ray_synth.preflight.check import fit_stages, table, unsure
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.memory import Findings, look
@@ -106,7 +107,7 @@ def _sizes(config: Config) -> tuple[Sizes, list[str]]:
 
     try:
         return check_run(config).sizes, []
-    except ValueError as error:
+    except UserError as error:
         return Sizes(), [str(error)]
 
 

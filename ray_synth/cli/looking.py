@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,7 @@ def regenerate(
 
     found = again(_opened(run_folder), sample_id)
     path = out or Path(f"{found.row['sample_id']}.{found.suffix}")
-    path.write_bytes(found.image)
+    _write(path, lambda: path.write_bytes(found.image))
     typer.echo(found.describe())
     typer.echo(f"wrote {path}")
     if not found.identical:
@@ -102,7 +103,7 @@ def show(
         _opened(run_folder), class_names=class_names, kinds=kinds, style=style, rejected=rejected,
         sample_ids=sample_ids, limit=limit, columns=columns,
     )  # fmt: skip
-    sheet.save(out)
+    _write(out, lambda: sheet.save(out))
     typer.echo(f"wrote {out}")
 
 
@@ -132,8 +133,15 @@ def export(
     )
 
 
+def _write(path: Path, work: Callable[[], Any]) -> None:
+    try:
+        work()
+    except (OSError, ValueError) as error:  # PIL: an unknown suffix
+        raise UserError(f"--out {path} cannot be written: {error}") from None
+
+
 def _opened(run_folder: str) -> Any:
-    """The folder of a run. Raises ValueError where its storage does not answer at once."""
+    """The folder of a run. Raises UserError where its storage does not answer at once."""
     from ray_synth.storage.folder import Folder
 
     folder = Folder(run_folder)

@@ -56,12 +56,15 @@ def write_config(
     }
     run_name = name or images.resolve().name.lower().replace(" ", "-") or "images"
     config = _config(run_name, found)
-    out.parent.mkdir(parents=True, exist_ok=True)
     header = (
         f"# Written by `ray-synth init` for {len(counts)} classes and {len(index)} training images "
         f"of about {side} pixels.\n# Run it with: ray-synth run --config {out}\n"
     )
-    out.write_text(header + yaml.safe_dump(config, sort_keys=False))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(header + yaml.safe_dump(config, sort_keys=False))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from None
     return found
 
 

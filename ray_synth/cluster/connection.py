@@ -84,7 +84,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     try:
         with own_handlers():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise UserError(
             f"no Ray cluster to be had at {address or 'this machine'}: {error}; check cluster.address"
             " and RAY_ADDRESS (a cluster with token authentication wants RAY_AUTH_MODE=token and "
@@ -112,7 +112,7 @@ def _require_answer(address: str) -> None:
         return
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(
             f"no Ray cluster to be had at {address} ({error}): check cluster.address and RAY_ADDRESS"
         ) from None

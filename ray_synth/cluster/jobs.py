@@ -1,7 +1,7 @@
 """Jobs on a Ray cluster, by the Ray Jobs SDK: submit, follow, stop, list.
 
 A job is one verb of `ray-synth` with its arguments. Every failure of the way to the cluster is a
-ValueError that says what to mend; no token is ever printed.
+UserError that says what to fix; no token is ever printed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_synth.cluster.signals import INTERRUPTED
 from ray_synth.errors import UserError
+from ray_synth.storage.secrets import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -215,7 +216,7 @@ def _refusal(error: Exception, secrets: dict[str, str]) -> str:
     line = next((part for part in reversed(text) if part.strip(" .")), text[-1])
     for name, value in secrets.items():
         line = line.replace(value, f"<{name}>") if value else line
-    return line
+    return redact(line)
 
 
 def details(client: JobSubmissionClient, job_id: str) -> JobDetails:
@@ -327,9 +328,9 @@ class _Log:
                 if whole and ended.is_terminal():
                     return
                 lost_at = None
+            except UserError:
+                raise
             except Exception as error:
-                if type(error) is ValueError:
-                    raise
                 now = time.monotonic()
                 if lost_at is None or self.printed > before:
                     lost_at = now

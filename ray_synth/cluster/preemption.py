@@ -198,7 +198,7 @@ def main(arguments: list[str]) -> None:
             announce(given.address, node_id, seconds, f"a notice of {given.cloud}")
 
         watch(given.cloud, tell, url=given.metadata_url)
-    except ValueError as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
 
 

@@ -17,7 +17,7 @@ from ray_synth.config import SourceConfig
 from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
 from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, shortened
 
 if TYPE_CHECKING:
     import ray.data
@@ -100,10 +100,10 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
     lookup = {label: int(label) if numbered else position.get(label, -1) for label in found}
     classes = np.array([lookup.get(label, -1) for label in flat], dtype=np.int64)
     if (classes < 0).all():
-        some = ", ".join(sorted(found)[:5])
         raise UserError(
-            f"{source.path or source.format}: none of its labels ({some}, ...) is a class name "
-            f"({', '.join(class_names[:5])}, ...); map them with class_map"
+            f"{source.path or source.format}: none of its labels "
+            f"({shortened(sorted(found), 5)}) is a class name ({shortened(class_names, 5)}); "
+            "map them with class_map"
         )
     counts = [len(part) for part in labels]
     index = Index(
@@ -118,12 +118,11 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
 
 def require_every_class(index: Index, origin: str) -> Index:
     """Raises UserError where a class has no image at all."""
-    empty = [name for name, count in index.counts().items() if not count]
+    empty = [repr(name) for name, count in index.counts().items() if not count]
     if empty:
         raise UserError(
-            f"{origin}: no image of {', '.join(map(repr, empty[:5]))}"
-            + (f" and {len(empty) - 5} more classes" if len(empty) > 5 else "")
-            + "; add images, or take the class out of class_names"
+            f"{origin}: no image of {shortened(empty, 5, what='classes')}; add images, or take the "
+            "class out of class_names"
         )
     return index
 
@@ -214,6 +213,14 @@ def read_index(index: Index) -> Iterator[dict[str, Any]]:
         yield from read_task(task)
 
 
+def images_by_class(index: Index) -> dict[int, list[bytes]]:
+    """Encoded images of an index, by class index; read in this process."""
+    images: dict[int, list[bytes]] = {}
+    for row in read_index(index):
+        images.setdefault(row["class_index"], []).append(row["image"])
+    return images
+
+
 def inspect(index: Index, *, max_pixels: int) -> list[dict[str, Any]]:
     """Decode every image once, in Ray tasks; the corrupt ones, for `drop`.
 
@@ -227,7 +234,7 @@ def inspect(index: Index, *, max_pixels: int) -> list[dict[str, Any]]:
         for row, item in zip(sorted(task["rows"]), read_task(task), strict=True):
             try:
                 decode_image(item["image"], max_pixels=max_pixels)
-            except ValueError as error:
+            except UserError as error:
                 place = {"shard": task["position"], "row": row}
                 broken.append({"image_id": item["image_id"], "error": str(error), **place})
         return broken

@@ -41,7 +41,7 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
             image.seek(0)
             upright = ImageOps.exif_transpose(image)
             return _to_rgb(upright)
-    except ValueError:
+    except UserError:
         raise
     except UnidentifiedImageError:
         known = ", ".join(FORMATS)

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, shortened
 from ray_synth.storage.filesystems import open_uri
 
 FILES_PER_SHARD = 256
@@ -158,9 +159,8 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
         raise UserError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
     if empty:
         raise UserError(
-            f"no images in the class folder {source.path}/{empty[0]}"
-            + (f" and {len(empty) - 1} more" if len(empty) > 1 else "")
-            + f"; add images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
+            f"no images in the class folder {source.path}/{shortened(empty, 1)}; add "
+            f"images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
         )
     chunks = range(0, len(files), FILES_PER_SHARD)
     return [
@@ -173,7 +173,10 @@ def _parquet_shards(source: SourceConfig) -> list[Shard]:
     shards = []
     for path in _matching(source, (".parquet",)):
         filesystem, _ = open_uri(str(source.path))
-        file = pq.ParquetFile(path, filesystem=filesystem)
+        try:
+            file = pq.ParquetFile(path, filesystem=filesystem)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{path} is no Parquet file: {error}") from None
         for column in (source.image_column, source.label_column):
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)

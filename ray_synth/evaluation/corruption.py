@@ -6,12 +6,11 @@ ours, relative to the image's size, so that they mean the same on 28 and on 500 
 
 from __future__ import annotations
 
-import difflib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,11 +31,7 @@ def check_kinds(kinds: Iterable[str]) -> None:
     """Raises UserError for a kind that there is not, with the nearest."""
     for kind in kinds:
         if kind not in STRENGTHS:
-            near = difflib.get_close_matches(kind, STRENGTHS, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UserError(
-                f"no corruption is called {kind!r}; {hint}Known: {', '.join(STRENGTHS)}"
-            )
+            raise UserError(f"no corruption is called {kind!r}; {did_you_mean(kind, STRENGTHS)}")
 
 
 def corrupt(image: Image.Image, kind: str, severity: int, *, name: str) -> Image.Image:
@@ -129,7 +124,7 @@ def corrupted_rows(
     for row in rows:
         try:
             image = decode_image(row["image"], max_pixels=max_pixels)
-        except ValueError:
+        except UserError:
             continue
         for kind in kinds:
             for severity in severities:

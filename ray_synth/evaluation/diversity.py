@@ -171,9 +171,9 @@ def copies(real: Rows, synthetic: Rows, *, quantile: float = 0.01, show: int = 1
             out of range.
     """
     if not 0 <= quantile <= 1:
-        raise UserError(f"the quantile is {quantile}, but must be within 0 and 1")
+        raise ValueError(f"the quantile is {quantile}, but must be within 0 and 1")
     if show < 0:
-        raise UserError(f"show is {show}, but must be 0 or more")
+        raise ValueError(f"show is {show}, but must be 0 or more")
     real, synthetic = checked_pair(real, synthetic, least=1, unit=True)
     own = _kth_nearest(real, 1)
     different = own[own > EXACT_COPY]
@@ -205,7 +205,7 @@ def prompt_diversity(prompts: Sequence[str]) -> PromptDiversity:
     words = [WORD.findall(text) for text in texts]
     singles = [word for line in words for word in line]
     if not singles:
-        raise UserError(f"{len(texts)} prompts without a word: there is nothing to measure")
+        raise ValueError(f"{len(texts)} prompts without a word: there is nothing to measure")
     pairs = [pair for line in words for pair in pairwise(line)]
     return PromptDiversity(
         prompts=len(texts),

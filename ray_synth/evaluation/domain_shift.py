@@ -112,7 +112,7 @@ def cmmd(
         UserError: see `frechet_distance`; also for rows of length 0 and a bandwidth of 0 or less.
     """
     if bandwidth <= 0:
-        raise UserError(f"the bandwidth is {bandwidth}, but must be above 0")
+        raise ValueError(f"the bandwidth is {bandwidth}, but must be above 0")
     left, right = checked_pair(real, synthetic, unit=True)
     n, m, off = len(left), len(right), 0 if biased else 1
     # 1 - k throughout: k itself is nearly 1, and its digits would cancel. A row and itself add 0.
@@ -149,7 +149,7 @@ def probe_accuracy(real: Rows, synthetic: Rows, *, seed: int, folds: int = 5) ->
 
     left, right = checked_pair(real, synthetic)
     if folds < 2:
-        raise UserError(f"folds is {folds}, but must be 2 or more")
+        raise ValueError(f"folds is {folds}, but must be 2 or more")
     if min(len(left), len(right)) < folds:
         raise UserError(
             f"{len(left)} real and {len(right)} synthetic images are too few for {folds} folds: "
@@ -189,7 +189,7 @@ def bn_statistics(model: nn.Module, batches: Iterable[Tensor]) -> Statistics:
     if not layers:
         raise UserError(f"{type(model).__name__} has no BatchNorm layer: there are no statistics")
     if any(module.training for module in (model, *layers.values())):
-        raise UserError("the model is in training mode, which changes it: call model.eval() first")
+        raise ValueError("the model is in training mode, which changes it: call model.eval() first")
     found: dict[str, Moments] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -208,7 +208,7 @@ def bn_statistics(model: nn.Module, batches: Iterable[Tensor]) -> Statistics:
         for handle in handles:
             handle.remove()
     if not found:
-        raise UserError("no batch of images: there are no statistics")
+        raise ValueError("no batch of images: there are no statistics")
     for name, (_, mean, var) in found.items():
         if not (mean + var).isfinite().all():
             raise UserError(f"the inputs of layer {name} have NaN or infinity")
@@ -228,14 +228,14 @@ def statistics_distance(
         UserError: for no layer, different layers, or different numbers of channels.
     """
     if not real:
-        raise UserError("there are no layers to compare")
+        raise ValueError("there are no layers to compare")
     if differing := sorted(set(real) ^ set(synthetic)):
-        raise UserError(f"only one side has statistics of the layers {', '.join(differing)}")
+        raise ValueError(f"only one side has statistics of the layers {', '.join(differing)}")
     shifts = []
     for layer, (m, v) in real.items():
         m2, v2 = synthetic[layer]
         if m.shape != m2.shape:
-            raise UserError(
+            raise ValueError(
                 f"layer {layer} has {m.size} channels for real images and {m2.size} for synthetic "
                 "ones: they must come from the same model"
             )
@@ -284,7 +284,7 @@ def main_aux_distance(
         for state in (main_state, aux_state)
     )
     if missing := [name for name in layers or () if name not in main or name not in aux]:
-        raise UserError(f"there are no running statistics of the layers {', '.join(missing)}")
+        raise ValueError(f"there are no running statistics of the layers {', '.join(missing)}")
     if layers is not None:
         main, aux = {name: main[name] for name in layers}, {name: aux[name] for name in layers}
     return statistics_distance(main, aux, eps=eps)

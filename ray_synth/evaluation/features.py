@@ -23,11 +23,11 @@ def checked_rows(features: Rows, name: str, least: int = 2) -> NDArray[np.float6
     """
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2 or rows.shape[1] == 0:
-        raise UserError(f"{name} have the shape {rows.shape}, but (images, dim) is needed")
+        raise ValueError(f"{name} have the shape {rows.shape}, but (images, dim) is needed")
     if len(rows) < least:
         raise UserError(f"{name} need at least {least} rows, but have {len(rows)}")
     if len(bad := np.flatnonzero(~np.isfinite(rows).all(axis=1))):
-        raise UserError(
+        raise ValueError(
             f"{name} have NaN or infinity in {len(bad)} of {len(rows)} rows, first in row {bad[0]}"
         )
     return rows
@@ -48,7 +48,7 @@ def checked_pair(
     left = check(real, "real features")
     right = check(synthetic, "synthetic features", least)
     if left.shape[1] != right.shape[1]:
-        raise UserError(
+        raise ValueError(
             f"real features have {left.shape[1]} columns and synthetic ones {right.shape[1]}: "
             "they must come from the same model"
         )
@@ -64,7 +64,7 @@ def unit_rows(features: Rows, name: str, least: int = 2) -> NDArray[np.float64]:
     rows = checked_rows(features, name, least)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if len(empty := np.flatnonzero(lengths == 0)):
-        raise UserError(
+        raise ValueError(
             f"{name} have length 0, so no direction, in {len(empty)} of {len(rows)} rows, "
             f"first in row {empty[0]}"
         )

@@ -15,7 +15,7 @@ import numpy as np
 from ray_synth import metrics
 from ray_synth.config import EvaluationConfig
 from ray_synth.data.dataset import Index, to_ray
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, shortened
 from ray_synth.evaluation.accuracy import VERDICT, Tally, judge
 from ray_synth.monitoring import logs
 from ray_synth.storage.folder import Folder
@@ -192,11 +192,10 @@ def warn_of_missing(test_set: str, index: Index) -> None:
     if len(missing) == len(counts):
         raise UserError(f"test set {test_set!r} has no image of any class; check its path")
     if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         log.warning(
             "test set %r has no image of %d of %d classes (%s): it is tested on the others",
             test_set,
             len(missing),
             len(counts),
-            shown,
+            shortened(missing, 5),
         )

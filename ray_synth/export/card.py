@@ -16,9 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
-from ray_synth.config import Config, parse_config
+from ray_synth.config import Config, load_run_config, run_versions
+from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
 from ray_synth.generation.selection import count_by
 from ray_synth.generation.store import ImageStore
@@ -180,11 +180,10 @@ def _config(run_folder: Folder) -> tuple[Config | None, dict[str, str]]:
     """The run's config, and the versions of the packages that made it."""
     if not run_folder.exists("config.yaml"):
         return None, {}
-    values = yaml.safe_load(run_folder.read_bytes("config.yaml"))
-    versions = values.pop("versions", None) or {}
+    versions = run_versions(run_folder)
     try:
-        return parse_config(values), versions
-    except ValueError as error:  # of another version of ray-synth: no reason to keep the images
+        return load_run_config(run_folder), versions
+    except UserError as error:  # of another version of ray-synth: no reason to keep the images
         log.warning("the card lacks what config.yaml says: %s", error)
         return None, versions
 

@@ -118,7 +118,7 @@ class Judge:
     ) -> None:
         self.reference, self.clip, self.pixels = reference, clip, pixels
         if clip is not None and reference is None:
-            raise UserError(
+            raise ValueError(
                 "images can be scored with CLIP only against a reference: measure_reference makes one"
             )
         if clip is not None and reference is not None:

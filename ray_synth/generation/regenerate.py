@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from ray_synth.config import Config, GenerationConfig, parse_config
+from ray_synth.config import GenerationConfig, load_run_config
 from ray_synth.data.images import decode_image, encode_image
 from ray_synth.errors import UserError
 from ray_synth.generation.maker import attempt_seed, read_references
@@ -68,7 +68,7 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
     Raises:
         UserError: no run there, no such image (or several), or another model by the same name.
     """
-    config = read_config(run)
+    config = load_run_config(run)
     row = find_row(ImageStore(run.child("images")), sample_id)
     if not row["image"]:
         raise UserError(f"{row['sample_id']} was never an image: {row['reject_reason']}")
@@ -108,17 +108,6 @@ def as_made(config: GenerationConfig, facts: dict[str, Any]) -> GenerationConfig
     """The generation section with all that it left open as the row says it was."""
     known = {key: facts[key] for key in FROM_ROW if facts.get(key) is not None}
     return config.model_copy(update=known)
-
-
-def read_config(run: Folder) -> Config:
-    """The config that a run directory keeps. Raises UserError where there is none."""
-    if not run.exists("config.yaml"):
-        raise UserError(f"no run at {run.address()}: it has no config.yaml; name one with --run")
-    import yaml
-
-    values = yaml.safe_load(run.read_bytes("config.yaml"))
-    values.pop("versions", None)
-    return parse_config(values, origin=run.address("config.yaml"))
 
 
 def find_row(store: ImageStore, sample_id: str) -> Row:

@@ -5,7 +5,6 @@ The small columns of all parts in, as one table; the rows of a slice out, part b
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, nearest, shortened
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
 from ray_synth.storage.folder import Folder
 
@@ -93,7 +92,7 @@ def choose(
         if not values:
             continue
         _check_known(facts, column, values)
-        asked.append(f"{_label(column)} {_some(list(values))}")
+        asked.append(f"{_label(column)} {shortened(list(values), NAMES_SHOWN)}")
         mask = pc.is_in(chosen[column].cast(pa.string()), value_set=pa.array(sorted(set(values))))
         chosen = chosen.filter(mask)
     there = chosen
@@ -147,11 +146,10 @@ def _check_known(facts: pa.Table, column: str, values: Collection[str]) -> None:
     if not unknown:
         return
     known = [value for value in present if value]
-    near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.6)
+    near = nearest(unknown[0], known)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(
-        f"no image has {_label(column)} {unknown[0]!r}; {hint}there are {_some(sorted(known))}"
-    )
+    there = shortened(sorted(known), NAMES_SHOWN)
+    raise UserError(f"no image has {_label(column)} {unknown[0]!r}; {hint}there are {there}")
 
 
 def _inventory(table: pa.Table) -> str:
@@ -160,13 +158,9 @@ def _inventory(table: pa.Table) -> str:
     states = {"accepted": accepted.get(True, 0), "rejected": accepted.get(False, 0)}
     counts = [count_by(table, "class_name"), count_by(table, "kind"), states]
     return "; ".join(
-        _some([f"{count} {value}" for value, count in c.items() if count]) for c in counts
+        shortened([f"{count} {value}" for value, count in c.items() if count], NAMES_SHOWN)
+        for c in counts
     )
-
-
-def _some(values: list[str]) -> str:
-    more = len(values) - NAMES_SHOWN
-    return ", ".join(values[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _label(column: str) -> str:

@@ -116,7 +116,7 @@ def measure_reference(
         UserError: images of a class without a text, or an image that cannot be decoded.
     """
     if unknown := sorted(set(images) - set(texts)):
-        raise UserError(f"there are real images but no text for the class indices {unknown}")
+        raise ValueError(f"there are real images but no text for the class indices {unknown}")
     features = text_features(texts, clip)
     real = real_features({index: images.get(index, ()) for index in sorted(texts)}, clip)
     scores = {index: rows @ features[index] for index, rows in real.items()}
@@ -167,7 +167,7 @@ def real_features(
         for position, image in enumerate(images[index]):
             try:
                 pictures.append(decode_image(image) if isinstance(image, bytes) else image)
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(
                     f"real image {position} of class index {index} is {error}"
                 ) from None

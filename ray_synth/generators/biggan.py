@@ -6,7 +6,6 @@ read from a safetensors file alone; `CONVERT` says how to make one.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator
 from functools import cache
@@ -17,7 +16,7 @@ from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, parse_config
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, first_line, nearest
 from ray_synth.generators.protocol import Row, digest_settings
 
 if TYPE_CHECKING:
@@ -182,7 +181,7 @@ def _names() -> dict[str, set[int]]:
 
 
 def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(_plain(name), _names(), n=3, cutoff=0.6)
+    near = nearest(_plain(name), _names(), cutoff=0.6, most=3)
     return f" (such as {', '.join(map(repr, near))})" if near else ""
 
 
@@ -224,7 +223,11 @@ def _read_config(weights: str) -> Any:
         raise UserError(
             f"BigGAN needs a library ({error}): pip install pytorch-pretrained-biggan"
         ) from None
-    return BigGANConfig.from_json_file(str(_files(weights)[1]))
+    file = _files(weights)[1]
+    try:
+        return BigGANConfig.from_json_file(str(file))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is not BigGAN's: {first_line(error)}") from None
 
 
 def _load(weights: str) -> Any:

@@ -6,7 +6,6 @@ so an image is the same to the bit whatever batch it was in.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import logging
@@ -20,7 +19,7 @@ import numpy as np
 
 from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, did_you_mean, first_line
 from ray_synth.generators.protocol import Failure, Row, digest_settings
 
 if TYPE_CHECKING:
@@ -288,8 +287,7 @@ def find_scheduler(name: str) -> Any:
     if isinstance(found, type) and hasattr(found, "set_timesteps"):
         return found
     known = [n for n in dir(diffusers) if n.endswith(("Scheduler", "Inverse")) and n[0].isupper()]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "see diffusers' list of schedulers"
+    hint = did_you_mean(name, known, most=3)
     raise UserError(f"diffusers has no scheduler {name!r} (generation.scheduler): {hint}")
 
 
@@ -334,8 +332,7 @@ def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **arguments)
     except Exception as error:
         raise UserError(
-            f"cannot load the generator {config.model!r} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); "
+            f"cannot load the generator {config.model!r} ({first_line(error)}); "
             "give a diffusers folder, or a hub id that this machine can reach"
         ) from None
     if config.scheduler:
@@ -382,7 +379,7 @@ def _to_uint8(images: Any) -> np.ndarray:
 
 def _text(row: Row, key: str) -> str:
     if not isinstance(row[key], str):
-        raise UserError(f"{key} is {row[key]!r}, not a text")
+        raise ValueError(f"{key} is {row[key]!r}, not a text")
     return row[key]
 
 

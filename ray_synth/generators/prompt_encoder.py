@@ -12,8 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray_synth.errors import UserError
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -74,7 +72,7 @@ class PromptEncoder:
 
     def __init__(self, pipeline: Any, *, capacity: int = 256, chunk: int = 1) -> None:
         if capacity < 1 or chunk < 1:
-            raise UserError(f"capacity {capacity} and chunk {chunk} must be at least 1")
+            raise ValueError(f"capacity {capacity} and chunk {chunk} must be at least 1")
         self.pipeline = pipeline
         self.capacity = capacity
         self.chunk = chunk

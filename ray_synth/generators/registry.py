@@ -34,7 +34,7 @@ def generator_class(name: str) -> type[ImageGenerator]:
         found = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
         if name in found:
             return found[name].load()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"cannot load the generator {name!r}: {error}") from None
     raise UserError(
         f"unknown generator {name!r}: generation.generator takes 'diffusers', module:Class, or one "

@@ -86,7 +86,7 @@ async def resolve_meaning(
             prompt.
     """
     if num_meanings < 0 or retries < 0:
-        raise UserError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")
+        raise ValueError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")
     if image_features is None or len(image_features) == 0:
         if not context:
             raise UserError(f"class {class_name!r} has no images to judge its meanings by")

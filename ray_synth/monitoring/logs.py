@@ -1,7 +1,7 @@
 """Log lines: for people, or one JSON object a line; and all of a run's in its `logs/*.jsonl`.
 
 What workers say travels to the driver over the run's board, a few lines a minute of each kind, and is
-said there: so it is seen in the terminal, and kept with the run. Tokens are blotted out of all of it.
+said there: so it is seen in the terminal, and kept with the run. Secrets are redacted in all of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.secrets import redact
 
 log = logging.getLogger("ray_synth")
 VARIABLE = "RAY_SYNTH_LOG_FORMAT"
@@ -39,37 +39,7 @@ MOST_ALIKE, MOST, WINDOW_S = (
 
 _where: ContextVar[dict[str, Any] | None] = ContextVar("where", default=None)
 _form = FORMATS[0]
-_hidden: set[str] = set()
-SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_?KEY|ACCESS_KEY|CREDENTIAL)", re.IGNORECASE)
-NO_SECRET = ("_FILE", "_PATH", "_DIR", "_URI")
-SECRETS = (
-    (re.compile(r"(://[^/\s:@]*:)[^/\s@]+@"), r"\1***@"),
-    (re.compile(r"(\bbearer\s+)[\w.~+/=-]+", re.IGNORECASE), r"\1***"),
-    (
-        re.compile(r"\b((?:\w+_)?(?:key|token|secret|password|signature)=)[^&\s'\"]+", re.IGNORECASE),
-        r"\1***",
-    ),
-)  # fmt: skip
-
-
-def hide(text: str) -> str:
-    """The text without tokens: values of the environment's secrets, and what looks like one in it."""
-    values = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= 8 and SECRET_NAME.search(name) and not name.upper().endswith(NO_SECRET)
-    }
-    for value in sorted(values | _hidden, key=len, reverse=True):
-        text = text.replace(value, "***")
-    for pattern, instead in SECRETS:
-        text = pattern.sub(instead, text)
-    return text
-
-
-def hide_value_of(variable: str) -> None:
-    """Blot out the value of an environment variable whose name tells nothing."""
-    if value := os.environ.get(variable):
-        _hidden.add(value)
+_last_file: str | None = None
 
 
 class TextFormatter(logging.Formatter):
@@ -79,7 +49,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        return hide(super().format(record))
+        return redact(super().format(record))
 
 
 class JsonFormatter(logging.Formatter):
@@ -89,16 +59,16 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "message": hide(record.getMessage()),
+            "message": redact(record.getMessage()),
         }
         if record.name != log.name:
             line["logger"] = record.name
         known = {**(_where.get() or {}), **record.__dict__}
         for field in FIELDS:
             if (value := known.get(field)) is not None:
-                line[field] = hide(value) if isinstance(value, str) else value
+                line[field] = redact(value) if isinstance(value, str) else value
         if record.exc_info:
-            line["error"] = hide(self.formatException(record.exc_info))
+            line["error"] = redact(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
@@ -149,6 +119,11 @@ def where(**fields: Any) -> Iterator[None]:
         _where.reset(token)
 
 
+def last_file() -> str | None:
+    """The file of the run's log that this process wrote last; None where it wrote none."""
+    return _last_file
+
+
 class Gate:
     """Lets a few lines of each kind through, and counts the others."""
 
@@ -197,7 +172,7 @@ class Forwarder(logging.Handler):
         said = {field: record.__dict__[field] for field in FIELDS if field in record.__dict__}
         line = {"levelno": record.levelno, "levelname": record.levelname, "created": record.created}
         try:
-            self.board.say.remote({**self.fields, **said, **line, "msg": hide(text)})
+            self.board.say.remote({**self.fields, **said, **line, "msg": redact(text)})
         except Exception:
             return  # without Ray there is nobody to tell; a log line must end nothing
 
@@ -238,6 +213,9 @@ class RunLog(logging.Handler):
             os.makedirs(self.folder.path(), exist_ok=True)
             path = self.folder.path(f"{self.name_start}.jsonl")
             self._file = open(path, "a", encoding="utf-8", buffering=1)
+        global _last_file  # noqa: PLW0603
+        name = f"{self.name_start}.jsonl" if self._file else f"{self.name_start}-000.jsonl"
+        _last_file = self.folder.address(name)
         self._level = log.level
         log.setLevel(logging.DEBUG)
         log.addHandler(self)
@@ -247,7 +225,9 @@ class RunLog(logging.Handler):
         if error is not None:
             said = {"name": log.name, "levelno": logging.ERROR, "levelname": "ERROR"}
             text = f"ended by {type(error).__name__}: {str(error)[:2000]}"
-            self.handle(logging.makeLogRecord({**said, "msg": text}))
+            bug = isinstance(error, Exception) and not isinstance(error, UserError)
+            traced = (kind, error, trace) if bug else None
+            self.handle(logging.makeLogRecord({**said, "msg": text, "exc_info": traced}))
         log.removeHandler(self)
         log.setLevel(self._level)
         self.save()

@@ -67,16 +67,17 @@ class Tracker:
     def __init__(self, config: Config, runs: Folder, folder: Folder) -> None:
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
+        from sqlalchemy.exc import SQLAlchemyError
 
         logs.adopt("mlflow")
         self.config, self.folder = config, folder
         self.uri = tracking_uri(config, runs)
-        self.client = MlflowClient(tracking_uri=self.uri)
         self.quietly = Quietly()
         self._monitor: Any = None
         try:
+            self.client = MlflowClient(tracking_uri=self.uri)
             self.run_id = self._join() or self._create(runs)
-        except MlflowException as error:
+        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             raise UserError(
                 f"no MLflow server to be had at {self.uri}: {error}; check tracking.uri, or set "
                 "tracking.enabled: false"

@@ -90,16 +90,15 @@ def probe(run: Any, stages: Collection[str], *, shared: bool) -> Measured:
 
 def _words(run: Any) -> tuple[dict[str, float], Contexts]:
     """The service: its start, and seconds a class of both kinds of question; and the answers."""
-    from ray_synth.data.dataset import read_index, select
+    from ray_synth.data.dataset import images_by_class, select
     from ray_synth.prompting.plan_settings import read_contexts
     from ray_synth.service.session import Service
 
     config: Config = run.config
     names = run.train.class_names[:CLASSES]
-    images: dict[str, list[bytes]] = {name: [] for name in names}
     few = run.train.take(np.flatnonzero(run.train.label < len(names)))
-    for row in read_index(select(few, config.meaning.num_images, config.seed)):
-        images[names[row["class_index"]]].append(row["image"])
+    few = select(few, config.meaning.num_images, config.seed)
+    images = {names[label]: found for label, found in images_by_class(few).items()}
     found: dict[str, float] = {}
     contexts: Contexts = []
     with Service(config) as service:

@@ -10,7 +10,6 @@ from typing import Any
 from ray_synth.cluster.connection import connect
 from ray_synth.config import Config
 from ray_synth.monitoring.heartbeat import watched
-from ray_synth.monitoring.logs import hide_value_of
 from ray_synth.pipeline.estimate import Estimate, compare, priced
 from ray_synth.pipeline.probe import forecast, share_cores
 from ray_synth.pipeline.results import write_report
@@ -18,6 +17,7 @@ from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.steps import run_stages
 from ray_synth.preflight import Reach, preflight
 from ray_synth.stages import REPORT, up_to
+from ray_synth.storage.secrets import redact_value_of
 
 log = logging.getLogger("ray_synth")
 
@@ -40,7 +40,7 @@ def run_pipeline(
     """
     up_to(until)
     started = time.perf_counter()
-    hide_value_of(config.meaning.llm.api_key_env)
+    redact_value_of(config.meaning.llm.api_key_env)
     run = check_run(config, force_stage)
     if until == REPORT and run.folder.exists("metrics.json") and run.records.record("evaluation"):
         begin(run)

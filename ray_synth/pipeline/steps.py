@@ -17,7 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.data.dataset import drop, inspect, read_index, require_every_class, select
+from ray_synth.data.dataset import (
+    drop,
+    images_by_class,
+    inspect,
+    read_index,
+    require_every_class,
+    select,
+)
 from ray_synth.generation.chunks import missing_rows
 from ray_synth.generation.maker import write_references
 from ray_synth.monitoring.progress import Bar, make_board, watch
@@ -99,9 +106,7 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
         entries = saved["entries"] if saved["digest"] == token else {}
     if config.meaning.enabled:
         few = select(run.train, config.meaning.num_images, config.seed)
-        images: dict[int, list[bytes]] = {}
-        for row in read_index(few):
-            images.setdefault(row["class_index"], []).append(row["image"])
+        images = images_by_class(few)
         todo = {name: images[i] for i, name in enumerate(names) if name not in entries}
         with Bar("meaning", len(names), "classes", done=len(entries)) as bar:
             for entry in service.resolve_all(todo, seed=config.seed):
@@ -209,9 +214,7 @@ def measure_quality(run: Run) -> dict[str, Any]:
     if checks.policy == "off" or not checks.clip:
         return {"measured": False}
     few = select(run.train, checks.real_images_per_class, run.config.seed)
-    images: dict[int, list[bytes]] = {}
-    for row in read_index(few):
-        images.setdefault(row["class_index"], []).append(row["image"])
+    images = images_by_class(few)
     meanings = run.folder.read_json("meanings.json")
     per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
     measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(measure_run)

@@ -188,7 +188,7 @@ def preflight(
         try:
             check_budget(config, reach, sizes, stages)
             break
-        except ValueError:
+        except UserError:
             if not (reach.held_cpus or reach.held_gpus) or time.monotonic() > end:
                 raise
         time.sleep(0.5)

@@ -50,7 +50,7 @@ def load_styles(path: str | Path | None = None) -> list[Style]:
     where = f"styles file {path or 'styles.yaml'}"
     try:
         entries = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where} is not YAML: {error}") from None
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where} must be a list of {{name, template}} with at least one entry")

@@ -11,14 +11,15 @@ from typing import Any
 
 import yaml
 
+from ray_synth.config import read_run_config, run_versions
 from ray_synth.data.images import encode_image
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, duration
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
 from ray_synth.report.table import comparison_rows, signed, test_set_label, test_sets
 from ray_synth.stages import times
-from ray_synth.storage.filesystems import redact
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.secrets import redact
 
 PAGE = "report/index.html"
 ARMS = ("real_only", "mixed")
@@ -86,11 +87,9 @@ def render_report(folder: Folder) -> str:
 def read_run(folder: Folder) -> dict[str, Any]:
     """All that the template shows; parts that the run lacks are empty."""
     metrics = _json(folder, "metrics.json") or {}
-    config = (
-        yaml.safe_load(folder.read_bytes("config.yaml")) if folder.exists("config.yaml") else {}
-    )
+    kept = folder.exists("config.yaml")
+    config = read_run_config(folder) if kept else {}
     arms = {arm: found for arm in ARMS if (found := _json(folder, f"models/{arm}.json"))}
-    versions = config.pop("versions", None) or {}
     examples = choose_examples(folder, max_classes=CLASSES_SHOWN)
     rows = comparison_rows(metrics)
     entries = _json(folder, "meanings.json") or []
@@ -120,7 +119,7 @@ def read_run(folder: Folder) -> dict[str, Any]:
             (label, value) for label, key in FACTS if (value := _dig(config, key)) is not None
         ],
         "config": redact(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)),
-        "versions": versions,
+        "versions": run_versions(folder) if kept else {},
     }
 
 
@@ -317,18 +316,6 @@ def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
         "reasons": metrics.get("reject_reasons") or {},
         "contexts": metrics.get("contexts") or {},
     }
-
-
-def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _corrupt(item: Any) -> dict[str, str]:

@@ -216,7 +216,7 @@ def thumbnail(data: bytes, side: int, *, enlarge: bool = False) -> Image.Image |
     """
     try:
         picture = decode_image(data)
-    except ValueError:
+    except UserError:
         return None
     scale = side / max(picture.size)
     if scale < 1 or enlarge:

@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow.fs as pafs
-import yaml
 
-from ray_synth.errors import UserError
+from ray_synth.config import read_run_config
+from ray_synth.errors import UserError, duration
 from ray_synth.generation.cost import reason_label
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
-from ray_synth.monitoring.logs import hide
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.stages import STAGES, TABLE
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.secrets import redact
 
 DONE, RUNNING, SILENT = 0, 3, 4  # exit codes
 PATIENCE_S = 120.0  # without a heartbeat; or four beats, where that is more
@@ -116,7 +116,7 @@ def read_status(folder: Folder, now: float | None = None) -> RunStatus:
 def _run_status(folder: Folder, now: float) -> RunStatus:
     top = files(folder)
     beat = _json(folder, PROGRESS) or {}
-    config = yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    config = read_run_config(folder)
     records = {name: _json(folder, f"stages/{name}") for name in files(folder.child("stages"))}
     images = read_images(folder)
     arms = _arms(folder, config)
@@ -149,7 +149,7 @@ def _run_status(folder: Folder, now: float) -> RunStatus:
         beat, stages, complete=complete, lives=lives, silent=silent, still=now - moved, limit=limit
     )
     return RunStatus(
-        hide(folder.uri), verdict, message, code, stages, silent, images.judged, images.rejected
+        redact(folder.uri), verdict, message, code, stages, silent, images.judged, images.rejected
     )
 
 
@@ -337,7 +337,7 @@ def _studies_status(folder: Folder, now: float) -> RunStatus:
     verdict, message, code = _verdict(
         {**beat, "bars": []}, stages, complete=False, lives=lives, silent=silent, still=0, limit=0
     )
-    return RunStatus(hide(folder.uri), verdict, message, code, stages, silent)
+    return RunStatus(redact(folder.uri), verdict, message, code, stages, silent)
 
 
 def files(folder: Folder) -> dict[str, float]:
@@ -364,17 +364,3 @@ def _json(folder: Folder, name: str) -> Any:
         return folder.read_json(name)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3 min`, `2 h 5 min`, `3 d 4 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours} h" if hours else f"{days} d"

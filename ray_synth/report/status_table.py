@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
-from ray_synth.errors import UserError
-from ray_synth.report.status import DONE, RUNNING, RunStatus, StageStatus, duration, read_status
+from ray_synth.errors import UserError, duration
+from ray_synth.report.status import DONE, RUNNING, RunStatus, StageStatus, read_status
 from ray_synth.storage.folder import Folder
 
 COLOURS = {"done": "green", "under way": "cyan", "begun": "yellow", "waiting": "dim"}

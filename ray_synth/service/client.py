@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 _backoff = wait_exponential(0.5, max=20) + wait_random(0, 0.5)
 
 
-class ServiceError(ValueError):
+class ServiceError(UserError):
     """The service answered with a problem: a question that it refuses, or a fault of its own."""
 
     def __init__(self, problem: Problem) -> None:

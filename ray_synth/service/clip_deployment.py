@@ -15,6 +15,7 @@ from ray import serve
 
 from ray_synth.config import ClipConfig
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 from ray_synth.meaning.clip import ClipModel
 from ray_synth.service.full_batches import FullBatches
 
@@ -95,9 +96,10 @@ class ClipDeployment:
     def _decode(self, data: bytes) -> Any:
         """The model's input for an image, or what is wrong with the image."""
         try:
-            return self.clip.preprocess(decode_image(data, max_pixels=self.max_pixels))
-        except ValueError as error:
+            image = decode_image(data, max_pixels=self.max_pixels)
+        except UserError as error:
             return str(error)
+        return self.clip.preprocess(image)
 
     async def _forward_images(self, requests: list[list[Any]]) -> list[np.ndarray]:
         return await self._merged(self.clip.encode_pixels, requests)

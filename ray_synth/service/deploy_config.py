@@ -7,8 +7,7 @@ changes nothing and says nothing. Here every key is held against that same schem
 from __future__ import annotations
 
 import copy
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -18,7 +17,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
 from ray_synth.config import ClipConfig, LlmConfig, parse_config
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, did_you_mean
 from ray_synth.service.app import Disambiguation, ServeConfig
 from ray_synth.service.clip_deployment import ClipDeployment
 from ray_synth.service.llm_deployment import LlmDeployment
@@ -58,7 +57,7 @@ def load_serve_config(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no Serve config at {path}; serve/config.yaml is one to start from")
     try:
         values = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     check_serve_config(values, origin=str(path))
     return values
@@ -137,13 +136,13 @@ def _wrong_keys(part: Part) -> Iterator[str]:
     for key in part.value:
         if key not in part.model.model_fields:
             dotted = f"{part.place}.{key}".removeprefix(".")
-            yield f"{dotted}: unknown key; {_nearest(key, part.model.model_fields)}"
+            yield f"{dotted}: unknown key; {did_you_mean(key, part.model.model_fields)}"
     deployments = part.value.get("deployments") if _is_ours(part) else None
     for position, entry in enumerate(deployments if isinstance(deployments, list) else []):
         name = entry.get("name") if isinstance(entry, dict) else None
         if name is not None and name not in OUR_DEPLOYMENTS:
             where = f"{part.place}.deployments.{position}.name"
-            yield f"{where}: no deployment of this app: {name!r}; {_nearest(name, OUR_DEPLOYMENTS)}"
+            yield f"{where}: no deployment of this app: {name!r}; {did_you_mean(name, OUR_DEPLOYMENTS)}"
 
 
 def _wrong_values(part: Part) -> Iterator[str]:
@@ -156,7 +155,7 @@ def _wrong_values(part: Part) -> Iterator[str]:
     prefix = f"{part.place}." if part.place else ""
     try:
         parse_config(values, model=part.model)
-    except ValueError as error:
+    except UserError as error:
         yield from (prefix + line.strip() for line in str(error).splitlines()[1:])
     except (NotImplementedError, TypeError, AttributeError) as error:
         yield f"{part.place or 'a deployment'}: {error}"  # raised past pydantic, by Ray's validators
@@ -168,12 +167,6 @@ def _without_imports(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_imports(v) for k, v in value.items() if k not in IMPORTED}
     return value
-
-
-def _nearest(given: Any, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
 __all__ = ["check_serve_config", "load_serve_config"]

@@ -92,7 +92,7 @@ async def read_images(images: list[str], limits: Limits) -> list[bytes]:
                 raise UserError(
                     f"{len(data):,} bytes is over the limit of {limits.max_image_bytes:,}"
                 )
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"images[{position}]: {error}") from None
         found.append(data)
     return found

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ray_synth.service.messages import Problem
+from ray_synth.storage.secrets import redact
 
 MEDIA_TYPE = "application/problem+json"
 logger = logging.getLogger("ray.serve")  # Serve adds the request id to each of its lines
@@ -20,7 +21,7 @@ logger = logging.getLogger("ray.serve")  # Serve adds the request id to each of 
 def problem(status: int, detail: str) -> Problem:
     """The problem with the title of its status and the id of the request in work."""
     title = http.HTTPStatus(status).phrase
-    return Problem(title=title, status=status, detail=detail, request_id=_request_id())
+    return Problem(title=title, status=status, detail=redact(detail), request_id=_request_id())
 
 
 def problem_response(

@@ -116,22 +116,20 @@ class Resolver:
         return result.as_dict()
 
     async def answered(self, work: Awaitable[Any]) -> Any:
-        """The result within the time limit; HTTPException 422 for what is the caller's to mend."""
+        """The result within the time limit; HTTPException 422 for what is the caller's to fix."""
         limit = self.config.limits.timeout_s
         try:
             async with asyncio.timeout(limit):
                 return await work
         except TimeoutError:
             raise HTTPException(504, f"no answer within {limit:g} s: ask again later") from None
-        except (
-            RayTaskError
-        ) as error:  # a ValueError of a replica's, such as an LLM server's refusal
-            if isinstance(error, ValueError):
+        except RayTaskError as error:  # a UserError of a replica's, such as an LLM server's refusal
+            if isinstance(error, UserError):
                 raise HTTPException(502, str(error.cause)) from None
             raise
         except RayActorError:
             raise HTTPException(
                 503, "a model is being started again: ask again", {"Retry-After": "2"}
             ) from None
-        except ValueError as error:
+        except UserError as error:
             raise HTTPException(422, str(error)) from None

@@ -20,6 +20,7 @@ import tenacity
 
 from ray_synth import metrics
 from ray_synth.errors import UserError
+from ray_synth.storage.secrets import CREDENTIALS, SAME, redact, refuse_secrets
 
 if TYPE_CHECKING:
     import pyarrow.fs as pafs
@@ -34,13 +35,6 @@ ENVIRONMENT = (
     "GOOGLE_APPLICATION_CREDENTIALS", "CLOUD_STORAGE_EMULATOR_ENDPOINT",
     "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN",
 )  # fmt: skip
-CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE)",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "abfs": "AZURE_STORAGE_KEY or AZURE_STORAGE_SAS_TOKEN (or AZURE_TENANT_ID, AZURE_CLIENT_ID and "
-    "AZURE_CLIENT_SECRET)",
-}
-SAME = {"gcs": "gs", "abfss": "abfs"}
 # Errors of a mounted file system that another try may mend; a full or read-only disk is not mended so.
 PASSING = {
     errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EPIPE,
@@ -156,31 +150,6 @@ def _open_azure(authority: str, options: str) -> tuple[pafs.FileSystem, str]:
         blob_storage_scheme=scheme,
         dfs_storage_scheme=scheme,
     ), container
-
-
-USER = re.compile(r"(?<=://)(?:[^/@\s]+|[^\s/:]*:[^\s@?]*)@")
-SECRET = re.compile(r"([?&](?:\w*_)?(?:key|secret|token|password|sig)=)[^&\s'\"]+", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """Without the user, the password and the secret options of any URI in it."""
-    return SECRET.sub(r"\1…", USER.sub("…@", text))
-
-
-def refuse_secrets(uri: str) -> str:
-    """The URI as it is. Raises UserError where it holds a secret; does not show it."""
-    scheme, mark, rest = uri.partition("://")
-    if not mark:
-        return uri
-    kind = SAME.get(scheme.lower(), scheme.lower())
-    key = kind == "s3" and "@" in rest.partition("/")[0]
-    if key or re.match(r"[^/:@?]*:[^@?]*@", rest) or SECRET.search(uri):
-        names = CREDENTIALS.get(kind, "what the file system's package reads from the environment")
-        raise UserError(
-            f"{redact(uri)} holds a secret, which would be written to the run's config.yaml: take it "
-            f"out, and set {names}"
-        )
-    return uri
 
 
 def storage_problem(error: BaseException, uri: str = "") -> str | None:

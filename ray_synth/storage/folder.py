@@ -28,10 +28,10 @@ from ray_synth.errors import UserError
 from ray_synth.storage.filesystems import (
     open_uri,
     patiently,
-    refuse_secrets,
     storage_problem,
     without_file_scheme,
 )
+from ray_synth.storage.secrets import refuse_secrets
 
 ROW_GROUP_ROWS = 8_192
 # Their objects appear when an upload is complete. Azure's do not: opening one for writing leaves an

@@ -6,13 +6,12 @@ dual BN, balanced batches.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray_synth.config import Config
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, did_you_mean
 from ray_synth.studies.arm import REAL_ONLY, Arm
 
 PLAIN = {"plain": 1.0}
@@ -62,9 +61,8 @@ def known_name(name: str) -> str:
     known = name.lower().replace("-", "_")
     if known == "all" or known in WRITERS:
         return known
-    near = difflib.get_close_matches(known, [*WRITERS, "all"], n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"no study is called {name!r}; {hint}There are {', '.join(WRITERS)}; all")
+    hint = did_you_mean(known, [*WRITERS, "all"], known_as="studies")
+    raise UserError(f"no study is called {name!r}; {hint}")
 
 
 def _ablation(config: Config, counts: dict[str, int]) -> Study:

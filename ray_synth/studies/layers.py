@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from ray_synth.data.dataset import Index, read_index
+from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
 from ray_synth.studies.measures import Measured
 from ray_synth.studies.plots import COLOURS, MARKERS
@@ -111,8 +112,8 @@ def measure_layers(measured: Measured) -> list[Table]:
                     run.config.data.max_pixels,
                 )
             )  # fmt: skip
-        except ValueError as error:  # no BatchNorm layer at all
-            log.warning("layers are not compared: %s", error)
+        except UserError as error:  # no BatchNorm layer at all
+            log.warning("layers are not compared: %s", getattr(error, "cause", error))
             return []
     measured.figures["layers"] = curves
     depth = len(next(iter(curves.values())))

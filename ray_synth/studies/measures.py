@@ -109,7 +109,7 @@ def _embed(indices: list[Index], clip: Any, max_pixels: int) -> dict[int, np.nda
         for row in read_index(index):
             try:
                 picture = decode_image(row["image"], max_pixels=max_pixels)
-            except ValueError:
+            except UserError:
                 continue
             pictures.setdefault(row["class_index"], []).append(picture)
     model = load_clip(clip)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_synth.errors import UserError
-
 LEVEL = 0.95
 
 
@@ -44,7 +42,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
     found = np.asarray(values, dtype=np.float64)
     if not len(found):
-        raise UserError("no value to average")
+        raise ValueError("no value to average")
     mean, n = float(found.mean()), len(found)
     if n < 2:
         return Estimate(mean, float("nan"), float("nan"), n)
@@ -63,7 +61,7 @@ def paired(after: dict[int, float], before: dict[int, float]) -> Estimate:
     """
     seeds = sorted(set(after) & set(before))
     if not seeds:
-        raise UserError("the two arms have no seed in common")
+        raise ValueError("the two arms have no seed in common")
     return estimate([after[seed] - before[seed] for seed in seeds])
 
 

@@ -4,10 +4,9 @@ In: decoded RGB images of any size. Out: normalised batches. Nothing here draws 
 state that another thread uses: what comes out is a function of the images and the seed.
 """
 
-import difflib
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from ray_synth.config import TrainingConfig
@@ -131,7 +130,7 @@ class ImageTransform:
         if isinstance(image, Tensor) and (
             image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8
         ):
-            raise UserError(
+            raise ValueError(
                 f"an image must be (3, height, width) uint8, got {tuple(image.shape)} "
                 f"{image.dtype}: decode it as RGB"
             )
@@ -282,11 +281,11 @@ def resolve_augmentation(augment: str | Mapping[str, Any]) -> Augmentation:
     settings: dict[str, Any] = {"policy": augment} if isinstance(augment, str) else dict(augment)
     policy = settings.pop("policy", "none")
     if policy not in POLICIES:
-        raise UserError(f"unknown augmentation policy {policy!r}{nearest_known(policy, POLICIES)}")
+        raise UserError(f"unknown augmentation policy {policy!r}: {did_you_mean(policy, POLICIES)}")
     known = [field.name for field in fields(Augmentation)]
     for name, value in settings.items():
         if name not in known:
-            raise UserError(f"unknown augmentation setting {name!r}{nearest_known(name, known)}")
+            raise UserError(f"unknown augmentation setting {name!r}: {did_you_mean(name, known)}")
         if isinstance(value, list):
             settings[name] = tuple(value)
     return Augmentation(**{**asdict(POLICIES[policy]), **settings})
@@ -340,12 +339,3 @@ def augment_batch(
         noise = torch.randn(x.shape, device=device, generator=generator)
         x = (x + strength * noise).clamp(0, 1)
     return x
-
-
-def nearest_known(name: str, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: the nearest known ones, or all when few."""
-    known = list(known)
-    matches = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    if matches:
-        return f": did you mean {' or '.join(matches)}?"
-    return f": choose one of {', '.join(known)}" if len(known) <= 20 else ""

@@ -83,7 +83,7 @@ class Decoder:
             return Item(row["image"], label, name)
         try:
             return Item(decode(row["image"], self.transform, self.max_pixels), label, name)
-        except ValueError as error:
+        except UserError as error:
             self._set_aside(name, error)
             return None
 
@@ -126,13 +126,11 @@ class Decoder:
                 for data, seed in zip(encoded, seeds, strict=True)
             ]
         for item, found in zip(items, drawn, strict=True):
-            if isinstance(found, ValueError):
+            if isinstance(found, UserError):
                 self._set_aside(item.name, found)
-        return [
-            None if isinstance(found, ValueError) else torch.as_tensor(found) for found in drawn
-        ]
+        return [None if isinstance(found, UserError) else torch.as_tensor(found) for found in drawn]
 
-    def _set_aside(self, name: str, error: ValueError) -> None:
+    def _set_aside(self, name: str, error: UserError) -> None:
         if name not in self.corrupt:
             self.corrupt.append(name)
             log.warning("set aside %s: %s", name, error, extra={"sample_id": name})
@@ -152,7 +150,7 @@ def decode(
 def _attempt(data: bytes, transform: ImageTransform, max_pixels: int, seed: int) -> Any:
     try:
         return decode(data, transform, max_pixels, seed)
-    except ValueError as error:
+    except UserError as error:
         return error
 
 
@@ -177,4 +175,4 @@ def _start_process(transform: ImageTransform, max_pixels: int) -> None:
 def _decode_in_process(data: bytes, seed: int) -> Any:
     found = _attempt(data, _process["transform"], _process["max_pixels"], seed)
     # As an array: torch would send a tensor through shared memory, one file handle each.
-    return found if isinstance(found, ValueError) else found.numpy()
+    return found if isinstance(found, UserError) else found.numpy()

@@ -15,6 +15,7 @@ from typing import Any
 from ray_synth import metrics
 from ray_synth.cluster.preemption import Notices
 from ray_synth.data.dataset import read_index
+from ray_synth.errors import shortened
 from ray_synth.monitoring import logs
 from ray_synth.training.job import TrainJob
 
@@ -141,11 +142,10 @@ class LossWatch:
 
 
 def _diverged(job: TrainJob, kept: int, step: int, names: list[str]) -> str:
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     rest = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint was written yet"
     return (
         f"training of {job.arm} stopped: the loss of step {step + 1} is not a number, or infinite "
-        f"(images {shown}); {rest}. Lower training.optimizer.lr, clip gradients "
+        f"(images {shortened(names, 8)}); {rest}. Lower training.optimizer.lr, clip gradients "
         "(training.optimizer.clip_grad_norm), or train in float32 (training.dtype)"
     )
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_synth.config import OptimizerConfig
-from ray_synth.errors import UserError
-from ray_synth.training.augmentation import nearest_known
+from ray_synth.errors import UserError, did_you_mean, first_line, shortened
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -49,13 +48,23 @@ def build_model(
     import timm
 
     if ":" not in name and not timm.is_model(name):
-        raise UserError(f"unknown timm model {name!r}{nearest_known(name, timm.list_models())}")
+        raise UserError(
+            f"unknown timm model {name!r}: {did_you_mean(name, timm.list_models(), most=3)}"
+        )
     try:
         model = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
         )
-    except TypeError as error:
-        raise UserError(f"timm model {name!r} refuses model_kwargs: {error}") from error
+    except Exception as error:  # of timm, torch, the hub or a file
+        if model_kwargs:
+            raise UserError(f"timm model {name!r} refuses model_kwargs: {error}") from error
+        if not pretrained and ":" not in name:
+            raise
+        raise UserError(
+            f"timm model {name!r} cannot be loaded ({first_line(error)}): give training.model a name, a "
+            "hub id or a local-dir: that this machine can reach, and for training.pretrained one "
+            "with weights; or training.checkpoint a local file"
+        ) from error
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint), keep_classifier)
     return model
@@ -86,7 +95,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     known = [str(known_name) for known_name in list_optimizers()]
     if config.name.lower() not in known:
-        raise UserError(f"unknown optimizer {config.name!r}{nearest_known(config.name, known)}")
+        raise UserError(f"unknown optimizer {config.name!r}: {did_you_mean(config.name, known)}")
     try:
         return create_optimizer_v2(
             model,
@@ -97,7 +106,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             layer_decay=config.layer_decay,
             **config.kwargs,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
             f"optimizer {config.name!r} refuses training.optimizer.kwargs: {error}"
         ) from error
@@ -135,7 +144,7 @@ def build_schedule(
             updates_per_epoch=1,
             **options,
         )
-    except TypeError as error:
+    except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"training.optimizer.schedule_kwargs: {error}") from error
     assert schedule is not None
     return schedule
@@ -191,7 +200,7 @@ def mixed_loss(
         The total, and the two domains' losses, unweighted.
     """
     if not 0 <= num_real <= len(logits):
-        raise UserError(f"num_real must be 0 to {len(logits)}, the batch size, got {num_real}")
+        raise ValueError(f"num_real must be 0 to {len(logits)}, the batch size, got {num_real}")
 
     def mean_loss(rows: slice) -> Tensor:
         if logits[rows].numel() == 0:
@@ -203,11 +212,15 @@ def mixed_loss(
 
 
 def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if path.suffix != ".safetensors" or not path.is_file():
         raise UserError(f"checkpoint {path} must be an existing .safetensors file")
-    weights, own = load_file(path), model.state_dict()
+    try:
+        weights, own = load_file(path), model.state_dict()
+    except SafetensorError as error:
+        raise UserError(f"checkpoint {path} is no whole safetensors file: {error}") from None
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     for key in [key for key in weights if key.startswith(tuple(f"{head}." for head in heads))]:
@@ -223,11 +236,9 @@ def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> Non
         ),
     ]
     if wrong:
-        shown = "; ".join(sorted(wrong)[:3])
         raise UserError(
             f"checkpoint {path} does not fit a {type(model).__name__}, it is of another architecture: "
-            f"{shown}"
-            + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            + "; give training.model the name of the model that it was saved from"
+            f"{shortened(sorted(wrong), 3, joint='; ')}; give "
+            "training.model the name of the model that it was saved from"
         )
     model.load_state_dict(weights, strict=True)

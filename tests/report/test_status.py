@@ -22,7 +22,7 @@ from ray_synth.monitoring.logs import log
 from ray_synth.monitoring.progress import Bar, under_way
 from ray_synth.pipeline.records import StageRecords
 from ray_synth.prompting.plan_file import PLAN_SCHEMA
-from ray_synth.report.status import DONE, RUNNING, SILENT, duration, read_status
+from ray_synth.report.status import DONE, RUNNING, SILENT, read_status
 from ray_synth.report.status_table import show_status
 from ray_synth.stages import STAGES, stage_inputs
 from ray_synth.storage.folder import Folder
@@ -237,14 +237,6 @@ def test_studies_are_told_by_what_is_trained_and_reported(tmp_path):
     ]
     assert status.verdict == "running"
     assert read_status(studies).verdict == "done"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(12.4, "12 s"), (150, "2 min"), (3600, "1 h"), (7500, "2 h 5 min"), (3e5, "3 d 11 h")],
-)
-def test_durations_are_short(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.fixture
