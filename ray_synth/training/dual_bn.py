@@ -1,7 +1,7 @@
 """Dual BatchNorm: real and synthetic rows of one batch, each normalised by their own BN layers.
 
 In: any timm model and a batch of real rows followed by synthetic rows. Out: the same model with
-an auxiliary twin beside every BN, and from it state dicts that the plain timm model loads.
+an auxiliary twin beside every BN (`state_dicts.py` makes plain timm weights of it again).
 
 The auxiliary BN is that of "Diversify, Don't Fine-Tune" (arXiv 2312.02253, section 3.3), after
 AdvProp (arXiv 1911.09665, section 4.2). Unlike timm's `SplitBatchNorm2d`, which cuts a batch in
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ray_synth.errors import UserError
+from ray_synth.training.bn_kernels import is_plain, normalise_parts, normalise_rows
 
 logger = logging.getLogger(__name__)
 
@@ -114,145 +115,12 @@ class DualBatchNorm(nn.Module):
             return self.aux(x)
         sizes = [num_real * rows_per_image, num_synth * rows_per_image]
         one_value = min(sizes) * x[0, 0].numel() == 1  # an error, which the layers raise
-        if not one_value and _is_plain(self.main) and _is_plain(self.aux):
-            compiling = torch.compiler.is_compiling()
-            normalise = _normalise_rows if compiling else _normalise_halves
+        if not one_value and is_plain(self.main) and is_plain(self.aux):
+            normalise = normalise_rows if torch.compiler.is_compiling() else normalise_parts
             return normalise(x, sizes, self.main, self.aux)
         # split, not two slices: its backward is one cat, where slices would each fill a whole tensor.
         real, synth = x.split(sizes)
         return torch.cat([self.main(real), self.aux(synth)])
-
-
-class _NormaliseHalves(torch.autograd.Function):
-    """Two batch norms of a batch's two parts, written into one output without a copy.
-
-    The kernels are PyTorch's own. Measured, `torch.cat` of the outputs costs as much again as its
-    backward, and this needs the backward's alone.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, sizes: list[int], eps: tuple[float, float], *norms: Any
-    ) -> Any:
-        """`norms`: weight, bias, running mean, running variance and momentum of main, then of aux."""
-        out = torch.empty_like(x)
-        saved = []
-        for part, into, norm, e in zip(
-            x.split(sizes), out.split(sizes), (norms[:5], norms[5:]), eps, strict=True
-        ):
-            weight, bias, running_mean, running_var, momentum = norm
-            # in float32 for half-precision input, as the plain layer keeps them
-            stats = (
-                running_mean if running_mean is not None else torch.empty(0, dtype=torch.float32)
-            )
-            mean = torch.empty_like(stats, memory_format=torch.contiguous_format)
-            invstd = torch.empty_like(mean)
-            torch.native_batch_norm(
-                part,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                True,
-                momentum,
-                e,
-                out=(into, mean, invstd),
-            )
-            saved += [weight, running_mean, running_var, mean, invstd]
-        ctx.save_for_backward(x, *saved)
-        ctx.sizes, ctx.eps = sizes, eps
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, *saved = ctx.saved_tensors
-        inputs, others = [], []
-        for part, grad_part, norm, e in zip(
-            x.split(ctx.sizes), grad.split(ctx.sizes), (saved[:5], saved[5:]), ctx.eps, strict=True
-        ):
-            weight, running_mean, running_var, mean, invstd = norm
-            affine = weight is not None
-            g, g_weight, g_bias = torch.ops.aten.native_batch_norm_backward(
-                grad_part,
-                part,
-                weight,
-                running_mean,
-                running_var,
-                mean,
-                invstd,
-                True,
-                e,
-                [ctx.needs_input_grad[0], affine, affine],
-            )
-            inputs.append(g)
-            others += [g_weight, g_bias, None, None, None]
-        whole = torch.cat(inputs) if ctx.needs_input_grad[0] else None
-        return whole, None, None, *others
-
-
-def _is_plain(norm: nn.Module) -> bool:
-    """Whether the two functions below compute what this layer's own forward does."""
-    return (
-        isinstance(norm, _BatchNorm)
-        and not isinstance(norm, nn.SyncBatchNorm)
-        and norm.training
-        and norm.running_mean is not None
-    )
-
-
-def _count_batch(norm: Any) -> Any:
-    """Count a batch; the weight that its statistics get (a float, or a tensor)."""
-    norm.num_batches_tracked.add_(1)
-    if norm.momentum is None:  # a cumulative average
-        return 1.0 / norm.num_batches_tracked
-    return norm.momentum
-
-
-def _normalise_halves(x: Tensor, sizes: list[int], main: Any, aux: Any) -> Tensor:
-    """Eager: PyTorch's batch norm kernels, each on its part of the batch."""
-    norms: list[Any] = []
-    for norm in (main, aux):
-        norm._check_input_dim(x)
-        momentum = float(_count_batch(norm))
-        norms += [norm.weight, norm.bias, norm.running_mean, norm.running_var, momentum]
-    return _NormaliseHalves.apply(x, sizes, (main.eps, aux.eps), *norms)
-
-
-def _normalise_rows(x: Tensor, sizes: list[int], main: Any, aux: Any) -> Tensor:
-    """Compiled: statistics row by row, then one affine map with factors by row.
-
-    A compiler fuses this as it does one plain batch norm: it reads `x` once for the statistics and
-    once for the map, with no part cut out or put together. Rows are of equal size, so a domain's
-    variance is the mean of its rows' variances plus the variance of their means.
-    """
-    main._check_input_dim(x)
-    inner = tuple(range(2, x.ndim))
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    row_vars, row_means = (
-        torch.var_mean(wide, dim=inner, correction=0) if inner else (torch.zeros_like(wide), wide)
-    )
-    size = x[0, 0].numel()
-    factors = []
-    for norm, means, variances in zip(
-        (main, aux), row_means.split(sizes), row_vars.split(sizes), strict=True
-    ):
-        between, mean = torch.var_mean(means, dim=0, correction=0)
-        var = variances.mean(0) + between
-        momentum = _count_batch(norm)
-        with torch.no_grad():
-            count = len(means) * size
-            norm.running_mean.lerp_(mean.detach().to(norm.running_mean.dtype), momentum)
-            unbiased = var.detach() * (count / (count - 1))
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
-        scale = (var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
-        factors.append(torch.stack([mean, scale, bias]).unsqueeze(1).expand(3, len(means), -1))
-    shape = (3, *x.shape[:2], *(1 for _ in inner))
-    mean, scale, bias = torch.cat(factors, dim=1).view(shape)
-    return ((wide - mean) * scale + bias).to(x.dtype)
 
 
 def convert_dual_bn(model: nn.Module, *, layer_norm: bool = False) -> nn.Module:
@@ -349,86 +217,6 @@ def has_dual_bn(model: nn.Module) -> bool:
     return any(isinstance(module, DualBatchNorm) for module in model.modules())
 
 
-def export_main(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model with the main BNs, under the plain model's own keys.
-
-    Loads with `strict=True` and gives identical outputs. Like `state_dict`, it shares memory with
-    the model. Pass the model itself, not its DDP or `torch.compile` wrapper.
-    """
-    return _export(model, keep="main", leave="aux")
-
-
-def export_aux(model: nn.Module) -> dict[str, Tensor]:
-    """As `export_main`, with the auxiliary BNs."""
-    return _export(model, keep="aux", leave="main")
-
-
-def export_average(model: nn.Module) -> dict[str, Tensor]:
-    """As `export_main`, with BNs that give the mean of both twins' outputs in eval mode.
-
-    At test time each twin is an affine map a channel, and so is their mean: it is folded into one
-    plain BN. Equal to `use_bn(model, "average")` but for rounding.
-
-    Raises:
-        UserError: for BNs without running statistics, which have no map of their own.
-    """
-    exported = {key: value.clone() for key, value in export_main(model).items()}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, DualBatchNorm):
-            prefix = f"{name}." if name else ""
-            for key, value in _average(layer, prefix).items():
-                exported[prefix + key] = value
-    return exported
-
-
-def _average(layer: DualBatchNorm, prefix: str) -> dict[str, Tensor]:
-    """The state of one norm that gives the mean of both twins."""
-    kept, other = layer.main.state_dict(), layer.aux.state_dict()
-    if not isinstance(layer.main, _BatchNorm):
-        return {key: (kept[key] + other[key]) / 2 for key in kept}
-    if "running_var" not in kept:
-        raise UserError(f"{prefix}: a BatchNorm without running statistics cannot be averaged")
-    eps = layer.main.eps
-    one, zero = torch.ones(()), torch.zeros(())
-    scales, shifts = [], []
-    for state in (kept, other):
-        scale = state.get("weight", one).double() * (state["running_var"].double() + eps).rsqrt()
-        scales.append(scale)
-        shifts.append(state.get("bias", zero).double() - state["running_mean"].double() * scale)
-    scale, shift = (scales[0] + scales[1]) / 2, (shifts[0] + shifts[1]) / 2
-    mean, var = kept["running_mean"].double(), kept["running_var"].double()
-    if "weight" in kept:
-        folded = {"weight": scale * (var + eps).sqrt(), "bias": shift + mean * scale}
-    else:  # the statistics themselves must carry the map
-        folded = {"running_var": scale**-2 - eps, "running_mean": -shift / scale}
-    return {key: value.to(kept[key].dtype) for key, value in folded.items()}
-
-
-def _layer_norms() -> tuple[type[nn.Module], ...]:
-    """The norm layers of one image that timm's models are built from."""
-    from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
-
-    return (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)
-
-
-def _export(model: nn.Module, *, keep: str, leave: str) -> dict[str, Tensor]:
-    # remove_duplicate=False: a layer used twice has its keys under both of its names.
-    layers = [
-        f"{name}." if name else ""
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, DualBatchNorm)
-    ]
-    renamed = {f"{layer}{keep}.": layer for layer in layers}
-    dropped = tuple(f"{layer}{leave}." for layer in layers)
-    exported = {}
-    for key, value in model.state_dict().items():
-        if key.startswith(dropped):
-            continue
-        stem, dot, leaf = key.rpartition(".")
-        exported[renamed.get(stem + dot, stem + dot) + leaf] = value
-    return exported
-
-
 def _take_child(norm: nn.Module, name: str) -> nn.Module:
     """Move the child module `name` (`act` or `drop`) out of `norm`, leaving an identity."""
     child = norm._modules.get(name)
@@ -442,3 +230,10 @@ def _splits(model: nn.Module) -> list[DomainSplit]:
     """The distinct domain splits of the layers of `model`: one, or none without dual BN."""
     splits = {id(m.split): m.split for m in model.modules() if isinstance(m, DualBatchNorm)}
     return list(splits.values())
+
+
+def _layer_norms() -> tuple[type[nn.Module], ...]:
+    """The norm layers of one image that timm's models are built from."""
+    from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+
+    return (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)

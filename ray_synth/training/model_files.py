@@ -21,7 +21,8 @@ def export_models(
     """
     from safetensors.torch import save
 
-    from ray_synth.training.dual_bn import export_aux, export_average, export_main, has_dual_bn
+    from ray_synth.training.dual_bn import has_dual_bn
+    from ray_synth.training.state_dicts import export_aux, export_average, export_main
 
     model = learner.ema.module if learner.ema else learner.model
     choices = {"main": export_main}

@@ -21,12 +21,8 @@ from ray_synth.evaluation.domain_shift import (
     probe_accuracy,
     statistics_distance,
 )
-from ray_synth.training.dual_bn import (
-    convert_dual_bn,
-    domain_split,
-    export_aux,
-    export_main,
-)
+from ray_synth.training.dual_bn import convert_dual_bn, domain_split
+from ray_synth.training.state_dicts import export_aux, export_main
 
 seeds = st.integers(0, 10**6)
 

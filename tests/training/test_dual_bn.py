@@ -17,12 +17,10 @@ from ray_synth.training.dual_bn import (
     DualBatchNorm,
     convert_dual_bn,
     domain_split,
-    export_aux,
-    export_average,
-    export_main,
     has_dual_bn,
     use_bn,
 )
+from ray_synth.training.state_dicts import export_aux, export_average, export_main
 
 WITH_BN = {  # timm family -> input side
     "test_resnet": 64,

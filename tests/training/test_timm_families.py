@@ -13,15 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ray_synth.training.dual_bn import (
-    convert_dual_bn,
-    domain_split,
-    export_aux,
-    export_average,
-    export_main,
-    has_dual_bn,
-    use_bn,
-)
+from ray_synth.training.dual_bn import convert_dual_bn, domain_split, has_dual_bn, use_bn
+from ray_synth.training.state_dicts import export_aux, export_average, export_main
 
 # Words in the names of small members, the smallest first.
 SMALL = ("test_", "atto", "femto", "pico", "nano", "tiny", "micro", "small", "_xxs", "_xs", "_s0",
