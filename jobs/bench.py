@@ -63,8 +63,8 @@ def generation(
     stock_dtype = torch.float16 if device.startswith("cuda") else torch.float32
     stock = _stock_pipeline(made, stock_dtype, device)
     contenders = {"stock": partial(_stock_round, stock, made=made)}
-    for name, settings_of_part in _parts(made).items() if parts else ():
-        alone = DiffusionGenerator(settings_of_part)
+    for name, (settings_of_part, on) in _parts(made).items() if parts else ():
+        alone = DiffusionGenerator(settings_of_part, **on)
         contenders[name] = partial(_ours_round, alone, made=made)
     contenders["ours"] = partial(_ours_round, DiffusionGenerator(made), made=made)
     contenders["ray"] = partial(_ray_round, made=made)
@@ -168,20 +168,24 @@ def training_verb(
     _json("training", **figures)
 
 
-def _parts(made: GenerationConfig) -> dict[str, GenerationConfig]:
-    """The speed path off, and each part of it on alone."""
-    off: dict[str, Any] = {
-        "channels_last": False, "compile": False, "cache_prompts": False, "dtype": "float32",
-    }  # fmt: skip
-    parts: dict[str, dict[str, Any]] = {
-        "all parts off": {},
-        "  + channels_last": {"channels_last": True},
-        "  + prompts encoded once": {"cache_prompts": True},
-        "  + half precision": {"dtype": "bfloat16"},
-        "  + torch.compile": {"compile": True},
-        "  + channels_last, torch.compile": {"channels_last": True, "compile": True},
+def _parts(made: GenerationConfig) -> dict[str, tuple[GenerationConfig, dict[str, bool]]]:
+    """The speed path off, and each part of it on alone: settings, and arguments of the generator."""
+    off: dict[str, Any] = {"compile": False, "dtype": "float32"}
+    parts: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+        "all parts off": ({}, ()),
+        "  + channels_last": ({}, ("channels_last",)),
+        "  + prompts encoded once": ({}, ("cache_prompts",)),
+        "  + half precision": ({"dtype": "bfloat16"}, ()),
+        "  + torch.compile": ({"compile": True}, ()),
+        "  + channels_last, torch.compile": ({"compile": True}, ("channels_last",)),
     }
-    return {name: made.model_copy(update={**off, **on}) for name, on in parts.items()}
+    return {
+        name: (
+            made.model_copy(update={**off, **settings}),
+            {part: part in on for part in ("channels_last", "cache_prompts")},
+        )
+        for name, (settings, on) in parts.items()
+    }
 
 
 def _flops(pipeline: Any, plan: list[dict[str, Any]], made: GenerationConfig) -> float:

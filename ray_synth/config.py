@@ -68,7 +68,38 @@ def how(default: Any = PydanticUndefined, **more: Any) -> Any:
 
 
 # Settings of earlier versions, by dotted name -> what became of each. Runs that have them are still read.
-RETIRED: dict[str, str] = {}
+RETIRED: dict[str, str] = {
+    "meaning.llm.autoscaling": "Ray Serve's defaults; replicas: [fewest, most] follow the load",
+    "meaning.clip.autoscaling": "Ray Serve's defaults; replicas: [fewest, most] follow the load",
+    "meaning.llm.max_retries": "a server is asked 5 times again",
+    "prompting.retries": "one round of asking again",
+    "prompting.max_tokens": "the text encoder's own context length",
+    "generation.channels_last": "always on",
+    "generation.cache_prompts": "always on",
+    "generation.overlap": "always on",
+    "generation.reference.images_per_class": "16 real images per class take turns",
+    "generation.checks.retries": "two new seeds are tried",
+    "generation.checks.pixels": "always looked at; checks.policy: off looks at nothing",
+    "generation.checks.duplicate_quantile": "clip_quantile is for both",
+    "generation.checks.real_images_per_class": "32 real images per class set the thresholds",
+    "training.channels_last": "always on",
+    "training.num_threads": "all cores; a study shares them among trainings",
+    "training.reservoir_images": "memory_mb bounds what a worker keeps",
+    "training.reservoir_mb": "memory_mb bounds what a worker keeps",
+    "training.cache_images": "memory_mb bounds what a worker keeps",
+    "training.optimizer.clip_mode": "gradients are clipped by their norm",
+    "training.optimizer.momentum": "optimizer.kwargs: {momentum: 0.9}",
+    "evaluation.restrict_to_test_classes": "always done, where a test set has only some classes",
+    "tracking.system_metrics": "always logged",
+    "tracking.log_models": "always logged",
+    "tracking.registered_model": "MLflow registers any logged model by its page or its API",
+    "studies.imbalance": "20",
+    "studies.validation": "data.validation; default: 20, at most a fifth of the smallest class",
+    "cluster.max_reach.num_cpus": "max_reach: a list of node types, {count, num_cpus, num_gpus} each",
+    "cluster.max_reach.num_gpus": "max_reach: a list of node types, {count, num_cpus, num_gpus} each",
+    "cluster.max_reach.node_cpus": "max_reach: a list of node types, {count, num_cpus, num_gpus} each",
+    "cluster.max_reach.node_gpus": "max_reach: a list of node types, {count, num_cpus, num_gpus} each",
+}
 
 
 class Section(BaseModel):
@@ -135,9 +166,6 @@ class LlmConfig(Section):
     base_url: str | None = how(None, description="of the server: http://localhost:8000/v1")
     api_key_env: str = how("OPENAI_API_KEY", description="environment variable with its token")
     timeout_s: Annotated[float, Field(gt=0)] = how(60, description="for one question to a server")
-    max_retries: Annotated[int, Field(ge=0)] = how(
-        5, description="times that a busy or broken server is asked again"
-    )
     requests_per_minute: Positive | None = how(None, description="sent to a server at most")
     structured: bool = result(False, description="ask a server for JSON by schema")
     cache_dir: Annotated[str, AfterValidator(_on_this_machine)] | None = how(
@@ -149,10 +177,6 @@ class LlmConfig(Section):
     num_cpus: Annotated[float, Field(gt=0)] = how(1)
     num_gpus: Annotated[float, Field(ge=0)] = how(0)
     replicas: Replicas = how(1)
-    autoscaling: dict[str, float] = how(
-        default_factory=dict,
-        description="Ray Serve's: upscale_delay_s, target_ongoing_requests, ...",
-    )
 
     @model_validator(mode="after")
     def _backend_fits(self) -> LlmConfig:
@@ -185,10 +209,6 @@ class ClipConfig(Section):
     num_cpus: Annotated[float, Field(gt=0)] = how(1)
     num_gpus: Annotated[float, Field(ge=0)] = how(0)
     replicas: Replicas = how(1)
-    autoscaling: dict[str, float] = how(
-        default_factory=dict,
-        description="Ray Serve's: upscale_delay_s, target_ongoing_requests, ...",
-    )
 
 
 class MeaningConfig(Section):
@@ -222,14 +242,8 @@ class PromptingConfig(Section):
     contexts_per_class: Annotated[int, Field(ge=0)] = result(
         16, description="scenes for contextual and stylized prompts; 0: none are written"
     )
-    retries: Annotated[int, Field(ge=0)] = result(
-        1, description="rounds of asking again before the built-in pool fills up"
-    )
     negative_prompt: str = result("")
     styles: str | None = result(None, description="a YAML file of styles; default: the 60 built in")
-    max_tokens: Positive | None = result(
-        None, description="default: the CLIP model's context length"
-    )
 
     @field_validator("mix")
     @classmethod
@@ -258,7 +272,6 @@ class ReferenceConfig(Section):
     strength: Annotated[float, Field(gt=0, le=1)] = result(
         0.75, description="share of the noise schedule that is run: 1 forgets the real image"
     )
-    images_per_class: Positive = result(16, description="real images that take turns as guides")
 
 
 class QualityConfig(Section):
@@ -267,18 +280,10 @@ class QualityConfig(Section):
     policy: Literal["off", "flag", "reject", "retry"] = result(
         "flag", description="flag: only say so; reject: not trained on; retry: with new seeds"
     )
-    retries: Positive = result(2, description="new seeds tried, with policy retry")
-    pixels: bool = result(True, description="blank and saturated images")
     clip: bool = result(True, description="CLIP score against the resolved meaning; duplicates")
     clip_quantile: Fraction = result(
         0.01, description="an image fails below this quantile of real images' own CLIP scores"
     )
-    duplicate_quantile: Fraction = result(
-        0.01,
-        description="a near-duplicate is nearer than this quantile of the nearest distances in "
-        "a class of real images, were it as large as what is made",
-    )
-    real_images_per_class: Positive = result(32, description="real images that set the thresholds")
 
     @field_validator("policy", mode="before")
     @classmethod
@@ -313,12 +318,9 @@ class GenerationConfig(Section):
     )
     image_format: Literal["png", "webp", "jpeg"] = result("webp")
     quality: Annotated[int, Field(ge=1, le=100)] = result(95, description="of webp and jpeg files")
-    channels_last: bool = how(True)
     compile: bool | Literal["auto"] = how(
         "auto", description="torch.compile; auto: on GPUs, where the plan is long enough to pay"
     )
-    cache_prompts: bool = how(True, description="encode each distinct prompt once an actor")
-    overlap: bool = how(True, description="encode and write a batch while the next one is made")
     offload: bool = how(False, description="keep parts that are not at work in CPU memory")
     trust_remote_code: bool = how(False, description="run Python code that a checkpoint brings")
     checks: QualityConfig = result(QualityConfig())
@@ -336,7 +338,6 @@ class OptimizerConfig(Section):
     name: str = result("adamw", description="any of timm's optimizers")
     lr: Annotated[float, Field(gt=0)] = result(1e-3)
     weight_decay: Annotated[float, Field(ge=0)] = result(0.05)
-    momentum: Fraction = result(0.9)
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = result(
         None, description="learning rates fall by this factor a layer, towards the input"
     )
@@ -348,7 +349,6 @@ class OptimizerConfig(Section):
     warmup_fraction: Fraction = result(0.05)
     min_lr_fraction: Fraction = result(0.01)
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = result(1.0)
-    clip_mode: Literal["norm", "value", "agc"] = result("norm")
 
 
 class TrainingConfig(Section):
@@ -389,19 +389,14 @@ class TrainingConfig(Section):
     )
     optimizer: OptimizerConfig = result(OptimizerConfig())
     dtype: Dtype = result("auto")
-    channels_last: bool = result(True)
     compile: bool = result(False, description="torch.compile of the classifier")
     sync_bn: bool = result(False, description="BN statistics over all workers (on GPUs)")
     baseline: bool = result(True, description="also train on real images alone, same recipe")
     warmup_images: Positive | None = result(None, description="live: default, two batches")
-    reservoir_images: Positive = result(
-        20_000, description="live: images kept for replay, a worker"
-    )
-    reservoir_mb: Positive = how(
-        2_048, description="live: of which in memory; the rest lies in a temporary file"
-    )
-    cache_images: Annotated[int, Field(ge=0)] = how(
-        50_000, description="real images a worker keeps in memory; larger shards are streamed"
+    memory_mb: Positive = how(
+        8_192,
+        description="of images that a worker keeps; more real ones are streamed, more synthetic ones "
+        "lie in a temporary file",
     )
     decode_workers: Annotated[int, Field(ge=0)] = how(
         0, description="processes a worker for random crops and RandAugment; 0: one thread"
@@ -413,7 +408,6 @@ class TrainingConfig(Section):
     )
     num_cpus: Annotated[float, Field(gt=0)] = how(1)
     num_gpus: Annotated[float, Field(ge=0)] = how(0)
-    num_threads: Positive | None = how(None)
     max_failures: Annotated[int, Field(ge=-1)] = how(
         3, description="failures without a new checkpoint between; -1: any number"
     )
@@ -446,6 +440,10 @@ class TrainingConfig(Section):
         """Workers at most."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
+    def fits_in_memory(self, images: int) -> bool:
+        """Whether a worker keeps so many decoded images in memory."""
+        return images * 3 * self.image_size**2 <= self.memory_mb << 20
+
     @property
     def num_real(self) -> int:
         """Real images in each worker's batch."""
@@ -464,9 +462,6 @@ class EvaluationConfig(Section):
     bns: list[Literal["main", "aux", "average"]] = result(
         ["main", "aux"], description="of a dual-BN model, tested one by one"
     )
-    restrict_to_test_classes: bool = result(
-        True, description="where a test set has only some classes, choose among those"
-    )
     num_actors: Positive = how(1)
     num_cpus: Annotated[float, Field(gt=0)] = how(1)
     num_gpus: Annotated[float, Field(ge=0)] = how(0)
@@ -478,9 +473,6 @@ class TrackingConfig(Section):
     enabled: bool = how(True)
     uri: str | None = how(None, description="default: sqlite in runs_dir")
     experiment: str = how("ray-synth")
-    system_metrics: bool = how(True, description="CPU, memory, disk and GPU use of the driver")
-    log_models: bool = how(True, description="as MLflow models, loadable by mlflow.pyfunc")
-    registered_model: str | None = how(None, description="register the mixed model by this name")
 
 
 class CorruptionConfig(Section):
@@ -505,9 +497,6 @@ class StudiesConfig(Section):
     images_per_class: list[Positive] = how(
         [2, 5, 10, 20], description="real images a class, for the study low_data"
     )
-    imbalance: Annotated[float, Field(gt=1)] = how(
-        20.0, description="largest over smallest class of the long-tailed sets"
-    )
     lambdas: list[Annotated[float, Field(ge=0)]] = how([0.1, 0.25, 0.5, 1.0, 2.0])
     real_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = how([0.2, 0.3333, 0.5, 0.75])
     llms: dict[str, dict[str, Any]] = how(
@@ -519,11 +508,6 @@ class StudiesConfig(Section):
         description="names to settings as under generation; default: fewer and more steps, guidance",
     )
     corruption: CorruptionConfig = how(CorruptionConfig())
-    validation: Positive = how(
-        20,
-        description="training images a class that are held out, where data.validation gives no "
-        "number; at most a fifth of the smallest class",
-    )
     parallel: Positive | None = how(
         None, description="trainings at a time; default: what the cluster has room for"
     )
@@ -542,15 +526,11 @@ class NodeTypeConfig(Section):
 class ReachConfig(Section):
     """What an autoscaling cluster can grow to, nodes that run now included.
 
-    Either types of nodes, or the cluster launcher's file, or sums and the largest node.
+    Either types of nodes, or the cluster launcher's file.
     """
 
     nodes: list[NodeTypeConfig] = how(default_factory=list)
     file: str | None = how(None, description="the YAML file of `ray up`")
-    num_cpus: Annotated[float, Field(ge=0)] = how(0)
-    num_gpus: Annotated[float, Field(ge=0)] = how(0)
-    node_cpus: Annotated[float, Field(ge=0)] = how(0, description="CPUs of the largest node")
-    node_gpus: Annotated[float, Field(ge=0)] = how(0, description="GPUs of the largest node")
 
     @model_validator(mode="before")
     @classmethod

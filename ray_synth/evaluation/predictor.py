@@ -142,9 +142,7 @@ def evaluate(
 
     for name, index in test_sets.items():
         warn_of_missing(name, index)
-    allowed = None
-    if config.restrict_to_test_classes:
-        allowed = {name: np.unique(index.label) for name, index in test_sets.items()}
+    allowed = {name: np.unique(index.label) for name, index in test_sets.items()}
     datasets = [to_ray(index, test_set=name) for name, index in test_sets.items()]
     images = datasets[0].union(*datasets[1:]) if datasets[1:] else datasets[0]
     stream = images.map_batches(

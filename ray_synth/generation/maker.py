@@ -100,7 +100,7 @@ class ImageMaker:
         """Generate, judge and encode; with policy `retry`, again with new seeds what was rejected."""
         self._load()
         checks = self.job.config.checks
-        retries = checks.retries if checks.policy == "retry" else 0
+        retries = NEW_SEEDS if checks.policy == "retry" else 0
         made, again = self._attempt(rows, 0)
         done = {row["sample_id"]: row for row in made}
         earlier: list[Row] = []
@@ -181,12 +181,12 @@ class ImageMaker:
         from ray_synth.generation.thresholds import load_reference
 
         if self.job.clip is None or self.job.run is None or not checks.clip:
-            return Judge(None, None, pixels=checks.pixels)
+            return Judge(None, None)
         from ray_synth.meaning.clip import ClipModel
 
         clip = self.job.clip
         model = ClipModel(clip.model, clip.pretrained, device=clip.device, dtype=clip.dtype)
-        return Judge(load_reference(self.job.run.child("quality")), model, pixels=checks.pixels)
+        return Judge(load_reference(self.job.run.child("quality")), model)
 
     def _judge_all(
         self, rows: list[Row], images: list[Image.Image | None]
@@ -255,6 +255,7 @@ def attempt_seed(seed: int, attempt: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{attempt}".encode()).digest()[:6], "big")
 
 
+NEW_SEEDS = 2  # tried with policy retry
 REFERENCES = "references.parquet"
 
 

@@ -19,7 +19,7 @@ from ray_synth.generators.registry import fingerprint, generator_class
 from ray_synth.storage.folder import Folder
 
 # What an image's row knows better than the run's config: the config may leave it open.
-FROM_ROW = ("dtype", "batch_size", "compile", "channels_last", "num_threads")
+FROM_ROW = ("dtype", "batch_size", "compile", "num_threads")
 
 
 @dataclass(frozen=True)

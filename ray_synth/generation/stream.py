@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from ray_synth.config import GenerationConfig
 from ray_synth.generation.chunks import Chunk, cut, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 # A block takes Ray 3 ms and 40 kB of the driver (measured): long plans have several chunks a block, which
 # are one task. Not too many: a task that gives nothing for minutes looks like a stall.
+CALLS_AT_ONCE = 2  # batches that an actor has in hand: one is encoded and written beside the next
 BLOCKS = 2_000
 MOST_CHUNKS_A_BLOCK = 32
 # Chunks of one task go on in pieces of about this size, not when all are made.
@@ -44,7 +44,6 @@ def image_stream(
     config = job.config
     if chunks is None:
         chunks = _cut(job)
-    calls = calls_at_once(config)
     made = ray.data.from_arrow(chunk_blocks(chunks)).map_batches(
         ImageMaker,
         fn_constructor_kwargs={"job": job},
@@ -54,8 +53,8 @@ def image_stream(
             min_size=config.pool.min_size,
             max_size=config.pool.max_size,
             # Two tasks a call: the pool grows when more than 1.75 are waiting for each.
-            max_tasks_in_flight_per_actor=2 * calls,
-            max_concurrent_calls_per_actor=calls,
+            max_tasks_in_flight_per_actor=2 * CALLS_AT_ONCE,
+            max_concurrent_calls_per_actor=CALLS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
         num_cpus=config.num_cpus,
@@ -63,11 +62,6 @@ def image_stream(
     )
     made.context.target_max_block_size = OUTPUT_BLOCK_BYTES
     return made.select_columns(columns) if columns else made
-
-
-def calls_at_once(config: GenerationConfig) -> int:
-    """Batches that an actor has in hand at once."""
-    return 2 if config.overlap else 1
 
 
 def make_images(job: GenerationJob, chunks: list[Chunk] | None = None) -> int:

@@ -32,6 +32,7 @@ EXACT_COPY = 1e-4
 ENOUGH_BELOW = 3
 # A class's mean distance weighs against that of all classes as its images do against so many.
 PRIOR_IMAGES = 10
+REAL_PER_CLASS = 32  # real images that set the thresholds
 REFERENCE_FILE = "quality_reference.parquet"
 
 
@@ -302,7 +303,7 @@ def measure_run(
         texts,
         model,
         clip_quantile=checks.clip_quantile,
-        duplicate_quantile=checks.duplicate_quantile,
+        duplicate_quantile=checks.clip_quantile,
         images_per_class=images_per_class,
     )
     save_reference(folder, reference)

@@ -63,6 +63,7 @@ class DiffusionGenerator:
     Args:
         config: the generation section, with a batch size that is a number; `compile` that is "auto"
             is off (the caller knows how many images there are: `wants_compile`).
+        channels_last, cache_prompts: parts of the speed path, off for benchmarks alone.
 
     Attributes:
         provenance: what made the images, for their rows.
@@ -71,7 +72,9 @@ class DiffusionGenerator:
         UserError: the model is unknown, cannot be loaded, or cannot do what is asked.
     """
 
-    def __init__(self, config: GenerationConfig) -> None:
+    def __init__(
+        self, config: GenerationConfig, *, channels_last: bool = True, cache_prompts: bool = True
+    ) -> None:
         import torch
 
         assert isinstance(config.batch_size, int), "batch_size 'auto' is resolved by the stream"
@@ -86,9 +89,9 @@ class DiffusionGenerator:
             from ray_synth.generators.image_to_image import image_to_image
 
             self.pipeline = image_to_image(self.pipeline)
-        self._place()
+        self._place(channels_last)
         self._encoder = None
-        if config.cache_prompts:
+        if cache_prompts:
             from ray_synth.generators.prompt_encoder import PromptEncoder
 
             self._encoder = PromptEncoder(self.pipeline, chunk=PROMPTS_AT_ONCE)
@@ -110,7 +113,6 @@ class DiffusionGenerator:
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "compile": config.compile is True,
-            "channels_last": config.channels_last,
             "device": torch.cuda.get_device_name() if on_gpu else self.device,
             "num_threads": None if on_gpu else torch.get_num_threads(),
             "torch": torch.__version__,
@@ -177,7 +179,7 @@ class DiffusionGenerator:
             arguments["true_cfg_scale"] = config.guidance_scale
         return {name: value for name, value in arguments.items() if name in taken}
 
-    def _place(self) -> None:
+    def _place(self, channels_last: bool) -> None:
         """Onto the device, or left to diffusers where it is spread or offloaded."""
         import torch
 
@@ -189,7 +191,7 @@ class DiffusionGenerator:
             pipeline.enable_model_cpu_offload(device=self.device)
         elif config.num_gpus <= 1:
             pipeline.to(self.device)
-        if config.channels_last:
+        if channels_last:
             for name in ("unet", "vae"):
                 part = getattr(pipeline, name, None)
                 if part is not None:

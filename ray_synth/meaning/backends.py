@@ -48,7 +48,6 @@ def load_llm(config: LlmConfig, *, num_threads: int | None = None) -> Llm:
             base_url=config.base_url,
             api_key_env=config.api_key_env,
             timeout_s=config.timeout_s,
-            max_retries=config.max_retries,
             requests_per_minute=config.requests_per_minute,
             max_concurrency=config.max_batch_size,
             style=config.style,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ray_synth.errors import UserError, first_line
 from ray_synth.meaning.transformers_llm import FewShot, Usage, truncate_at
 
+MAX_RETRIES = 5  # times that a busy or broken server is asked again
 MOST_STOPS = 4  # what OpenAI's own service takes
 # A server may count reasoning or a sentence's opening as tokens; answers are cut by `stop` anyway.
 FEWEST_TOKENS = 48
@@ -43,7 +44,6 @@ class OpenAILLM:
         base_url: the server's API, such as http://localhost:8000/v1; None is OpenAI's own.
         api_key_env: environment variable that holds the token; servers without one need none.
         timeout_s: seconds that one question may take.
-        max_retries: times that a question is asked again.
         requests_per_minute: how many questions are sent at most; None is no limit of ours.
         max_concurrency: questions in flight.
         style: "chat" and "auto" use chat completions, "completion" plain ones (base models).
@@ -62,7 +62,6 @@ class OpenAILLM:
         base_url: str | None = None,
         api_key_env: str = "OPENAI_API_KEY",
         timeout_s: float = 60.0,
-        max_retries: int = 5,
         requests_per_minute: int | None = None,
         max_concurrency: int = 16,
         style: Literal["auto", "completion", "chat"] = "auto",
@@ -91,7 +90,7 @@ class OpenAILLM:
             api_key=token or "none",
             base_url=base_url,
             timeout=timeout_s,
-            max_retries=max_retries,
+            max_retries=MAX_RETRIES,
         )
         self._threads = ThreadPoolExecutor(max_concurrency, thread_name_prefix="openai")
         self._limiter = _limiter(requests_per_minute)
@@ -154,10 +153,10 @@ class OpenAILLM:
             ) from None
         except openai.BadRequestError as error:
             raise UserError(f"{self._where} refuses the question: {error}") from None
-        except openai.APIStatusError as error:  # still, after llm.max_retries
+        except openai.APIStatusError as error:  # still, after MAX_RETRIES
             raise UserError(
                 f"{self._where} fails ({error.status_code}: {first_line(error)}): ask again later, or "
-                "see llm.max_retries and llm.requests_per_minute"
+                "see llm.requests_per_minute"
             ) from None
         if answer.usage is not None:
             self.usage.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)

@@ -17,15 +17,12 @@ CODE = Path(__file__).with_name("mlflow_classifier.py")
 NEEDS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pandas")
 
 
-def log_model(
-    handle: dict[str, str], folder: Folder, arm: str, *, registered_name: str | None = None
-) -> str:
+def log_model(handle: dict[str, str], folder: Folder, arm: str) -> str:
     """Log `models/<arm>` with its main BN to the run; the model's uri, for `mlflow.pyfunc.load_model`.
 
     Args:
         handle: the tracking uri and the run's id.
         folder: the run's directory.
-        registered_name: also register it in the model registry.
     """
     import mlflow
     import numpy as np
@@ -50,6 +47,5 @@ def log_model(
                 artifacts={"weights": str(weights), "card": str(about)},
                 signature=signature,
                 pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in NEEDS],
-                registered_model_name=registered_name,
             )
     return logged.model_uri

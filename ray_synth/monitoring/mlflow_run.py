@@ -82,8 +82,7 @@ class Tracker:
                 f"no MLflow server to be had at {self.uri}: {error}; check tracking.uri, or set "
                 "tracking.enabled: false"
             ) from None
-        if config.tracking.system_metrics:
-            self._start_monitor()
+        self._start_monitor()
 
     def _join(self) -> str | None:
         """The id of the run that an earlier start made, running again; or None."""
@@ -187,9 +186,8 @@ class Tracker:
         for arm in ("real_only", "mixed"):
             if arm in saved.get("models", {}) or not self.folder.exists(f"models/{arm}.json"):
                 continue
-            registered = self.config.tracking.registered_model if arm == "mixed" else None
             with self.quietly("models"):
-                model_uri = log_model(self.handle, self.folder, arm, registered_name=registered)
+                model_uri = log_model(self.handle, self.folder, arm)
                 saved = {**saved, "models": {**saved.get("models", {}), arm: model_uri}}
                 self.folder.write_json("mlflow.json", saved)
 

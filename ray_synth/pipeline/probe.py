@@ -149,7 +149,7 @@ def _generation_jobs(
 
 def _images(run: Any, folder: Folder, job: GenerationJob) -> dict[str, float]:
     """The quality task, and a few batches of images: when the first came, and the pace after it."""
-    from ray_synth.generation.stream import calls_at_once, image_stream
+    from ray_synth.generation.stream import CALLS_AT_ONCE, image_stream
     from ray_synth.prompting.plan_file import PlanTable
 
     generation: GenerationConfig = run.config.generation
@@ -159,7 +159,7 @@ def _images(run: Any, folder: Folder, job: GenerationJob) -> dict[str, float]:
     seen: list[tuple[float, int]] = []
     for _ in _arriving(image_stream(job, columns=["sample_id"]), seen):
         pass
-    make = pace(seen, calls_at_once(generation))
+    make = pace(seen, CALLS_AT_ONCE)
     first, some = seen[0]
     if generation.reference is not None:
         make *= generation.reference.strength
@@ -182,18 +182,14 @@ def pace(seen: list[tuple[float, int]], calls: int) -> float:
 
 def _quality(run: Any, folder: Folder) -> float:
     """Seconds of the quality task, for as many images as it will have; of many it sees some."""
+    from ray_synth.generation.thresholds import REAL_PER_CLASS
     from ray_synth.pipeline.steps import measure_quality
 
     names = run.train.class_names
     folder.write_json("meanings.json", [{"class_name": n, "choice": n} for n in names])
-    checks = run.config.generation.checks
-    wanted = checks.real_images_per_class
-    few = max(1, min(wanted, QUALITY_IMAGES // len(names)))
-    fewer = checks.model_copy(update={"real_images_per_class": few})
-    generation = run.config.generation.model_copy(update={"checks": fewer})
-    config = run.config.model_copy(update={"generation": generation})
-    seconds = _timed(lambda: measure_quality(replace(run, folder=folder, config=config)))
-    return seconds * min(wanted / few, max(1.0, len(run.train) / (few * len(names))))
+    few = max(1, min(REAL_PER_CLASS, QUALITY_IMAGES // len(names)))
+    seconds = _timed(lambda: measure_quality(replace(run, folder=folder), per_class=few))
+    return seconds * min(REAL_PER_CLASS / few, max(1.0, len(run.train) / (few * len(names))))
 
 
 def _plan(run: Any, rows: int, contexts: Contexts) -> Any:
@@ -225,7 +221,7 @@ def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dic
     import ray.train.torch
 
     from ray_synth.data.dataset import select
-    from ray_synth.generation.stream import calls_at_once, image_stream
+    from ray_synth.generation.stream import CALLS_AT_ONCE, image_stream
     from ray_synth.training.trainer import _resources
 
     config: Config = run.config
@@ -239,7 +235,7 @@ def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dic
         train_loop_config={
             "job": job,
             "test_batch": config.evaluation.batch_size,
-            "calls": calls_at_once(config.generation) if generation else 0,
+            "calls": CALLS_AT_ONCE if generation else 0,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=1,
@@ -301,7 +297,6 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
                 decoder,
                 batch_size=config.num_synth,
                 warmup=1,
-                capacity=config.reservoir_images,
                 seed=0,
             )
             on = lambda step: step < SETTLE + 1 or not live.ended  # noqa: E731

@@ -100,6 +100,5 @@ def _tracker(run: Run) -> Any:
 def _track_results(run: Run, tracker: Any, metrics: dict[str, Any]) -> None:
     tracker.metrics({key: value for key, value in metrics.items() if key != "corrupt"})
     tracker.artifacts()
-    if run.config.tracking.log_models:
-        tracker.models()
+    tracker.models()
     tracker.end()

@@ -34,6 +34,7 @@ from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.stages import up_to
 
 log = logging.getLogger("ray_synth")
+GUIDES_PER_CLASS = 16  # real images that take turns in image-to-image generation
 
 
 def run_stages(run: Run, until: str, tracker: Any = None) -> None:
@@ -188,10 +189,9 @@ def _written_contexts(run: Run, service: Any, meanings: dict[str, str]) -> dict[
 
 def choose_references(run: Run) -> dict[int, list[str]]:
     """Ids, by class, of the real images that guide image-to-image rows; kept with the run."""
-    reference = run.config.generation.reference
-    if reference is None:
+    if run.config.generation.reference is None:
         return {}
-    few = select(run.train, reference.images_per_class, run.config.seed)
+    few = select(run.train, GUIDES_PER_CLASS, run.config.seed)
     images: dict[str, bytes] = {}
     ids: dict[int, list[str]] = {}
     for row in read_index(few):
@@ -204,22 +204,26 @@ def choose_references(run: Run) -> dict[int, list[str]]:
 # Stages "quality" and "generation".
 
 
-def measure_quality(run: Run) -> dict[str, Any]:
-    """Thresholds of quality from real images' own scores, kept in `quality/`."""
+def measure_quality(run: Run, per_class: int | None = None) -> dict[str, Any]:
+    """Thresholds of quality from real images' own scores, kept in `quality/`.
+
+    Args:
+        per_class: real images that are measured; default: `thresholds.REAL_PER_CLASS`.
+    """
     import ray
 
-    from ray_synth.generation.thresholds import measure_run
+    from ray_synth.generation.thresholds import REAL_PER_CLASS, measure_run
 
     checks, clip = run.config.generation.checks, run.config.meaning.clip
     if checks.policy == "off" or not checks.clip:
         return {"measured": False}
-    few = select(run.train, checks.real_images_per_class, run.config.seed)
+    few = select(run.train, per_class or REAL_PER_CLASS, run.config.seed)
     images = images_by_class(few)
     meanings = run.folder.read_json("meanings.json")
-    per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
+    made_per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
     measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(measure_run)
     folder = run.folder.child("quality")
-    ray.get(measure.remote(images, meanings, clip, checks, per_class, folder))
+    ray.get(measure.remote(images, meanings, clip, checks, made_per_class, folder))
     return {"measured": True, "real_images": len(few)}
 
 

@@ -92,7 +92,7 @@ def _streams(config: Config, sizes: Sizes) -> bool:
     training, synthetic = config.training, sizes.synthetic(config)
     if training.feed != "stored" or sizes.real is None or synthetic is None:
         return True
-    return max(sizes.real, synthetic) > training.cache_images
+    return not training.fits_in_memory(max(sizes.real, synthetic))
 
 
 def fewest(count: int | tuple[int, int]) -> int:

@@ -6,7 +6,6 @@ hold what they hold for as long as they live, and Ray would wait for it in silen
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,15 +165,11 @@ def added_nodes(
         types, most = nodes_of_cluster_yaml(_read(reach.file))
         head_runs = 1 if here else 0
         return _without(types, here), None if most is None else most - len(here) + head_runs
-    if reach.nodes:
-        types = [
-            Nodes(t.count, t.num_cpus, t.num_gpus, int(t.memory_gb * GIB), t.accelerator, True)
-            for t in reach.nodes
-        ]
-        return _without(types, here), None
-    cpus = reach.num_cpus - sum(c for c, _ in here)
-    gpus = reach.num_gpus - sum(g for _, g in here)
-    return _cut(max(cpus, 0.0), max(gpus, 0.0), reach), None
+    types = [
+        Nodes(t.count, t.num_cpus, t.num_gpus, int(t.memory_gb * GIB), t.accelerator, True)
+        for t in reach.nodes
+    ]
+    return _without(types, here), None
 
 
 def _read(path: str) -> str:
@@ -193,24 +188,6 @@ def _without(types: list[Nodes], here: list[tuple[float, float]]) -> list[Nodes]
         running[size] -= taken
         left.append(replace(kind, count=kind.count - taken))
     return [kind for kind in left if kind.count]
-
-
-def _cut(cpus: float, gpus: float, reach: ReachConfig) -> list[Nodes]:
-    """Sums cut into nodes of the largest size: those with GPUs first, the other CPUs after them."""
-    node_cpus, node_gpus = reach.node_cpus or cpus, reach.node_gpus or gpus
-    nodes = []
-    while gpus > 0:
-        size = min(node_gpus, gpus)
-        count = max(1, math.floor(gpus / size))
-        each = min(node_cpus, cpus / count)
-        nodes.append(Nodes(count, each, size, added=True))
-        gpus, cpus = round(gpus - count * size, 4), round(cpus - count * each, 4)
-    while cpus > 0:
-        size = min(node_cpus, cpus)
-        count = math.floor(cpus / size)
-        nodes.append(Nodes(count, size, added=True))
-        cpus = round(cpus - count * size, 4)
-    return nodes
 
 
 def merged(nodes: list[Nodes]) -> tuple[Nodes, ...]:

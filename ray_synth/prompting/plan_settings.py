@@ -28,19 +28,13 @@ def plan_settings(config: Config) -> dict[str, Any]:
 def prompt_limit(config: Config) -> int:
     """Tokens that a prompt may have. Raises UserError where what the user gave cannot fit."""
     count_tokens, limit = prompt_tokens(config.generation)
-    given = config.prompting.max_tokens
-    if given and given > limit:
-        raise UserError(
-            f"prompting.max_tokens {given} is more than the {limit} tokens that the text encoder of "
-            f"{config.generation.model!r} reads; the rest would be cut off"
-        )
     length = count_tokens(config.prompting.negative_prompt)
     if length > limit:
         raise UserError(
             f"prompting.negative_prompt is too long: {length} tokens, and the text encoder of "
             f"{config.generation.model!r} reads {limit}; shorten it"
         )
-    return given or limit
+    return limit
 
 
 def read_contexts(answer: dict[str, Any]) -> list[tuple[Context, str]]:

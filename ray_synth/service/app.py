@@ -21,7 +21,6 @@ from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from ray_synth.config import ClipConfig, LlmConfig
 from ray_synth.prompting.contexts import Context, contextual_prompt
 from ray_synth.prompting.styles import load_styles, stylized_prompt
 from ray_synth.service.batch import answer_lines
@@ -211,12 +210,14 @@ def build(config: ServeConfig) -> Application:
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         max_queued_requests=limits.max_queued_requests,
         graceful_shutdown_timeout_s=finish_s,
-        **_replicas(config, busy=64),
+        **_replicas(config.replicas, config.autoscaling, busy=64),
     )
     deployments: list[Any] = []
     models: Any = ((LlmDeployment, llm), (ClipDeployment, clip))
     for deployment, model in models:
-        options: dict[str, Any] = _replicas(model, busy=2 * model.max_batch_size)
+        options: dict[str, Any] = _replicas(
+            model.replicas, config.autoscaling, busy=2 * model.max_batch_size
+        )
         options["ray_actor_options"] = {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus}
         options["graceful_shutdown_timeout_s"] = min(finish_s, MODEL_FINISH_S)
         deployments.append(deployment.options(**options))
@@ -225,13 +226,15 @@ def build(config: ServeConfig) -> Application:
     )
 
 
-def _replicas(config: LlmConfig | ClipConfig | ServeConfig, *, busy: float) -> dict[str, Any]:
+def _replicas(
+    replicas: int | tuple[int, int], autoscaling: dict[str, float], *, busy: float
+) -> dict[str, Any]:
     """A number of replicas, or [fewest, most] with `busy` requests in work or waiting for each."""
-    if isinstance(config.replicas, int):
-        return {"num_replicas": config.replicas}
-    fewest, most = config.replicas
+    if isinstance(replicas, int):
+        return {"num_replicas": replicas}
+    fewest, most = replicas
     scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": busy}
-    return {"autoscaling_config": {**scaling, **config.autoscaling}}
+    return {"autoscaling_config": {**scaling, **autoscaling}}
 
 
 __all__ = ["Disambiguation", "ServeConfig", "api", "build"]

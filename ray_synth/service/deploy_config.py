@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from ray_synth.config import ClipConfig, LlmConfig, parse_config
+from ray_synth.config import parse_config
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.service.app import Disambiguation, ServeConfig
 from ray_synth.service.clip_deployment import ClipDeployment
@@ -29,8 +29,6 @@ OUR_DEPLOYMENTS = tuple(deployment.name for deployment in _DEPLOYMENTS)
 READ_AS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
     (ServeApplicationSchema, "autoscaling_policy"): AutoscalingPolicy,
     (ServeConfig, "autoscaling"): AutoscalingConfig,
-    (LlmConfig, "autoscaling"): AutoscalingConfig,
-    (ClipConfig, "autoscaling"): AutoscalingConfig,
 }
 # Ray imports these while it validates; they need to exist on the cluster alone.
 IMPORTED = ("policy_function", "request_router_class")

@@ -29,7 +29,10 @@ class ServeConfig(Section):
     limits: Limits = Limits()
     lexicon: str = "off"
     replicas: Replicas = 1
-    autoscaling: dict[str, float] = Field(default_factory=dict)
+    autoscaling: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ray Serve's, for all deployments: upscale_delay_s, look_back_period_s, ...",
+    )
 
 
 async def _ask(method: Any, *args: Any) -> Any:

@@ -90,7 +90,7 @@ class Service:
                 item[0],
                 item[1],
                 num_contexts=self.config.prompting.contexts_per_class,
-                retries=self.config.prompting.retries,
+                retries=1,
                 seed=seed,
             )
 

@@ -19,6 +19,7 @@ from ray_synth.stages import stage_inputs
 
 REAL_ONLY = "real_only"
 STUDIES = "studies"  # the folder of all studies in a run's
+VALIDATION_PER_CLASS = 20  # held out, where `data.validation` does not say
 ARMS = "arms"  # the folder of all trained models of a config's studies
 
 
@@ -116,7 +117,7 @@ def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = No
     values["seed"] = seed
     values["tracking"]["enabled"] = False  # the study has runs of its own
     values["training"]["feed"] = "stored"  # a seed decides the result, and no clock
-    values["data"]["validation"] = base.data.validation or base.studies.validation
+    values["data"]["validation"] = base.data.validation or VALIDATION_PER_CLASS
     values["studies"] = base.studies.model_validate({})  # of no concern to a run
     if multiplier:
         values["prompting"]["multiplier"] = multiplier

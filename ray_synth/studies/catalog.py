@@ -14,6 +14,7 @@ from ray_synth.config import Config
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.studies.arm import REAL_ONLY, Arm
 
+IMBALANCE = 20.0  # largest over smallest class of the long-tailed sets
 PLAIN = {"plain": 1.0}
 NO_LAR = {"meaning.enabled": False}
 SHARED = {"training.dual_bn": False}
@@ -171,11 +172,11 @@ def _low_data(config: Config, counts: dict[str, int]) -> Study:
 
 def long_tail(counts: dict[str, int], config: Config) -> dict[str, int]:
     """Images by class name, falling exponentially from the most that `images_per_class` has to
-    that over `imbalance`, in the order of the classes (as CIFAR-LT: Cui et al., 2019)."""
+    that over `IMBALANCE`, in the order of the classes (as CIFAR-LT: Cui et al., 2019)."""
     most = min(max(config.studies.images_per_class), max(counts.values()))
     steps = max(len(counts) - 1, 1)
     return {
-        name: min(count, max(1, round(most * config.studies.imbalance ** (-at / steps))))
+        name: min(count, max(1, round(most * IMBALANCE ** (-at / steps))))
         for at, (name, count) in enumerate(counts.items())
     }
 

@@ -133,7 +133,7 @@ class Grid:
             if not self.arms.exists(f"models/{trial.digest}.json")
         }
         room = self._room_for("training")
-        threads = self.config.training.num_threads or max(1, (os.cpu_count() or 1) // room)
+        threads = max(1, (os.cpu_count() or 1) // room)
         if todo:
             log.info("%d trainings, %d at a time", len(todo), room)
         total = len({trial.digest for trial in self.trials})
@@ -150,8 +150,6 @@ class Grid:
 
         run = self.runs[trial.source]
         training = trial.config.training
-        if not training.num_gpus:
-            training = training.model_copy(update={"num_threads": threads})
         job = run.train_job(
             trial.digest,
             num_synthetic=round(trial.arm.scale * len(run.train)),
@@ -159,6 +157,7 @@ class Grid:
             seed=trial.seed,
             folder=self.arms,
             source=run.folder,
+            num_threads=threads,
         )
         generation = run.generation_job() if trial.mixed else None
         # In a task, since Ray Train wants a main thread. Where workers train, it waits, and needs no

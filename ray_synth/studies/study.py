@@ -19,7 +19,7 @@ from ray_synth.monitoring.heartbeat import watched
 from ray_synth.preflight import preflight
 from ray_synth.storage.folder import Folder
 from ray_synth.studies import measures, plots
-from ray_synth.studies.arm import trials_of
+from ray_synth.studies.arm import VALIDATION_PER_CLASS, trials_of
 from ray_synth.studies.catalog import Study, known_name, studies
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
@@ -86,13 +86,13 @@ def run_studies(
 def with_validation(config: Config) -> tuple[Config, dict[str, int]]:
     """The config with a number of held-out images, and what is left to train on by class name.
 
-    Where `data.validation` does not say, `studies.validation` of each class are held out, but no more
+    Where `data.validation` does not say, `VALIDATION_PER_CLASS` are held out, but no more
     than a fifth of the smallest class.
     """
     names = read_class_names(config.data.class_names)
     index = require_every_class(load_index(config.data.train, names), "data.train")
     smallest = min(index.counts().values())
-    held = config.data.validation or max(1, min(config.studies.validation, smallest // 5))
+    held = config.data.validation or max(1, min(VALIDATION_PER_CLASS, smallest // 5))
     data = config.data.model_copy(update={"validation": held})
     return config.model_copy(update={"data": data}), hold_out(index, held)[0].counts()
 

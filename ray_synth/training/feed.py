@@ -25,6 +25,7 @@ from ray_synth.training.decoder import Batch, Decoder, Item, Row
 from ray_synth.training.recipe import balanced_weights
 from ray_synth.training.reservoir import Reservoir
 
+CAPACITY = 20_000  # images that a live feed holds for replay
 MEMORY_BYTES = 2 << 30
 
 
@@ -189,7 +190,7 @@ class LiveFeed:
         *,
         batch_size: int,
         warmup: int,
-        capacity: int,
+        capacity: int = CAPACITY,
         seed: int,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:

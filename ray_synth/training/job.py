@@ -26,6 +26,7 @@ class TrainJob:
         source: where the plan and its images lie, if not in `folder`.
         tracking: MLflow's uri and run id, or None.
         board: the progress board's handle.
+        num_threads: of torch, on CPUs; default: all cores.
     """
 
     arm: str
@@ -40,6 +41,7 @@ class TrainJob:
     source: Folder | None = None
     tracking: dict[str, str] | None = None
     board: Any = None
+    num_threads: int | None = None
 
     @property
     def mixed(self) -> bool:
@@ -62,7 +64,7 @@ class TrainJob:
     @property
     def reads_store(self) -> bool:
         """Whether each worker loads the finished store itself, small as it is."""
-        return self.config.feed == "stored" and self.num_synthetic <= self.config.cache_images
+        return self.config.feed == "stored" and self.config.fits_in_memory(self.num_synthetic)
 
 
 def total_steps(config: TrainingConfig, num_real_images: int) -> int:

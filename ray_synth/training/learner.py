@@ -44,7 +44,7 @@ class Learner:
         self.job, self.config, self.device = job, config, device
         self.rank, self.world_size = rank, world_size
         if device.type == "cpu":
-            torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
+            torch.set_num_threads(job.num_threads or os.cpu_count() or 1)
         torch.manual_seed(job.seed)
         self.model = _build(job, device, world_size)
         self.ema = recipe.build_ema(self.model, config.ema_decay) if config.ema_decay else None
@@ -89,9 +89,7 @@ class Learner:
         targets = labels
         if self.mixing is not None:
             x, targets = self.mixing(x, labels, self.config.num_real, seed)
-        if self.config.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return x, targets
+        return x.contiguous(memory_format=torch.channels_last), targets
 
     def weight(self, step: int) -> float:
         """Lambda, the weight of the synthetic loss at this step."""
@@ -169,5 +167,4 @@ def _build(job: TrainJob, device: torch.device, world_size: int) -> nn.Module:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         else:
             log.warning("training.sync_bn needs GPUs: each worker keeps its own BN statistics")
-    model = model.to(device)
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+    return model.to(device).to(memory_format=torch.channels_last)

@@ -237,7 +237,7 @@ def _feeds(job: TrainJob, transform: Any, start: int) -> tuple[list[Any], Any]:
             decoder,
             batch_size=batch_size,
             seed=derived_seed(seed, rank, batches),
-            buffer=min(config.cache_images, 20 * batch_size),
+            buffer=20 * batch_size,
             **options,
         )
 
@@ -262,7 +262,7 @@ def _feeds(job: TrainJob, transform: Any, start: int) -> tuple[list[Any], Any]:
     if config.feed == "stored":
         return [real, streamed("synthetic", config.num_synth, job.seed + 1)], decoder
     stream = _rows_of(ray.train.get_dataset_shard("synthetic"))
-    memory_bytes = config.reservoir_mb << 20
+    memory_bytes = config.memory_mb << 20
     if config.feed == "lockstep":
         feed: Any = LockstepFeed(
             stream,
@@ -279,7 +279,6 @@ def _feeds(job: TrainJob, transform: Any, start: int) -> tuple[list[Any], Any]:
         decoder,
         batch_size=config.num_synth,
         warmup=min(config.warmup_images or 2 * config.num_synth, share),
-        capacity=config.reservoir_images,
         seed=derived_seed(job.seed, rank, batches),
         memory_bytes=memory_bytes,
     )

@@ -102,9 +102,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
             opt=config.name,
             lr=config.lr,
             weight_decay=config.weight_decay,
-            momentum=config.momentum,
             layer_decay=config.layer_decay,
-            **config.kwargs,
+            **{"momentum": 0.9, **config.kwargs},
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
@@ -151,11 +150,9 @@ def build_schedule(
 
 
 def clip_gradients(model: nn.Module, config: OptimizerConfig) -> None:
-    """Clip by global norm, by value, or adaptively (AGC), as timm does; nothing where it is off."""
-    from timm.utils import dispatch_clip_grad
-
+    """Clip by the global norm; nothing where it is off."""
     if config.clip_grad_norm:
-        dispatch_clip_grad(model.parameters(), config.clip_grad_norm, mode=config.clip_mode)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
 
 
 def lambda_at(step: int, steps: int, start: float, end: float) -> float:

@@ -98,7 +98,7 @@ class _Disk:
         except sqlite3.OperationalError as error:
             raise UserError(
                 f"the reservoir's temporary file in {tempfile.gettempdir()} cannot grow ({error}): "
-                "free some room there, point TMPDIR elsewhere, or lower training.reservoir_images"
+                "free some room there, point TMPDIR elsewhere, or raise training.memory_mb"
             ) from None
 
     def read(self, key: int) -> Any:

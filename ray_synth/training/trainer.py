@@ -65,8 +65,8 @@ def run_training(
     if job.real is None and config.class_balance:
         raise UserError(
             "training.class_balance draws from images held in memory, and the "
-            f"{len(real)} training images are more than training.cache_images "
-            f"{config.cache_images}: raise that, or set class_balance to 0"
+            f"{len(real)} training images do not fit training.memory_mb {config.memory_mb}: raise "
+            "that, or set class_balance to 0"
         )
     datasets: dict[str, Any] = {}
     if job.real is None:

@@ -171,12 +171,23 @@ def train(folder: Path, pace: Pace) -> list[dict[str, float]]:
         batch_size=8,
         num_workers=2,
         num_cpus=2,  # a node has three: each worker on a node of its own
-        num_threads=1,
         log_every=1,
         checkpoint_every=CHECKPOINT_EVERY,
     )
     real = select(load_index(SourceConfig(format="digits", split="train"), NAMES), 3, seed=0)
-    job = TrainJob("mixed", config, STEPS, NAMES, 0, Folder(folder), real, 10**6, ROWS, board=pace)
+    job = TrainJob(
+        "mixed",
+        config,
+        STEPS,
+        NAMES,
+        0,
+        Folder(folder),
+        real,
+        10**6,
+        ROWS,
+        board=pace,
+        num_threads=1,
+    )
     run_training(job, generation(folder), real=real, run_name="run")
     return Folder(folder).read_json("models/mixed.json")["curve"]
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -301,11 +302,11 @@ def test_the_job_runs_on_the_same_cluster_and_fits_it(tmp_path: Path) -> None:
         assert not [fit.problem for fit in fit_stages(run, reach) if fit.problem]
         given = run.cluster.max_reach
         assert given is not None
-        assert (given.num_cpus, given.num_gpus) == (reach.cpus, reach.gpus)
-        assert (given.node_cpus, given.node_gpus) == (
-            max(node.cpus for node in reach.nodes),
-            max(node.gpus for node in reach.nodes),
+        told = Counter(
+            (node.num_cpus, node.num_gpus) for node in given.nodes for _ in range(node.count)
         )
+        grown = Counter((node.cpus, node.gpus) for node in reach.nodes for _ in range(node.count))
+        assert told == grown
 
 
 # The image -----------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_a_killed_study_trains_nothing_twice_and_a_seed_more_only_what_is_new(tm
     config = ROOT / "jobs" / "configs" / "quickstart.yaml"
     settings = [
         *SMALL, *NO_LLM, "training.steps=20", f"runs_dir={tmp_path}", "studies.scale=2",
-        "studies.scales=[1,2]", "training.checkpoint_every=5", "studies.validation=4",
+        "studies.scales=[1,2]", "training.checkpoint_every=5", "data.validation=4",
     ]  # fmt: skip
     models = tmp_path / "quickstart" / "studies" / "arms" / "models"
     rng = random.Random(0)
@@ -170,7 +170,7 @@ def test_all_nine_studies_end_with_tables_plots_and_a_page(tmp_path):
     config = ROOT / "jobs" / "configs" / "quickstart.yaml"
     settings = [
         *SMALL, *TINY, f"runs_dir={tmp_path}", "meaning.num_images=2",
-        "data.train.images_per_class=2", "studies.validation=4", "studies.scales=[1,2]",
+        "data.train.images_per_class=2", "data.validation=4", "studies.scales=[1,2]",
         "studies.images_per_class=[2]", "studies.lambdas=[0.5]", "studies.real_fractions=[0.75]",
         "studies.generators={fonts: {generator: glyphs}}",
         "studies.corruption={kinds: [blur], severities: [1], images: 8}",

@@ -27,7 +27,7 @@ def config(policy="off", **kwargs):
         height=16,
         batch_size=4,
         image_format="png",
-        checks=QualityConfig(policy=policy, retries=2),
+        checks=QualityConfig(policy=policy),
     )
 
 

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from ray_synth.config import LlmConfig
+from ray_synth.meaning import openai_llm
 from ray_synth.meaning.answer_cache import AnswerCache
 from ray_synth.meaning.backends import load_llm
 from ray_synth.meaning.transformers_llm import FewShot, TransformersLLM
@@ -129,10 +130,11 @@ def test_a_busy_or_broken_server_is_asked_again(server):
     [
         ({"api_key_env": "NO_SUCH_TOKEN"}, "set the environment variable NO_SUCH_TOKEN"),
         ({"model": "gpt-none"}, "does not know 'gpt-none'"),
-        ({"base_url": "http://127.0.0.1:9/v1", "max_retries": 0}, "cannot be reached"),
+        ({"base_url": "http://127.0.0.1:9/v1"}, "cannot be reached"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(server, change, says):
+def test_what_is_wrong_is_said_in_one_line(server, change, says, monkeypatch):
+    monkeypatch.setattr(openai_llm, "MAX_RETRIES", 0)
     _, settings = server
     llm = load_llm(LlmConfig(**{**settings, **change}))
     with pytest.raises(ValueError, match=says) as caught:
@@ -140,10 +142,11 @@ def test_what_is_wrong_is_said_in_one_line(server, change, says):
     assert "sesame" not in str(caught.value)
 
 
-def test_a_slow_server_is_not_waited_for_for_ever(server):
+def test_a_slow_server_is_not_waited_for_for_ever(server, monkeypatch):
+    monkeypatch.setattr(openai_llm, "MAX_RETRIES", 0)
     serving, settings = server
     serving.delay = 1.0
-    llm = load_llm(LlmConfig(**settings, timeout_s=0.2, max_retries=0))
+    llm = load_llm(LlmConfig(**settings, timeout_s=0.2))
     with pytest.raises(ValueError, match="cannot be reached"):
         llm.complete([QUESTION])
 

@@ -24,7 +24,7 @@ def config(**tracking):
             "name": "run",
             "data": {"train": digits, "test": digits},
             "training": {"steps": 1},
-            "tracking": {"system_metrics": False, **tracking},
+            "tracking": tracking,
         }
     )
 
@@ -128,7 +128,7 @@ def test_artifacts_of_the_run_are_kept(tmp_path):
 
 def test_system_metrics_are_logged_while_the_run_lasts(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    one = tracker(tmp_path, system_metrics=True)
+    one = tracker(tmp_path)
     import time
 
     time.sleep(1.5)

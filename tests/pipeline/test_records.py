@@ -58,7 +58,7 @@ def test_a_changed_setting_names_the_first_stage_it_invalidates(tmp_path, overri
     [
         "generation.batch_size=3",
         "generation.num_cpus=3",
-        "training.num_threads=1",
+        "training.memory_mb=1",
         "training.log_every=3",
         "training.checkpoint_every=3",
         "meaning.clip.device=cpu",

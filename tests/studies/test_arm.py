@@ -4,7 +4,7 @@ import pytest
 from samples import ROOT
 
 from ray_synth.config import load_config
-from ray_synth.studies.arm import REAL_ONLY, Arm, trials_of
+from ray_synth.studies.arm import REAL_ONLY, VALIDATION_PER_CLASS, Arm, trials_of
 from ray_synth.studies.catalog import WRITERS, known_name, long_tail, studies
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
@@ -69,7 +69,7 @@ def test_what_changes_the_result_changes_the_trial(config, settings):
 
 def test_seeds_differ_and_pools_do_not(config):
     assert one(config, WHOLE, 1).digest != one(config, WHOLE, 0).digest
-    faster = Arm("a", "a", 6.0, {"generation.num_cpus": 2.0, "training.num_threads": 1})
+    faster = Arm("a", "a", 6.0, {"generation.num_cpus": 2.0, "training.memory_mb": 1})
     assert one(config, faster).digest == one(config, WHOLE).digest
 
 
@@ -94,7 +94,7 @@ def test_a_source_is_known_by_what_makes_its_images(config):
 def test_every_trial_holds_validation_images_out_and_draws_from_a_finished_store(config, catalogue):
     arms = [arm for study in catalogue.values() for arm in study.arms]
     for trial in trials_of(config, arms, [0]):
-        assert trial.config.data.validation == config.studies.validation
+        assert trial.config.data.validation == VALIDATION_PER_CLASS
         assert trial.config.training.feed == "stored"
         assert not trial.config.tracking.enabled
 

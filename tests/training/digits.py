@@ -44,7 +44,6 @@ def train_digits(
         "steps": 8,
         "batch_size": 8,
         "num_cpus": 0.5,
-        "num_threads": 1,
         "log_every": 1,
         **settings,
     }
@@ -69,7 +68,19 @@ def train_digits(
     if config.feed == "stored":
         make_images(made)
     assert config.steps is not None
-    job = TrainJob("mixed", config, config.steps, NAMES, 0, folder, index, 10**6, rows, board=board)
+    job = TrainJob(
+        "mixed",
+        config,
+        config.steps,
+        NAMES,
+        0,
+        folder,
+        index,
+        10**6,
+        rows,
+        board=board,
+        num_threads=1,
+    )
     run_training(job, made, real=index, run_name="run", in_process=in_process)
     return folder.read_json("models/mixed.json")
 

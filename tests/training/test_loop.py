@@ -79,7 +79,7 @@ def test_the_settings_of_large_runs_train_together(local_ray, tmp_path):
         repeated_augmentation=2,
         class_balance=1.0,
         lambda_end=0.0,
-        optimizer={"name": "lamb", "layer_decay": 0.8, "clip_mode": "agc", "schedule": "poly"},
+        optimizer={"name": "lamb", "layer_decay": 0.8, "schedule": "poly"},
     )
     assert [point["step"] for point in card["curve"]] == list(range(1, 9))
     assert card["real_images_seen"] in (8 * 4, 8 * 4 * 2)
