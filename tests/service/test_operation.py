@@ -30,11 +30,16 @@ def served(monkeypatch):
     with connect(ClusterConfig(num_cpus=8)):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
 
-        def deploy(limits: Limits | None = None, **clip: object) -> str:
+        def deploy(
+            limits: Limits | None = None,
+            autoscaling: dict[str, float] | None = None,
+            **clip: object,
+        ) -> str:
             config = ServeConfig(
                 llm=LlmConfig(num_cpus=0.1),
                 clip=ClipConfig(num_cpus=0.1, **clip),
                 limits=limits or Limits(),
+                autoscaling=autoscaling or {},
             )
             serve.run(build(config), name="load", route_prefix="/")
             return f"http://127.0.0.1:{port}"
