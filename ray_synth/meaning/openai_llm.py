@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from ray_synth.errors import UserError
-from ray_synth.meaning.transformers_llm import FewShot, Usage, truncate_at
+from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.language_model import Usage
 
 MOST_STOPS = 4  # what OpenAI's own service takes
 # A server may count reasoning or a sentence's opening as tokens; answers are cut by `stop` anyway.
@@ -157,7 +158,7 @@ class OpenAILLM:
         if answer.usage is not None:
             self.usage.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
         text = _from_json(text) if self.structured else text
-        return truncate_at(text, [*stop, *(f"\n{label}:" for label in prompt.labels)])
+        return prompt.answer_in(text, stop)
 
 
 def _from_json(text: str) -> str:
@@ -184,6 +185,3 @@ def _limiter(requests_per_minute: int | None) -> Any:
     if per_second >= 1:
         rates.insert(0, Rate(int(per_second), Duration.SECOND))
     return Limiter(rates)
-
-
-__all__ = ["OpenAILLM"]

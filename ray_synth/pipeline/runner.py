@@ -182,7 +182,7 @@ def _measure_quality(
     """The task that measures, on a node that can hold the CLIP model."""
     from ray_synth.generation.thresholds import measure_reference, save_reference
     from ray_synth.meaning.candidates import with_article
-    from ray_synth.meaning.clip import ClipModel
+    from ray_synth.meaning.clip import load_clip
 
     texts = {
         index: with_article(entry["choice"])
@@ -190,11 +190,10 @@ def _measure_quality(
         else entry["choice"]
         for index, entry in meanings.items()
     }
-    model = ClipModel(clip.model, clip.pretrained, device=clip.device, dtype=clip.dtype)
     reference = measure_reference(
         images,
         texts,
-        model,
+        load_clip(clip),
         clip_quantile=checks.clip_quantile,
         duplicate_quantile=checks.duplicate_quantile,
         images_per_class=images_per_class,
