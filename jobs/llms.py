@@ -26,6 +26,8 @@ import numpy as np
 import typer
 import yaml
 
+from jobs.llms_table import markdown, read_backends, read_truth, same_meaning
+from jobs.meaning_models import MeaningModels
 from ray_synth.cli.command import prepare_process
 from ray_synth.config import Config, LlmConfig, load_config
 from ray_synth.data.dataset import hold_out, load_index, read_class_names, read_index, select
@@ -33,15 +35,8 @@ from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
 from ray_synth.meaning.backends import load_llm
 from ray_synth.meaning.candidates import Candidate, candidate_texts
-from ray_synth.meaning.comparison import (
-    Outcome,
-    compare,
-    markdown,
-    read_backends,
-    read_truth,
-    same_meaning,
-)
-from ray_synth.meaning.in_process import MeaningModels, load_clip
+from ray_synth.meaning.clip import load_clip
+from ray_synth.meaning.comparison import Outcome, compare
 from ray_synth.meaning.lexicon import WordNet
 from ray_synth.meaning.ranking import unit_means
 

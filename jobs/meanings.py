@@ -19,16 +19,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import typer
 import yaml
-from meanings_table import Verdict, markdown, summary
 from pydantic import Field
 
+from jobs.meaning_models import MeaningModels
+from jobs.meanings_table import Verdict, markdown, summary
 from ray_synth.cli.command import prepare_process
 from ray_synth.config import MeaningConfig, Section, load_config, parse_config
 from ray_synth.errors import UserError
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.candidates import Candidate, candidate_texts
+from ray_synth.meaning.clip import load_clip
 from ray_synth.meaning.comparison import names_it
-from ray_synth.meaning.in_process import MeaningModels, load_clip
 from ray_synth.meaning.ranking import unit_means
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

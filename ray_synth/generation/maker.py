@@ -182,11 +182,10 @@ class ImageMaker:
 
         if self.job.clip is None or self.job.run is None or not checks.clip:
             return Judge(None, None)
-        from ray_synth.meaning.clip import ClipModel
+        from ray_synth.meaning.clip import load_clip
 
-        clip = self.job.clip
-        model = ClipModel(clip.model, clip.pretrained, device=clip.device, dtype=clip.dtype)
-        return Judge(load_reference(self.job.run.child("quality")), model)
+        reference = load_reference(self.job.run.child("quality"))
+        return Judge(reference, load_clip(self.job.clip))
 
     def _judge_all(
         self, rows: list[Row], images: list[Image.Image | None]

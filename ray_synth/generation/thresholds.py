@@ -289,7 +289,7 @@ def measure_run(
         meanings: entries of meanings.json, by class index.
         images_per_class: that will be made.
     """
-    from ray_synth.meaning.clip import ClipModel
+    from ray_synth.meaning.clip import load_clip
 
     texts = {
         index: with_article(entry["choice"])
@@ -297,11 +297,10 @@ def measure_run(
         else entry["choice"]
         for index, entry in enumerate(meanings)
     }
-    model = ClipModel(clip.model, clip.pretrained, device=clip.device, dtype=clip.dtype)
     reference = measure_reference(
         images,
         texts,
-        model,
+        load_clip(clip),
         clip_quantile=checks.clip_quantile,
         duplicate_quantile=checks.clip_quantile,
         images_per_class=images_per_class,

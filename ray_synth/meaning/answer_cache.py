@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ray_synth.errors import UserError
-from ray_synth.meaning.transformers_llm import FewShot
+from ray_synth.meaning.few_shot import FewShot
 
 
 class AnswerCache:

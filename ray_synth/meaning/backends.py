@@ -1,45 +1,21 @@
-"""The language model that a config names, behind one interface."""
+"""The language model that a config names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ray_synth.config import LlmConfig
 from ray_synth.meaning.answer_cache import AnswerCache, CachedLLM
+from ray_synth.meaning.language_model import Llm
 from ray_synth.meaning.openai_llm import OpenAILLM
-from ray_synth.meaning.transformers_llm import FewShot, TransformersLLM, Usage
-
-
-class Llm(Protocol):
-    """What the service and the comparison ask of a language model."""
-
-    device: str
-    style: str
-    usage: Usage
-
-    def complete(
-        self,
-        prompts: Sequence[FewShot],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.8,
-        seeds: Sequence[int] | None = None,
-        stop: Sequence[str] = ("\n\n",),
-    ) -> list[str]:
-        """One answer per prompt."""
-
-    def likelihood(
-        self, prompts: Sequence[FewShot | str], answers: Sequence[str]
-    ) -> list[float] | None:
-        """Log-probability of each answer after its prompt; None where the model does not say."""
+from ray_synth.meaning.transformers_llm import TransformersLLM
 
 
 def load_llm(config: LlmConfig, *, num_threads: int | None = None) -> Llm:
     """Load the model, or connect to its server.
 
     Raises:
-        ValueError: see `TransformersLLM` and `OpenAILLM`; or the cache folder cannot be used.
+        UserError: see `TransformersLLM` and `OpenAILLM`; or the cache folder cannot be used.
     """
     llm: Any
     if config.backend == "openai":
@@ -67,6 +43,3 @@ def load_llm(config: LlmConfig, *, num_threads: int | None = None) -> Llm:
         return llm
     identity = config.model_dump(include={"backend", "model", "revision", "base_url", "structured"})
     return CachedLLM(llm, AnswerCache(config.cache_dir), identity | {"style": llm.style})
-
-
-__all__ = ["Llm", "load_llm"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ray_synth.meaning.answers import ARTICLES
-from ray_synth.meaning.transformers_llm import FewShot
+from ray_synth.meaning.few_shot import FewShot
 
 # The paper embeds the phrases; it names no template. Ours average several, as CLIP's zero-shot
 # classification does, and hold the phrase alone: with the class name beside it, right and wrong

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ray_synth.config import ClipConfig
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.embedded import clip_folder
 from ray_synth.errors import UserError, first_line
@@ -163,4 +164,13 @@ class ClipModel:
         return int(self.encode_texts([""]).shape[1])
 
 
-__all__ = ["ClipModel"]
+def load_clip(config: ClipConfig, *, num_threads: int | None = None) -> ClipModel:
+    """The CLIP that a config names."""
+    return ClipModel(
+        config.model,
+        config.pretrained,
+        device=config.device,
+        dtype=config.dtype,
+        num_threads=num_threads,
+        max_batch_size=config.max_batch_size,
+    )

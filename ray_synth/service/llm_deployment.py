@@ -12,7 +12,7 @@ from ray import serve
 
 from ray_synth.config import LlmConfig
 from ray_synth.meaning.backends import load_llm
-from ray_synth.meaning.transformers_llm import FewShot
+from ray_synth.meaning.few_shot import FewShot
 from ray_synth.service.full_batches import FullBatches
 
 

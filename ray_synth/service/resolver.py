@@ -14,8 +14,8 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from ray_synth.config import ClipConfig, LlmConfig, Replicas, Section
 from ray_synth.errors import UserError
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
+from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.lexicon import WordNet
-from ray_synth.meaning.transformers_llm import FewShot
 from ray_synth.prompting.contexts import write_contexts
 from ray_synth.service.limits import Limits
 from ray_synth.service.measurements import Metrics

@@ -102,7 +102,7 @@ class Measured:
 def _embed(indices: list[Index], clip: Any, max_pixels: int) -> dict[int, np.ndarray]:
     """The task that embeds real images."""
     from ray_synth.data.images import decode_image
-    from ray_synth.meaning.in_process import load_clip
+    from ray_synth.meaning.clip import load_clip
 
     pictures: dict[int, list[Any]] = {}
     for index in indices:

@@ -1,4 +1,7 @@
-"""What a training worker gives to the metrics, every `log_every` steps and with each checkpoint."""
+"""What a training worker tells of itself, every `log_every` steps and with each checkpoint.
+
+Every rank gives to the metrics; rank 0 besides to the pipeline's MLflow run and the progress board.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,21 @@ from ray_synth.metrics import record
 from ray_synth.training.job import TrainJob
 
 ARMS = ("mixed", "real_only")
+
+
+class Stopwatch:
+    """Seconds, and those of them that training waited for its batches, from lap to lap."""
+
+    def __init__(self, prefetcher: Any) -> None:
+        self.prefetcher = prefetcher
+        self._now, self._waited = time.perf_counter(), prefetcher.waited
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, waited) since the last lap."""
+        now, waited = time.perf_counter(), self.prefetcher.waited
+        passed = now - self._now, waited - self._waited
+        self._now, self._waited = now, waited
+        return passed
 
 
 class Meter:
@@ -22,25 +40,29 @@ class Meter:
     def __init__(
         self, job: TrainJob, feeds: list[Any], prefetcher: Any, *, rank: int, start: int
     ) -> None:
-        self.job, self.feeds, self.prefetcher, self.rank = job, feeds, prefetcher, rank
+        self.job, self.feeds, self.rank = job, feeds, rank
         self.arm = job.arm if job.arm in ARMS else "trial"  # a study's are named by digests
         self._step = start
-        self._at, self._waited = time.perf_counter(), 0.0
+        self._stopwatch = Stopwatch(prefetcher)
         self._drawn = (0, 0)
+        self._curve = None
+        if rank == 0 and job.tracking is not None:
+            from ray_synth.monitoring.mlflow_run import MetricLogger
+
+            self._curve = MetricLogger(job.tracking, prefix=job.arm)
 
     def begin(self) -> None:
         """The first batch is there: from here on, waiting is a stall."""
-        self._at, self._waited = time.perf_counter(), self.prefetcher.waited
+        self._stopwatch.lap()
 
     def tell(self, done: int, point: dict[str, float]) -> None:
         """Record the steps up to `done`; `point` is the curve's."""
         steps, self._step = done - self._step, done
         batches = steps * self.job.config.accumulate_steps
-        now, waited = time.perf_counter(), self.prefetcher.waited
+        seconds, waited = self._stopwatch.lap()
         tags = {"arm": self.arm}
-        record("training_seconds_total", now - self._at, **tags)
-        record("training_waited_seconds_total", waited - self._waited, **tags)
-        self._at, self._waited = now, waited
+        record("training_seconds_total", seconds, **tags)
+        record("training_waited_seconds_total", waited, **tags)
         sizes = {"real": self.job.config.num_real, "synthetic": self.job.num_synth}
         for domain, size in sizes.items():
             record("training_images_total", batches * size, domain=domain, **tags)
@@ -50,6 +72,10 @@ class Meter:
             for domain, key in (("real", "loss_real"), ("synthetic", "loss_synth")):
                 if key in point:
                     record("training_loss", point[key], domain=domain, **tags)
+            if self.job.board is not None:
+                self.job.board.put.remote(f"steps/{self.job.arm}", done)
+        if self._curve is not None:
+            self._curve(point, done)
 
     def _tell_feed(self, tags: dict[str, str]) -> None:
         feed = self.feeds[-1]
@@ -65,3 +91,8 @@ class Meter:
         """A checkpoint was saved and reported."""
         if self.rank == 0:
             record("checkpoint_seconds", seconds, arm=self.arm)
+
+    def close(self) -> None:
+        """Wait until what was told has arrived."""
+        if self._curve is not None:
+            self._curve.close()

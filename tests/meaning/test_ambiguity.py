@@ -17,8 +17,8 @@ from ray_synth.meaning.candidates import (
     with_article,
     with_cue,
 )
+from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.ranking import rank_meanings
-from ray_synth.meaning.transformers_llm import FewShot
 
 DIM = 8
 

@@ -14,7 +14,8 @@ from ray_synth.config import LlmConfig
 from ray_synth.meaning import openai_llm
 from ray_synth.meaning.answer_cache import AnswerCache
 from ray_synth.meaning.backends import load_llm
-from ray_synth.meaning.transformers_llm import FewShot, TransformersLLM
+from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.transformers_llm import TransformersLLM
 
 QUESTION = FewShot(
     "What each word can mean.", (("q", "the letter Q"),), "seven", ("Word", "Meaning")

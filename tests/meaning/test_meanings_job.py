@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,30 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import ROOT
 
+from jobs import llms, meanings
+from jobs import meanings_table as table
+from jobs.meaning_models import MeaningModels
 from ray_synth.config import Config, LlmConfig, load_config
 from ray_synth.data.images import decode_image
 from ray_synth.meaning import lexicon
 from ray_synth.meaning.answers import clean_phrase, phrase_key
 from ray_synth.meaning.clip import ClipModel
 from ray_synth.meaning.comparison import names_it
-from ray_synth.meaning.in_process import MeaningModels
+from ray_synth.meaning.language_model import Usage
 from ray_synth.meaning.lexicon import WordNet
-from ray_synth.meaning.transformers_llm import TransformersLLM, Usage
+from ray_synth.meaning.transformers_llm import TransformersLLM
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 
 
-def imported(name: str) -> ModuleType:
-    """A script of jobs/, which is no package: its siblings are found while it is imported."""
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "jobs"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path[:] = before
-
-
-meanings, llms, table = imported("meanings"), imported("llms"), imported("meanings_table")
 QUESTIONS = meanings.load_questions()
 pictures = pytest.mark.parametrize("picture", QUESTIONS.pictures, ids=lambda p: p.class_name)
 

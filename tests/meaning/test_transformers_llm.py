@@ -7,12 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.transformers_llm import (
-    EMBEDDED_MEND,
-    FewShot,
+    EMBEDDED_INSTALL,
     TransformersLLM,
     embedded_gguf,
-    truncate_at,
 )
 
 EXAMPLES = (
@@ -97,7 +96,7 @@ def test_an_altered_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path) -
     monkeypatch.setattr(importlib.metadata, "files", lambda _: [file])
     with pytest.raises(ValueError, match="sha256") as error:
         embedded_gguf()
-    assert EMBEDDED_MEND in str(error.value)
+    assert EMBEDDED_INSTALL in str(error.value)
     digest = hashlib.sha256(b"other weights").hexdigest()
     assert embedded_gguf(sha256=digest) == tmp_path / "x.gguf"
 
@@ -108,8 +107,8 @@ def test_a_gguf_file_that_is_not_there_is_named() -> None:
 
 
 def test_text_is_cut_at_the_first_of_the_marks() -> None:
-    assert truncate_at("a;b\nc", ("\n", ";")) == "a"
-    assert truncate_at("abc", ("\n",)) == "abc"
+    assert ask("heron").answer_in("a;b\nc", ("\n", ";")) == "a"
+    assert ask("heron").answer_in("abc", ("\n",)) == "abc"
 
 
 def test_likelihood_adds_up_over_tokens_and_does_not_depend_on_the_batch(

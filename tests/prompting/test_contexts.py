@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray_synth.meaning.answers import FAR_WORDS, FIELDS, clean_phrase
-from ray_synth.meaning.transformers_llm import FewShot
+from ray_synth.meaning.few_shot import FewShot
 from ray_synth.prompting.contexts import (
     LABELS,
     Context,

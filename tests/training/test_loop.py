@@ -15,8 +15,8 @@ from digits import train_digits
 
 from ray_synth.config import TrainingConfig
 from ray_synth.storage.folder import Folder
+from ray_synth.training.curve import LossWatch, curve_point
 from ray_synth.training.job import total_steps
-from ray_synth.training.loop import LossWatch, _point
 
 HERE = Path(__file__).parent
 
@@ -163,7 +163,7 @@ def test_the_first_loss_that_is_not_finite_is_found_and_the_watch_starts_anew():
 
 
 def test_a_point_of_the_curve_is_a_mean_over_images():
-    point = _point(torch.tensor([6.0, 1.0, 4.0, 20.0, 8.0, 10.0]), 0.5, world_size=1)
+    point = curve_point(torch.tensor([6.0, 1.0, 4.0, 20.0, 8.0, 10.0]), 0.5, world_size=1)
     assert point == {
         "loss_real": 1.5,
         "train_top1_real": 0.25,
@@ -171,7 +171,7 @@ def test_a_point_of_the_curve_is_a_mean_over_images():
         "train_top1_synth": 0.8,
         "loss": 2.5,
     }
-    assert "loss_synth" not in _point(torch.tensor([6.0, 1, 4, 0, 0, 0]), 0.5, world_size=1)
+    assert "loss_synth" not in curve_point(torch.tensor([6.0, 1, 4, 0, 0, 0]), 0.5, world_size=1)
 
 
 def test_epochs_are_counted_over_all_workers():

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ray_synth.meaning.in_process import MeaningModels
-from ray_synth.meaning.transformers_llm import FewShot
+from jobs.meaning_models import MeaningModels
+from ray_synth.meaning.few_shot import FewShot
 
 BIRD, MACHINE = "a large wading bird", "a machine for lifting"
 IMAGES = np.tile(np.eye(4, dtype=np.float32)[0], (2, 1))

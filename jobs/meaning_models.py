@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ray_synth.config import ClipConfig
 from ray_synth.errors import UserError
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
-from ray_synth.meaning.backends import Llm
 from ray_synth.meaning.clip import ClipModel
-from ray_synth.meaning.transformers_llm import FewShot
+from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.language_model import Llm
 
 GATHER_S = 0.02  # how long questions are collected before the model is asked
 Asked = tuple[FewShot, int, dict[str, Any], "asyncio.Future[str]"]
@@ -118,18 +117,3 @@ class MeaningModels:
             for future, text in zip(futures, texts, strict=True):
                 if not future.done():
                     future.set_result(text)
-
-
-def load_clip(config: ClipConfig, *, num_threads: int | None = None) -> ClipModel:
-    """The CLIP that a config names."""
-    return ClipModel(
-        config.model,
-        config.pretrained,
-        device=config.device,
-        dtype=config.dtype,
-        num_threads=num_threads,
-        max_batch_size=config.max_batch_size,
-    )
-
-
-__all__ = ["MeaningModels", "load_clip"]
