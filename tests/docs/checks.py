@@ -37,7 +37,7 @@ OTHERS = {
 }  # fmt: skip
 QUICKSTART = ROOT / "jobs/configs/quickstart.yaml"
 SECTIONS = tuple(name for name in Config.model_fields if name not in ("name", "runs_dir", "seed"))
-SETTING = rf"(?P<key>({'|'.join(SECTIONS)})(\.(?!ya?ml$)[\w*]+)+)((: |=)(?P<value>.*))?"
+SETTING = rf"(?P<key>({'|'.join(SECTIONS)})(\.(?!(ya?ml|py|md)$)[\w*]+)+)((: |=)(?P<value>.*))?"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Names of others that no code here has to know.
 THEIRS = {
@@ -50,9 +50,8 @@ CODE_FILES = (".py", ".yaml", ".yml", ".json", ".html", ".j2", ".toml")
 @cache
 def code() -> str:
     """All code and settings with the names of their files, as one text."""
-    found = [
-        p for folder in ("ray_synth", "jobs", "serve", "docs") for p in (ROOT / folder).rglob("*")
-    ]
+    folders = [ROOT / folder for folder in FOLDERS if folder != "tests"]
+    found = [path for folder in folders for path in folder.rglob("*")]
     texts = [path.read_text(encoding="utf-8") for path in found if path.suffix in CODE_FILES]
     return "\n".join([*texts, *(path.stem for path in found)])
 
@@ -79,15 +78,11 @@ def links(document: Document) -> Iterator[str]:
         if not path.exists():
             yield f"[{text}]({target}): no such file"
             continue
-        page = document if path == document.path else None
-        if anchor and anchor_missing(page or Document.read(path), anchor):
+        page = Document.read(path) if place and anchor else document
+        if anchor and unquote(anchor) not in page.anchors:
             yield f"[{text}]({target}): no such heading"
         if text.endswith((*CODE_FILES, ".md")) and " " not in text and Path(text).name != path.name:
             yield f"[{text}]({target}): the text names another file"
-
-
-def anchor_missing(document: Document, anchor: str) -> bool:
-    return unquote(anchor) not in document.anchors
 
 
 def paths(document: Document) -> Iterator[str]:
@@ -96,18 +91,20 @@ def paths(document: Document) -> Iterator[str]:
     for word in re.findall(r"[^\s'\"`=,;()\[\]{}]+", "\n".join(texts)):
         word, _, _ = word.rstrip(".:").partition("::")
         in_folder = word.split("/")[0] in FOLDERS and "/" in word
-        looks_like_one = in_folder or re.fullmatch(r"[A-Z]\w+\.md|Makefile", word)
+        looks_like_one = in_folder or re.fullmatch(
+            r"[A-Z]\w+\.md|(cluster|constraints|pyproject)\.\w+", word
+        )
         if looks_like_one and not any(ROOT.glob(word.rstrip("/"))):
             yield f"{word}: no such path"
 
 
 @cache
 def tests() -> frozenset[str]:
-    """Names of all tests and of their files."""
+    """Names of all tests."""
     found = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        found |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        found |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
     return frozenset(name for name in found if name.startswith("test_"))
 
 
@@ -212,7 +209,8 @@ def python_names(document: Document) -> Iterator[str]:
     blocks = [block.text for block in document.blocks if block.language == "python"]
     inline = [text for text in document.inline_code if re.match(r"(from \S+ )?import ", text)]
     nodes = [node for text in (*blocks, *inline) for node in ast.walk(ast.parse(text))]
-    bound = {node.id for node in nodes if isinstance(node, ast.Name) and _is_stored(node)}
+    used = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in used if isinstance(node.ctx, ast.Store)}
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -225,10 +223,6 @@ def python_names(document: Document) -> Iterator[str]:
     for text in document.inline_code:
         if found := re.fullmatch(r"((?:ray_synth|jobs)(?:\.\w+)+)(\(.*\))?", text):
             yield found[1]
-
-
-def _is_stored(node: ast.Name) -> bool:
-    return isinstance(node.ctx, ast.Store)
 
 
 def unresolved(dotted: Iterable[str]) -> list[str]:
@@ -258,9 +252,8 @@ def command_lines(document: Document) -> Iterator[str]:
     """Commands of shell blocks, of YAML that holds some, and of inline code."""
     for words in document.shell():
         yield from command_line(words)
-    for given in (
-        yaml.safe_load(block.text) for block in document.blocks if block.language == "yaml"
-    ):
+    for block in document.blocks:
+        given = yaml.safe_load(block.text) if block.language == "yaml" else {}
         keyed = {"_commands": given} if isinstance(given, list) else given
         lines = [line for key in keyed if key.endswith("_commands") for line in keyed[key]]
         for words in (words for line in lines for words in commands(line)):
@@ -290,13 +283,8 @@ def tree(program: str) -> Any:
     """The verbs of a program and their options, as it reads them itself."""
     if program == "ray-synth":
         return typer.main.get_command(app)
-    return pkgutil.resolve_name(
-        {
-            "ray": "ray.scripts.scripts:cli",
-            "serve": "ray.serve.scripts:cli",
-            "mlflow": "mlflow.cli:cli",
-        }[program]
-    )
+    modules = {"ray": "ray.scripts.scripts", "serve": "ray.serve.scripts", "mlflow": "mlflow.cli"}
+    return pkgutil.resolve_name(f"{modules[program]}:cli")
 
 
 @cache
@@ -363,11 +351,10 @@ def _python(program: str, rest: list[str], named: bool) -> Iterator[str]:
 
 
 def _pytest(program: str, rest: list[str], named: bool) -> Iterator[str]:
-    known = [
-        marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]
-    ]
+    settings = PROJECT["tool"]["pytest"]["ini_options"]
+    markers = [marker.partition(":")[0] for marker in settings["markers"]]
     for flag, value in itertools.pairwise(rest):
-        if flag == "-m" and not {*value.split()} <= {*known, "not", "and", "or"}:
+        if flag == "-m" and not {*value.split()} <= {*markers, "not", "and", "or"}:
             yield f"no marker {value!r}"
         if flag == "-k" and not any(value in name for name in tests()):
             yield f"no test has {value!r} in its name"
