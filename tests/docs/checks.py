@@ -92,7 +92,7 @@ def paths(document: Document) -> Iterator[str]:
         word, _, _ = word.rstrip(".:").partition("::")
         in_folder = word.split("/")[0] in FOLDERS and "/" in word
         looks_like_one = in_folder or re.fullmatch(
-            r"[A-Z]\w+\.md|(cluster|constraints|pyproject)\.\w+", word
+            r"[A-Z]\w+\.md|cluster\.ya?ml|constraints\.txt", word
         )
         if looks_like_one and not any(ROOT.glob(word.rstrip("/"))):
             yield f"{word}: no such path"

@@ -102,6 +102,8 @@ def test_a_right_document_passes(check: Check) -> None:
         (checks.paths, "```bash\npython jobs/nothing.py\n```"),
         (checks.paths, "```bash\nprometheus --config.file=docs/none.yml\n```"),
         (checks.paths, "`tests/docs/test_nothing.py::test_a`"),
+        (checks.paths, "`cluster.yml`"),
+        (checks.paths, "`training.py` and `docs/gone.md`"),
         (checks.names, "`test_that_nobody_wrote`"),
         (checks.names, "`training.lambda_sinth`"),
         (checks.names, "`data.train.paths`"),
