@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ray_synth.config import LlmConfig, parse_config
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, shortened
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.comparison import Outcome, Same
 
@@ -47,8 +47,9 @@ def read_truth(
         plain = [str(word) for word in given if type(word) in (str, int, float)]
         listed = [word for word in plain if any(c.isalnum() for c in word)]
         if str(name) not in known:
-            some = ", ".join(sorted(known)[:10])
-            raise UserError(f"{origin}: {str(name)!r} is none of the classes ({some}, ...)")
+            raise UserError(
+                f"{origin}: {str(name)!r} is none of the classes ({shortened(sorted(known), 10)})"
+            )
         if not listed or len(listed) < len(given):
             raise UserError(f"{origin}: {name}: give at least one word")
         truth[str(name)] = listed

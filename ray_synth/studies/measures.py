@@ -232,7 +232,13 @@ def measure_generation(measured: Measured) -> list[Table]:
         price = f"{total / gain:.0f}" if gain > 0 else "no gain"
         rows.append((arm.label, f"{each:.4f}", f"{total:.0f}", f"{gain:+.1f}", price))
         measured.figures[f"seconds_an_image.{arm.name}"] = each
-    head = ("arm", "seconds an image", "seconds in all", "gain in domain", "seconds a gained point")
+    head = (
+        "arm",
+        "seconds per image",
+        "seconds in all",
+        "gain in domain",
+        "seconds per gained point",
+    )
     note = "Seconds of one generator actor; several share the machine."
     return [Table("Cost", head, tuple(rows), note)]
 

@@ -208,7 +208,7 @@ def compute_table(study: Study, cards: dict[Key, dict[str, Any]], batch: dict[Ke
             )
         )
     head = ("arm", "real images seen", "synthetic images", "synthetic images seen", "seconds")
-    note = "A seed; seconds of training steps, several trainings sharing the machine."
+    note = "Per seed; seconds of training steps, several trainings sharing the machine."
     return Table("Compute", head, tuple(lines), note)
 
 

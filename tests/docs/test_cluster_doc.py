@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from documents import Document
+from samples import ROOT
 
-ROOT = Path(__file__).parents[2]
 MARKER = "<!-- from here on a cloud account is needed -->"
 
 
@@ -21,7 +22,7 @@ def blocks() -> list[str]:
     """Commands of the steps that any machine can take."""
     local, marker, _ = (ROOT / "docs" / "cluster.md").read_text().partition(MARKER)
     assert marker
-    return re.findall(r"^```bash\n(.*?)^```$", local, re.MULTILINE | re.DOTALL)
+    return [block.text for block in Document(local).blocks if block.language == "bash"]
 
 
 def test_each_of_the_ten_steps_has_one_block_of_commands():
