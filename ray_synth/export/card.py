@@ -17,12 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.config import Config, load_run_config, run_versions
+from ray_synth.config import Config, flatten, load_run_config, run_versions
 from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
 from ray_synth.generation.selection import count_by
 from ray_synth.generation.store import ImageStore
-from ray_synth.monitoring.mlflow_run import flatten
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")

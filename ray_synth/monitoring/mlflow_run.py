@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_synth.config import Config
+from ray_synth.config import Config, flatten
 from ray_synth.data.dataset import Index
 from ray_synth.errors import UserError
 from ray_synth.monitoring import logs
@@ -269,14 +269,3 @@ def digest(index: Index) -> str:
         seen.update(repr(shard).encode())
     seen.update("\n".join(index.class_names).encode())
     return seen.hexdigest()[:32]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

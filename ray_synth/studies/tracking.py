@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_synth.cluster.connection import runs_folder
-from ray_synth.config import Config
-from ray_synth.monitoring.mlflow_run import Quietly, flatten, tracking_uri
+from ray_synth.config import Config, flatten
+from ray_synth.monitoring.mlflow_run import Quietly, tracking_uri
 from ray_synth.studies.grid import workspace
 from ray_synth.studies.measures import Measured
 

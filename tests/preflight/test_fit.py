@@ -60,7 +60,7 @@ def refused(config, found, sizes=None):
 
 def overrides_of(config):
     """All that differs from the quickstart, as overrides."""
-    from ray_synth.monitoring.mlflow_run import flatten
+    from ray_synth.config import flatten
 
     base = flatten(load_config(QUICKSTART).model_dump(mode="json"))
     mine = flatten(config.model_dump(mode="json"))
