@@ -82,6 +82,16 @@ class Exported:
             found[key[position]] += count
         return found
 
+    def summary(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Numbers of images, by class name and by kind too, and of files."""
+        return {
+            "exported": self.total,
+            "unreadable": self.unreadable,
+            "classes": {classes[at]: count for at, count in sorted(self.by(0).items())},
+            "kinds": dict(sorted(self.by(1).items())),
+            "files": self.files,
+        }
+
 
 def dataset_card(
     run_folder: Folder,
