@@ -6,7 +6,7 @@ both. Plain numbers come out, all computed in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -248,46 +248,6 @@ def statistics_distance(
             LayerShift(layer, m.size, float(mean), float(spread), float(divergence.mean()))
         )
     return shifts
-
-
-def main_aux_distance(
-    main_state: Mapping[str, Tensor],
-    aux_state: Mapping[str, Tensor],
-    *,
-    layers: Sequence[str] | None = None,
-    eps: float = 1e-5,
-) -> list[LayerShift]:
-    """How far the running statistics of main and auxiliary BNs are apart, layer by layer.
-
-    Main counts as real, auxiliary as synthetic. Beyond the first layer it is not the images' distance
-    alone: each side's inputs went through that side's own BNs, weights and biases included.
-
-    Args:
-        main_state, aux_state: state dicts of one plain model, `export_main` and `export_aux`.
-        layers: which layers, in which order (`batchnorm_layers(model)`, say); None for all in the
-            order of `main_state`, which is arbitrary where it was read from safetensors.
-        eps: added to every variance.
-
-    Raises:
-        UserError: for state dicts without running statistics, or without those of one of `layers`,
-            and for those of different models.
-    """
-    main, aux = (
-        {
-            key.removesuffix("running_mean").removesuffix("."): (
-                value.double().cpu().numpy(),
-                state[key.removesuffix("mean") + "var"].double().cpu().numpy(),
-            )
-            for key, value in state.items()
-            if key.rpartition(".")[2] == "running_mean"
-        }
-        for state in (main_state, aux_state)
-    )
-    if missing := [name for name in layers or () if name not in main or name not in aux]:
-        raise UserError(f"there are no running statistics of the layers {', '.join(missing)}")
-    if layers is not None:
-        main, aux = {name: main[name] for name in layers}, {name: aux[name] for name in layers}
-    return statistics_distance(main, aux, eps=eps)
 
 
 def batchnorm_layers(model: nn.Module) -> list[str]:
