@@ -88,10 +88,10 @@ def cmmd(
     synthetic: Rows,
     *,
     bandwidth: float = 10.0,
-    scale: float = 1000,
     biased: bool = False,
 ) -> float:
-    """CMMD: the squared maximum mean discrepancy of CLIP embeddings, with a Gaussian kernel.
+    """CMMD: the squared maximum mean discrepancy of CLIP embeddings, with a Gaussian kernel,
+    times 1000.
 
     k(x, y) = exp(-|x - y|² / (2 bandwidth²)) (Jayasumana et al., "Rethinking FID: Towards a Better
     Evaluation Metric for Image Generation", CVPR 2024, arXiv 2401.09603). Rows are scaled to length 1,
@@ -100,13 +100,12 @@ def cmmd(
     The estimator is the unbiased one (Gretton et al., JMLR 13, 2012, equation 3): 0 in the mean for
     two draws of the same images, whatever their number, hence at times below 0. With `biased` it is
     that of the authors' published code (equation 5 there, never below 0), for comparison with published
-    values; it is larger by scale * (1 - k) over the count, for each set's mean k.
+    values; it is larger by 1000 * (1 - k) over the count, for each set's mean k.
 
     Args:
         real: (n, dim) float embeddings, n >= 2.
         synthetic: (m, dim) float embeddings, m >= 2.
         bandwidth: sigma, above 0.
-        scale: what the result is multiplied by.
 
     Raises:
         UserError: see `frechet_distance`; also for rows of length 0 and a bandwidth of 0 or less.
@@ -119,7 +118,7 @@ def cmmd(
     across = _kernel_gaps(left, right, bandwidth) / (n * m)
     within = _kernel_gaps(left, left, bandwidth) / (n * (n - off))
     within += _kernel_gaps(right, right, bandwidth) / (m * (m - off))
-    return scale * (2 * across - within)
+    return 1000 * (2 * across - within)
 
 
 def probe_accuracy(real: Rows, synthetic: Rows, *, seed: int, folds: int = 5) -> float:
