@@ -30,6 +30,20 @@ Address = Annotated[
 JobId = Annotated[
     str, typer.Argument(help="as `ray-synth submit` said, and `ray-synth jobs` lists")
 ]
+Environment = Annotated[
+    list[str] | None,
+    typer.Option(help="pass on a variable of this environment, by name: HF_TOKEN"),
+]
+Include = Annotated[
+    list[str] | None, typer.Option(help="upload this file or folder too: a plug-in's module")
+]
+Code = Annotated[
+    bool | None,
+    typer.Option(
+        "--code/--no-code",
+        help="upload ray-synth itself; default: where it runs from a working copy",
+    ),
+]
 
 
 def submit(
@@ -43,20 +57,9 @@ def submit(
     follows: Annotated[
         bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends")
     ] = True,
-    env: Annotated[
-        list[str] | None,
-        typer.Option(help="pass on a variable of this environment, by name: HF_TOKEN"),
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(help="upload this file or folder too: a plug-in's module")
-    ] = None,
-    code: Annotated[
-        bool | None,
-        typer.Option(
-            "--code/--no-code",
-            help="upload ray-synth itself; default: where it runs from a working copy",
-        ),
-    ] = None,
+    env: Environment = None,
+    include: Include = None,
+    code: Code = None,
 ) -> None:
     """Run a verb as a job on a Ray cluster, show its log, and exit with its code.
 
@@ -84,8 +87,7 @@ def submit(
     for line in [*upload.describe(), *(f"note: {note}" for note in upload.notes)]:
         typer.echo(line, err=True)
     given = ["--config", config_place(config_path)] if config_path else []
-    for override in overrides:
-        given += ["--set", override]
+    given += [word for override in overrides for word in ("--set", override)]
     with tempfile.TemporaryDirectory() as folder:
         upload.write(Path(folder))
         submitted = jobs.submit(

@@ -22,6 +22,7 @@ from ray_synth.errors import UserError, shortened
 if TYPE_CHECKING:
     import ray.data
 
+ROWS_PER_TASK = 1_024  # of one shard, read by one task
 HOLD_OUT_SEED = 2_312_02253  # the paper's number: unlike any seed that a run is likely to have
 
 
@@ -180,14 +181,14 @@ def hold_out(index: Index, images_per_class: int | None) -> tuple[Index, Index]:
     return index.take(np.array(keep, dtype=np.int64)), held
 
 
-def tasks(index: Index, rows_per_task: int = 1024) -> list[dict[str, Any]]:
+def tasks(index: Index) -> list[dict[str, Any]]:
     """Units of reading: a shard with the rows and classes wanted from it."""
     units = []
     order = np.lexsort((index.row, index.shard))
     for shard in np.unique(index.shard):
         mine = order[index.shard[order] == shard]
-        for start in range(0, len(mine), rows_per_task):
-            part = mine[start : start + rows_per_task]
+        for start in range(0, len(mine), ROWS_PER_TASK):
+            part = mine[start : start + ROWS_PER_TASK]
             units.append(
                 {
                     "shard": index.shards[shard],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ def evaluate_checkpoint(
     """
     from ray_synth.cluster.connection import connect
     from ray_synth.evaluation.predictor import evaluate
-    from ray_synth.training import recipe
 
     if (checkpoint is None) == (not pretrained):
         raise UserError("give either --checkpoint FILE.safetensors or --pretrained")
@@ -50,32 +50,8 @@ def evaluate_checkpoint(
     if names is None:
         names = load_index(config.data.train).class_names
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name or (checkpoint.stem if checkpoint else model))
-    card = _card_of(checkpoint)
-    kwargs = card.get("model_kwargs", {})
-    built = recipe.build_model(
-        model,
-        num_classes=len(names),
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        model_kwargs=kwargs,
-        keep_classifier=True,
-    )
-    data = recipe.data_config(built)
-    images = {
-        "image_size": data["input_size"][-1],
-        **{key: data[key] for key in ("crop_pct", "mean", "std", "interpolation")},
-    }
-    folder.write_json(
-        f"models/{name}.json",
-        {
-            "model": model,
-            "model_kwargs": kwargs,
-            "pretrained": pretrained,
-            "class_names": list(names),
-            **{key: card.get(key, value) for key, value in images.items()},
-            "bns": ["main"],
-        },
-    )
+    card = _card(model, names, checkpoint, pretrained)
+    folder.write_json(f"models/{name}.json", card)
     if checkpoint is not None:
         folder.write_bytes(f"models/{name}.main.safetensors", checkpoint.read_bytes())
     sources = {"in_domain": config.data.test, **config.data.ood}
@@ -95,6 +71,37 @@ def evaluate_checkpoint(
     results = {test_set: result for (_, test_set), result in found.items()}
     folder.write_json(f"{name}.json", {"model": model, "results": results, "corrupt": corrupt})
     return results
+
+
+def _card(
+    model: str, class_names: Sequence[str], checkpoint: Path | None, pretrained: bool
+) -> dict[str, Any]:
+    """What the predictor must know of the model; it is built once, to refuse here what is wrong."""
+    from ray_synth.training import recipe
+
+    ours = _card_of(checkpoint)
+    kwargs = ours.get("model_kwargs", {})
+    built = recipe.build_model(
+        model,
+        num_classes=len(class_names),
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        model_kwargs=kwargs,
+        keep_classifier=True,
+    )
+    data = recipe.data_config(built)
+    images = {
+        "image_size": data["input_size"][-1],
+        **{key: data[key] for key in ("crop_pct", "mean", "std", "interpolation")},
+    }
+    return {
+        "model": model,
+        "model_kwargs": kwargs,
+        "pretrained": pretrained,
+        "class_names": list(class_names),
+        **{key: ours.get(key, value) for key, value in images.items()},
+        "bns": ["main"],
+    }
 
 
 def _card_of(checkpoint: Path | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from ray_synth.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from PIL import Image
 
-SEVERITIES = (1, 2, 3, 4, 5)
 STRENGTHS = {
     "blur": (0.01, 0.02, 0.03, 0.045, 0.06),  # standard deviation over the shorter side
     "brightness": (1.15, 1.3, 1.5, 1.7, 1.9),  # factor
@@ -138,4 +137,4 @@ def corrupted_rows(
                 }
 
 
-__all__ = ["SEVERITIES", "STRENGTHS", "check_kinds", "corrupt", "corrupted_rows"]
+__all__ = ["STRENGTHS", "check_kinds", "corrupt", "corrupted_rows"]

@@ -6,7 +6,7 @@ both. Plain numbers come out, all computed in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -88,10 +88,10 @@ def cmmd(
     synthetic: Rows,
     *,
     bandwidth: float = 10.0,
-    scale: float = 1000,
     biased: bool = False,
 ) -> float:
-    """CMMD: the squared maximum mean discrepancy of CLIP embeddings, with a Gaussian kernel.
+    """CMMD: the squared maximum mean discrepancy of CLIP embeddings, with a Gaussian kernel,
+    times 1000.
 
     k(x, y) = exp(-|x - y|² / (2 bandwidth²)) (Jayasumana et al., "Rethinking FID: Towards a Better
     Evaluation Metric for Image Generation", CVPR 2024, arXiv 2401.09603). Rows are scaled to length 1,
@@ -100,13 +100,12 @@ def cmmd(
     The estimator is the unbiased one (Gretton et al., JMLR 13, 2012, equation 3): 0 in the mean for
     two draws of the same images, whatever their number, hence at times below 0. With `biased` it is
     that of the authors' published code (equation 5 there, never below 0), for comparison with published
-    values; it is larger by scale * (1 - k) over the count, for each set's mean k.
+    values; it is larger by 1000 * (1 - k) over the count, for each set's mean k.
 
     Args:
         real: (n, dim) float embeddings, n >= 2.
         synthetic: (m, dim) float embeddings, m >= 2.
         bandwidth: sigma, above 0.
-        scale: what the result is multiplied by.
 
     Raises:
         UserError: see `frechet_distance`; also for rows of length 0 and a bandwidth of 0 or less.
@@ -119,7 +118,7 @@ def cmmd(
     across = _kernel_gaps(left, right, bandwidth) / (n * m)
     within = _kernel_gaps(left, left, bandwidth) / (n * (n - off))
     within += _kernel_gaps(right, right, bandwidth) / (m * (m - off))
-    return scale * (2 * across - within)
+    return 1000 * (2 * across - within)
 
 
 def probe_accuracy(real: Rows, synthetic: Rows, *, seed: int, folds: int = 5) -> float:
@@ -248,46 +247,6 @@ def statistics_distance(
             LayerShift(layer, m.size, float(mean), float(spread), float(divergence.mean()))
         )
     return shifts
-
-
-def main_aux_distance(
-    main_state: Mapping[str, Tensor],
-    aux_state: Mapping[str, Tensor],
-    *,
-    layers: Sequence[str] | None = None,
-    eps: float = 1e-5,
-) -> list[LayerShift]:
-    """How far the running statistics of main and auxiliary BNs are apart, layer by layer.
-
-    Main counts as real, auxiliary as synthetic. Beyond the first layer it is not the images' distance
-    alone: each side's inputs went through that side's own BNs, weights and biases included.
-
-    Args:
-        main_state, aux_state: state dicts of one plain model, `export_main` and `export_aux`.
-        layers: which layers, in which order (`batchnorm_layers(model)`, say); None for all in the
-            order of `main_state`, which is arbitrary where it was read from safetensors.
-        eps: added to every variance.
-
-    Raises:
-        UserError: for state dicts without running statistics, or without those of one of `layers`,
-            and for those of different models.
-    """
-    main, aux = (
-        {
-            key.removesuffix("running_mean").removesuffix("."): (
-                value.double().cpu().numpy(),
-                state[key.removesuffix("mean") + "var"].double().cpu().numpy(),
-            )
-            for key, value in state.items()
-            if key.rpartition(".")[2] == "running_mean"
-        }
-        for state in (main_state, aux_state)
-    )
-    if missing := [name for name in layers or () if name not in main or name not in aux]:
-        raise ValueError(f"there are no running statistics of the layers {', '.join(missing)}")
-    if layers is not None:
-        main, aux = {name: main[name] for name in layers}, {name: aux[name] for name in layers}
-    return statistics_distance(main, aux, eps=eps)
 
 
 def batchnorm_layers(model: nn.Module) -> list[str]:

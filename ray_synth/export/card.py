@@ -22,6 +22,7 @@ from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
 from ray_synth.generation.selection import count_by
 from ray_synth.generation.store import ImageStore
+from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
@@ -29,6 +30,7 @@ KINDS = ("plain", "contextual", "stylized")
 EXAMPLES = 3  # prompts of each kind
 CLASSES_SHOWN = 1_000
 REASONS_SHOWN = 20
+LONGEST_CELL = 300  # characters
 SIZES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"]
 DATA_FILES = {
     "imagefolder": ["*/*", "metadata.parquet"],
@@ -80,6 +82,16 @@ class Exported:
         for key, count in self.counts.items():
             found[key[position]] += count
         return found
+
+    def summary(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Numbers of images, by class name and by kind too, and of files."""
+        return {
+            "exported": self.total,
+            "unreadable": self.unreadable,
+            "classes": {classes[at]: count for at, count in sorted(self.by(0).items())},
+            "kinds": dict(sorted(self.by(1).items())),
+            "files": self.files,
+        }
 
 
 def dataset_card(
@@ -144,11 +156,11 @@ def dataset_card(
     )
 
 
-def cell(value: Any, width: int = 300) -> str:
+def cell(value: Any) -> str:
     """Text from strangers for a Markdown table or line: one line, nothing in it is markup."""
     text = "".join(c if c.isprintable() else " " for c in str(value))
     text = " ".join(text.split())
-    text = text if len(text) <= width else text[: width - 1] + "…"
+    text = text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…"
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|~$#:@])", r"\\\1", text)
 
@@ -190,7 +202,7 @@ def _config(run_folder: Folder) -> tuple[Config | None, dict[str, str]]:
 def _class_rows(
     run_folder: Folder, exported: Exported, facts: pa.Table, classes: Sequence[str]
 ) -> list[dict[str, Any]]:
-    plan = run_folder.read_table("plan.parquet", ["class_index", "meaning"])
+    plan = run_folder.read_table(PLAN_FILE, ["class_index", "meaning"])
     # Most frequent first, and there is one in a plan: the last one that is set wins.
     meanings = dict(reversed(list(count_by(plan, "class_index", "meaning"))))
     states = count_by(facts, "class_index", "accepted")

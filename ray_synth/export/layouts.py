@@ -61,14 +61,10 @@ def export_images(
     finished by running it again. Images whose bytes are no picture are left out and counted.
 
     Args:
-        run_folder: the run's directory, with plan.parquet and images/.
         layout: imagefolder, webdataset or huggingface.
         to: a folder or URI that is empty, or holds an earlier state of the same export. Hidden files
             in it (.git) are left alone.
-        accepted_only: leave rejected images out.
-        class_names: only these; None or empty: all. Class indices stay those of the run.
-        kinds: only these of plain, contextual, stylized; None or empty: all.
-        limit: at most so many, the first ones of the plan.
+        class_names, kinds, limit: see `choose`. Class indices stay those of the run.
         shard_rows, shard_bytes: a shard is closed by whichever comes first (not imagefolder).
         licence: identifier for the card, such as cc-by-4.0; default: `other`, and why.
 
@@ -88,24 +84,15 @@ def export_images(
     chosen = choose(facts, class_names=class_names, kinds=kinds, rejected=accepted, limit=limit)
     to = to if isinstance(to, Folder) else Folder(to)
     export = {
-        "run": run_folder.name,
-        "layout": layout,
-        "accepted_only": accepted_only,
-        "class_names": sorted(set(class_names or ())),
-        "kinds": sorted(set(kinds or ())),
+        "run": run_folder.name, "layout": layout, "accepted_only": accepted_only,
+        "class_names": sorted(set(class_names or ())), "kinds": sorted(set(kinds or ())),
         "limit": limit,
-    }
+    }  # fmt: skip
     _claim(to, export)
-
     classes = class_list(run_folder)
     done = Exported(export)
     rows = _pictures(run_folder, chosen, done)
-    if layout == "imagefolder":
-        written = _write_imagefolder(rows, to, classes)
-    elif layout == "webdataset":
-        written = _write_webdataset(_sharded(rows, shard_rows, shard_bytes), to, classes)
-    else:
-        written = _write_huggingface(_sharded(rows, shard_rows, shard_bytes), to, classes)
+    written = _write(rows, to, classes, layout, (shard_rows, shard_bytes))
     if not done.total:
         raise UserError(f"none of the {chosen.num_rows} images of this slice is readable")
     done.files = len(written)
@@ -113,17 +100,18 @@ def export_images(
     card = dataset_card(run_folder, done, facts=facts, classes=classes, licence=licence)
     to.write_bytes("README.md", card.encode())
     to.write_json(MARKER, {**export, "complete": True})
-    by_class = {classes[at]: count for at, count in sorted(done.by(0).items())}
-    return {
-        "layout": layout,
-        "to": to.address(),
-        "exported": done.total,
-        "unreadable": done.unreadable,
-        "classes": by_class,
-        "kinds": dict(sorted(done.by(1).items())),
-        "files": done.files,
-        "rejected": count_by(facts, "accepted").get(False, 0),
-    }
+    rejected = count_by(facts, "accepted").get(False, 0)
+    return {"layout": layout, "to": to.address(), **done.summary(classes), "rejected": rejected}
+
+
+def _write(
+    rows: Iterator[Row], to: Folder, classes: list[str], layout: str, shard: tuple[int, int]
+) -> set[str]:
+    """The images in their layout; the names of the files. `shard`: at most so many rows, and bytes."""
+    if layout == "imagefolder":
+        return _write_imagefolder(rows, to, classes)
+    write = _write_webdataset if layout == "webdataset" else _write_huggingface
+    return write(_sharded(rows, *shard), to, classes)
 
 
 def _pictures(run_folder: Folder, chosen: pa.Table, done: Exported) -> Iterator[Row]:

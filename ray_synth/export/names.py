@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from ray_synth.generation.selection import count_by
+from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
 # Reserved on Windows, with any suffix.
@@ -19,7 +20,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 def class_list(run_folder: Folder) -> list[str]:
     """The name of each class index of a run, made to differ: a second `crane` is `crane (2)`."""
-    plan = run_folder.read_table("plan.parquet", ["class_index", "class_name"])
+    plan = run_folder.read_table(PLAN_FILE, ["class_index", "class_name"])
     found = dict(count_by(plan, "class_index", "class_name").keys())
     if run_folder.exists("meanings.json"):  # it names the classes too that a short plan lacks
         known = dict(enumerate(e["class_name"] for e in run_folder.read_json("meanings.json")))

@@ -20,7 +20,7 @@ LARGEST = 64  # larger batches gain nothing: the device is full long before
 RESERVE = 0.1  # of the memory, left for what the probe did not see
 
 
-def fit_batch(used: dict[int, int], available: int, *, largest: int = LARGEST) -> int:
+def fit_batch(used: dict[int, int], available: int) -> int:
     """The largest power of two of images that fits.
 
     Args:
@@ -39,7 +39,7 @@ def fit_batch(used: dict[int, int], available: int, *, largest: int = LARGEST) -
             f"one image needs {(base + each) / 2**30:.1f} GiB of {available / 2**30:.1f} GiB: too much "
             "for the device; take a smaller model or size, half precision, or generation.offload"
         )
-    fits = min(room // each, largest)
+    fits = min(room // each, LARGEST)
     return 1 << (int(fits).bit_length() - 1)
 
 

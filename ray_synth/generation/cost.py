@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from ray_synth.config import Config
 from ray_synth.generation.store import ImageStore
+from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
 DUPLICATES = "duplicates.parquet"
@@ -50,7 +51,7 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
         `num_synthetic` (accepted), `rejected`, `reject_reasons`, `images_per_actor_second`, and
         `facts`: hours, cost, flagged and retried images, mean CLIP score.
     """
-    plan = run.read_table("plan.parquet", ["sample_id"])
+    plan = run.read_table(PLAN_FILE, ["sample_id"])
     columns = ["accepted", "reject_reason", "gpu_seconds", "clip_score", "attempt"]
     made = store.table(plan["sample_id"], columns)
     assert made.num_rows == plan.num_rows, (

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from ray_synth.errors import UserError, nearest, shortened
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
+from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
 FACTS = ["sample_id", "class_index", "class_name", "kind", "style"]
@@ -32,12 +33,12 @@ def scan(folder: Folder) -> pa.Table:
     Raises:
         UserError: the folder holds no plan, or none of its images was made.
     """
-    if not folder.exists("plan.parquet"):
+    if not folder.exists(PLAN_FILE):
         raise UserError(
             f"{folder.address()} holds no plan.parquet; give the directory of a run, such as "
             "runs/quickstart"
         )
-    planned = folder.read_table("plan.parquet", ["sample_id"])["sample_id"].combine_chunks()
+    planned = folder.read_table(PLAN_FILE, ["sample_id"])["sample_id"].combine_chunks()
     store = ImageStore(folder.child("images"))
     tables = [_facts(name, table) for name, table in store.tables(store.parts(), FACTS)]
     table = pa.concat_tables(tables) if tables else None

@@ -135,16 +135,6 @@ def measure_reference(
     return QualityReference(thresholds, features, real)
 
 
-def measure_thresholds(
-    images: Mapping[int, Sequence[Image.Image | bytes]],
-    texts: Mapping[int, str],
-    clip: ClipModel,
-    **options: Any,
-) -> Thresholds:
-    """The thresholds of `measure_reference` alone; it takes the same options."""
-    return measure_reference(images, texts, clip, **options).thresholds
-
-
 def text_features(texts: Mapping[int, str], clip: ClipModel) -> dict[int, np.ndarray]:
     """class index -> (dim,) float32 of length 1: the average over the templates of its meaning."""
     order = sorted(texts)

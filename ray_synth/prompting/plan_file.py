@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from ray_synth.storage.folder import Folder
 
+PLAN_FILE = "plan.parquet"
 WINDOW = 8_192  # plan rows that a reader keeps
 PLAN_FIELDS = [
     pa.field("sample_id", pa.string()),
@@ -59,19 +60,19 @@ class PlanTable:
 class PlanFile:
     """A plan of any length in a Parquet file; never read whole."""
 
-    def __init__(self, folder: Folder, name: str = "plan.parquet") -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
         self._start, self._window = 0, pa.table({})
 
-    def __reduce__(self) -> tuple[type[PlanFile], tuple[Folder, str]]:
-        return PlanFile, (self.folder, self.name)
+    def __reduce__(self) -> tuple[type[PlanFile], tuple[Folder]]:
+        return PlanFile, (self.folder,)
 
     def __len__(self) -> int:
-        with self.folder.filesystem.open_input_file(self.folder.path(self.name)) as file:
+        with self.folder.filesystem.open_input_file(self.folder.path(PLAN_FILE)) as file:
             return pq.read_metadata(file).num_rows
 
     def ids(self, size: int) -> Iterator[list[str]]:
-        with self.folder.filesystem.open_input_file(self.folder.path(self.name)) as file:
+        with self.folder.filesystem.open_input_file(self.folder.path(PLAN_FILE)) as file:
             batches = pq.ParquetFile(file).iter_batches(max(size, WINDOW), columns=["sample_id"])
             left: list[str] = []
             for batch in batches:
@@ -87,5 +88,5 @@ class PlanFile:
         first = start - self._start
         if first < 0 or stop - self._start > self._window.num_rows:
             self._start, first = start, 0
-            self._window = self.folder.read_rows(self.name, start, max(stop, start + WINDOW))
+            self._window = self.folder.read_rows(PLAN_FILE, start, max(stop, start + WINDOW))
         return self._window.slice(first, stop - start).to_pylist()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index
 from ray_synth.generation.store import ImageStore
+from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class TrainJob:
 
     def read_plan(self) -> pa.Table:
         """The rows of the plan that are trained on."""
-        return (self.source or self.folder).read_rows("plan.parquet", 0, self.num_synthetic)
+        return (self.source or self.folder).read_rows(PLAN_FILE, 0, self.num_synthetic)
 
     @property
     def reads_store(self) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ray_synth.training.decoder import Batch
 from ray_synth.training.feed import Feed
 
+DEPTH = 3  # batches
 Finish = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
@@ -48,12 +49,11 @@ class Prefetcher:
         start: int,
         finish: Finish | None = None,
         device: torch.device | str = "cpu",
-        depth: int = 3,
     ) -> None:
         self.feeds, self.finish, self.device = feeds, finish, torch.device(device)
         self.waited = 0.0
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._queue: queue.Queue[Prepared | BaseException] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Prepared | BaseException] = queue.Queue(maxsize=DEPTH)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(start,), daemon=True)
         self._thread.start()

@@ -59,8 +59,6 @@ def run_training(
     import ray.train
     import ray.train.torch
 
-    from ray_synth.training.failures import FailuresInARow
-
     config = job.config
     if job.real is None and config.class_balance:
         raise UserError(
@@ -73,7 +71,6 @@ def run_training(
         datasets["real"] = lambda: to_ray(real)
     if job.mixed and generation is not None:
         datasets.update(_synthetic(job, generation))
-    checkpoints = job.folder.child("checkpoints")
     options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
     trainer = ray.train.torch.TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
@@ -83,16 +80,7 @@ def run_training(
             use_gpu=config.num_gpus > 0,
             resources_per_worker=_resources(config.num_cpus, config.num_gpus),
         ),
-        run_config=ray.train.RunConfig(
-            name=run_name,
-            storage_path=checkpoints.path(),
-            # Ray would not read all that the URI may say, and nothing of our environment.
-            storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
-            # Ours gives up, by failures in a row. Announced losses of nodes are not limited.
-            failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[FailuresInARow(config.max_failures)],  # type: ignore[list-item]
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
+        run_config=_run_config(job, run_name),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(execution_options=options),
     )
@@ -104,6 +92,25 @@ def run_training(
     error = (getattr(result, "return_value", None) or {}).get("error")
     if error:
         raise UserError(error)
+
+
+def _run_config(job: TrainJob, name: str) -> Any:
+    """Where Ray Train keeps the checkpoints of a run of this name, and when it gives up."""
+    import ray.train
+
+    from ray_synth.training.failures import FailuresInARow
+
+    checkpoints = job.folder.child("checkpoints")
+    return ray.train.RunConfig(
+        name=name,
+        storage_path=checkpoints.path(),
+        # Ray would not read all that the URI may say, and nothing of our environment.
+        storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
+        # Ours gives up, by failures in a row. Announced losses of nodes are not limited.
+        failure_config=ray.train.FailureConfig(max_failures=-1),
+        callbacks=[FailuresInARow(job.config.max_failures)],  # type: ignore[list-item]
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+    )
 
 
 def _synthetic(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:

@@ -17,12 +17,9 @@ from ray_synth.evaluation.domain_shift import (
     bn_statistics,
     cmmd,
     frechet_distance,
-    main_aux_distance,
     probe_accuracy,
     statistics_distance,
 )
-from ray_synth.training.dual_bn import convert_dual_bn, domain_split
-from ray_synth.training.state_dicts import export_aux, export_main
 
 seeds = st.integers(0, 10**6)
 
@@ -287,44 +284,14 @@ def test_channels_that_never_change_do_not_divide_by_0():
     assert np.isfinite([found.mean, found.spread, found.divergence]).all()
 
 
-def test_main_and_auxiliary_statistics_are_compared_layer_by_layer():
-    model = convert_dual_bn(small_model("test_resnet"))
-    plain = small_model("test_resnet")
-    order = batchnorm_layers(plain)
-    assert all(
-        shift.mean == shift.spread == 0
-        for shift in main_aux_distance(export_main(model), export_aux(model))
-    )
-    model.train()
-    with domain_split(model, 3, 3):
-        for seed in range(4):
-            model(torch.cat([images(seed, 3), 2 + 3 * images(seed + 10, 3)]))
-    main, aux = export_main(model), export_aux(model)
-    found = main_aux_distance(main, aux)
-    assert [shift.layer for shift in found] == order
-    assert all(shift.mean > 0 and shift.spread > 0 for shift in found)
-    norm = plain.get_submodule(order[0])
-    mean, var = (main[f"{order[0]}.running_{leaf}"] for leaf in ("mean", "var"))
-    offset = (aux[f"{order[0]}.running_mean"] - mean) / (var + norm.eps).sqrt()
-    assert found[0].mean == pytest.approx(float(offset.square().mean().sqrt()), rel=1e-5)
-    # a file of safetensors is read in any order
-    shuffled = {key: main[key] for key in sorted(main, reverse=True)}
-    assert main_aux_distance(shuffled, aux, layers=order) == found
-    assert [s.layer for s in main_aux_distance(main, aux, layers=order[2:0:-1])] == order[2:0:-1]
-
-
 def test_statistics_of_different_models_are_refused():
-    one, other = nn.BatchNorm1d(2).state_dict(), nn.BatchNorm1d(3).state_dict()
-    assert main_aux_distance(one, one)[0].layer == ""
+    one, other = ({"norm": (np.zeros(n), np.ones(n))} for n in (2, 3))
     with pytest.raises(ValueError, match="2 channels for real images and 3 for synthetic"):
-        main_aux_distance(one, other)
-    nested = {f"norm.{key}": value for key, value in one.items()}
+        statistics_distance(one, other)
     with pytest.raises(ValueError, match="only one side has statistics of the layers .*norm"):
-        main_aux_distance(one, nested)
+        statistics_distance(one, {"nested.norm": one["norm"]})
     with pytest.raises(ValueError, match="no layers to compare"):
-        main_aux_distance({}, {})
-    with pytest.raises(ValueError, match="no running statistics of the layers gone"):
-        main_aux_distance(nested, nested, layers=["norm", "gone"])
+        statistics_distance({}, {})
 
 
 GOOD = drawn(0, 8, 4)

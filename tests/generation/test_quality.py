@@ -22,7 +22,6 @@ from ray_synth.generation.thresholds import (
     least_scores,
     load_reference,
     measure_reference,
-    measure_thresholds,
     real_features,
     save_reference,
 )
@@ -245,7 +244,8 @@ def test_thresholds_and_reference_come_back_as_they_were(tmp_path, clip):
 def test_encoded_real_images_count_as_decoded_ones(clip):
     pictures = digits("train", 3)
     encoded = {digit: [encode_image(one) for one in some] for digit, some in pictures.items()}
-    assert measure_thresholds(encoded, TEXTS, clip) == measure_thresholds(pictures, TEXTS, clip)
+    of_bytes, of_pictures = (measure_reference(x, TEXTS, clip) for x in (encoded, pictures))
+    assert of_bytes.thresholds == of_pictures.thresholds
 
 
 def test_wrong_real_images_are_named(clip):

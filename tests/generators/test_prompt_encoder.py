@@ -19,9 +19,7 @@ from pipelines import FAMILIES, GUIDANCE, load
 from ray_synth.generators.prompt_encoder import (
     DIMENSIONS,
     PromptEncoder,
-    generates_text_to_image,
     returned_names,
-    too_long,
 )
 
 PROMPTS = ["a photo of a red crane", "a cat on the large bird, in 3 colours", "a bird"]
@@ -290,40 +288,3 @@ def test_parts_moved_in_turn_make_the_same_images(tmp_path):
     for _ in range(2):
         arguments = encoder.arguments(PROMPTS[:1], NEGATIVE[:1], 4.0)
         np.testing.assert_array_equal(images(pipeline, [5], 4.0, **arguments), plain)
-
-
-@pytest.mark.parametrize(("name", "limit"), [("sd15", 77), ("sdxl", 77), ("sd3", 256)])
-def test_prompts_longer_than_every_text_encoder_reads_are_named(loaded, name, limit):
-    short, long = "a bird", "a crane and a cat " * 40
-    ((prompt, tokens, found),) = too_long([short, long], loaded(name))
-    assert prompt == long
-    assert tokens > found == limit
-    assert too_long([], loaded(name)) == []
-
-
-def test_the_limit_is_the_last_token_that_fits(loaded):
-    pipeline = loaded("sd15")
-    assert too_long(["c" * 75], pipeline) == []  # 75 letters, start and end
-    assert too_long(["c" * 76], pipeline) == [("c" * 76, 78, 77)]
-
-
-def test_a_text_encoder_that_was_left_out_reads_nothing(loaded):
-    pipeline = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
-    assert too_long(["c" * 500], pipeline) == []
-
-
-def test_text_to_image_pipelines_are_told_from_others():
-    import diffusers
-
-    for name in ("StableDiffusionPipeline", "FluxKontextPipeline", "QwenImagePipeline"):
-        assert generates_text_to_image(getattr(diffusers, name)), name
-    for name in (
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-        "StableDiffusionControlNetPipeline",
-        "StableDiffusionUpscalePipeline",
-        "WanPipeline",
-        "AudioLDM2Pipeline",
-        "DDPMPipeline",
-    ):
-        assert not generates_text_to_image(getattr(diffusers, name)), name

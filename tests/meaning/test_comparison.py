@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.llms_table import markdown, read_backends, read_truth, same_meaning
+from jobs.llms_table import MOST_DIFFERENCES, markdown, read_backends, read_truth, same_meaning
 from ray_synth.config import LlmConfig
 from ray_synth.meaning.answers import phrase_key
-from ray_synth.meaning.comparison import MOST_DIFFERENCES, Outcome, compare, names_it
+from ray_synth.meaning.comparison import Outcome, compare, names_it
 
 
 def same(one: str, other: str) -> bool:

@@ -113,15 +113,6 @@ def test_the_pool_is_large_near_and_clean() -> None:
     }
 
 
-def test_a_pool_file_of_another_shape_is_refused(tmp_path) -> None:
-    path = tmp_path / "pool.yaml"
-    path.write_text("scenes: []\nlightings: at dusk\ncamera_angles: [close-up]\n")
-    with pytest.raises(ValueError, match="lightings"):
-        load_pool(path)
-    with pytest.raises(ValueError, match="no such file"):
-        load_pool(tmp_path / "gone.yaml")
-
-
 @pytest.mark.parametrize(
     ("name", "meaning", "phrase"),
     [
