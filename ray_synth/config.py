@@ -645,14 +645,19 @@ def read_run_config(folder: Any) -> dict[str, Any]:
     Args:
         folder: the run's `Folder`.
     """
-    values = yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    values = kept_config(folder)
     values.pop("versions", None)
     return without_retired(values)
 
 
+def kept_config(folder: Any) -> dict[str, Any]:
+    """A run's config.yaml as it was written, by whatever version."""
+    return yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+
+
 def run_versions(folder: Any) -> dict[str, str]:
     """The versions of the packages that made a run, from its config.yaml."""
-    return (yaml.safe_load(folder.read_bytes("config.yaml")) or {}).get("versions") or {}
+    return kept_config(folder).get("versions") or {}
 
 
 def load_run_config(folder: Any) -> Config:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ray_synth.config import flatten
+from ray_synth.config import flatten, kept_config
 from ray_synth.errors import UserError
 from ray_synth.monitoring.progress import under_way
 from ray_synth.stages import STAGES, changed, from_on
@@ -123,11 +123,9 @@ def adopt_older(folder: Folder, generator: str) -> None:
     Args:
         generator: fingerprint of the image generator.
     """
-    import yaml
-
     if not folder.exists("config.yaml"):
         return
-    values = yaml.safe_load(folder.read_bytes("config.yaml"))
+    values = kept_config(folder)
     if "ray-synth" in values.get("versions", {}):
         return
     for stage, inputs in _inputs_0_1(values, generator).items():

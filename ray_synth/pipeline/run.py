@@ -140,7 +140,7 @@ def begin(run: Run, force_stage: str | None = None) -> None:
     Raises:
         ValueError: nothing can be written there.
     """
-    adopt_older(run.folder, fingerprint(run.config.generation))
+    adopt_older(run.folder, run.records.inputs["plan"]["generator"])
     run.records.forget()
     if force_stage in ("quality", "generation"):
         run.store.clear()
