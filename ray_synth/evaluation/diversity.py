@@ -79,7 +79,7 @@ def pairwise_distance(features: Rows) -> float:
         features: (n, dim) float, n >= 2.
 
     Raises:
-        UserError: for fewer than 2 rows, and rows of NaN, infinity or length 0.
+        ValueError: for fewer than 2 rows, and rows of NaN, infinity or length 0.
     """
     rows = unit_rows(features, "features")
     total = rows.sum(axis=0)
@@ -105,7 +105,7 @@ def vendi_score(features: Rows) -> float:
         1 to min(n, dim).
 
     Raises:
-        UserError: see `pairwise_distance`.
+        ValueError: see `pairwise_distance`.
     """
     rows = unit_rows(features, "features")
     smaller = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
@@ -132,7 +132,7 @@ def coverage(real: Rows, synthetic: Rows, *, k: int = 5) -> float:
         0 to 1. A real image that has k exact copies or more has nothing about it.
 
     Raises:
-        UserError: see `pairwise_distance`; also for k out of 1 to n - 1, and sets of different dim.
+        ValueError: see `pairwise_distance`; also for k out of 1 to n - 1, and sets of different dim.
     """
     return float((_count_about(real, synthetic, k) > 0).mean())
 
@@ -167,7 +167,7 @@ def copies(real: Rows, synthetic: Rows, *, quantile: float = 0.01, show: int = 1
         show: how many of the closest pairs to name, at most.
 
     Raises:
-        UserError: see `pairwise_distance`; also for sets of different dim, and a quantile or `show`
+        ValueError: see `pairwise_distance`; also for sets of different dim, and a quantile or `show`
             out of range.
     """
     if not 0 <= quantile <= 1:
@@ -199,7 +199,7 @@ def prompt_diversity(prompts: Sequence[str]) -> PromptDiversity:
     fall as prompts get more or longer; compare them at equal counts.
 
     Raises:
-        UserError: when there is no prompt, or no word in any.
+        ValueError: when there is no prompt, or no word in any.
     """
     texts = [prompt.casefold() for prompt in prompts]
     words = [WORD.findall(text) for text in texts]

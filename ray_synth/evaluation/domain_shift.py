@@ -73,7 +73,7 @@ def frechet_distance(real: Rows, synthetic: Rows) -> float:
         0 or more, in squared units of the features.
 
     Raises:
-        UserError: for fewer than 2 rows, NaN or infinity, and sets of different dim.
+        ValueError: for fewer than 2 rows, NaN or infinity, and sets of different dim.
     """
     left, right = checked_pair(real, synthetic)
     gap = left.mean(axis=0) - right.mean(axis=0)
@@ -108,7 +108,7 @@ def cmmd(
         bandwidth: sigma, above 0.
 
     Raises:
-        UserError: see `frechet_distance`; also for rows of length 0 and a bandwidth of 0 or less.
+        ValueError: see `frechet_distance`; also for rows of length 0 and a bandwidth of 0 or less.
     """
     if bandwidth <= 0:
         raise ValueError(f"the bandwidth is {bandwidth}, but must be above 0")
@@ -138,7 +138,7 @@ def probe_accuracy(real: Rows, synthetic: Rows, *, seed: int, folds: int = 5) ->
         folds: 2 or more.
 
     Raises:
-        UserError: see `frechet_distance`; also for too few images for the folds.
+        ValueError: see `frechet_distance`; also for too few images for the folds.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
@@ -179,7 +179,7 @@ def bn_statistics(model: nn.Module, batches: Iterable[Tensor]) -> Statistics:
         called. Layers that are not called are left out; one that is called twice has both inputs.
 
     Raises:
-        UserError: for a model without BatchNorm or in training mode, when there is no batch, and for
+        ValueError: for a model without BatchNorm or in training mode, when there is no batch, and for
             NaN or infinity, naming the first layer.
     """
     import torch
@@ -224,7 +224,7 @@ def statistics_distance(
         eps: added to every variance; the default is that of most BatchNorm layers.
 
     Raises:
-        UserError: for no layer, different layers, or different numbers of channels.
+        ValueError: for no layer, different layers, or different numbers of channels.
     """
     if not real:
         raise ValueError("there are no layers to compare")

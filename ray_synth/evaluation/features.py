@@ -19,7 +19,7 @@ def checked_rows(features: Rows, name: str, least: int = 2) -> NDArray[np.float6
         least: the fewest rows that will do.
 
     Raises:
-        UserError: for another shape, fewer rows, and values that are not finite.
+        ValueError: for another shape, fewer rows, and values that are not finite.
     """
     rows = np.asarray(features, dtype=np.float64)
     if rows.ndim != 2 or rows.shape[1] == 0:
@@ -42,7 +42,7 @@ def checked_pair(
         least: the fewest synthetic rows; real ones are 2 or more.
 
     Raises:
-        UserError: see `checked_rows` and `unit_rows`; also for sets of different dim.
+        ValueError: see `checked_rows` and `unit_rows`; also for sets of different dim.
     """
     check = unit_rows if unit else checked_rows
     left = check(real, "real features")
@@ -59,7 +59,7 @@ def unit_rows(features: Rows, name: str, least: int = 2) -> NDArray[np.float64]:
     """`features` as (n, dim) float64, each row scaled to length 1.
 
     Raises:
-        UserError: see `checked_rows`; also for rows of length 0.
+        ValueError: see `checked_rows`; also for rows of length 0.
     """
     rows = checked_rows(features, name, least)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)

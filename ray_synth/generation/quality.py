@@ -106,7 +106,7 @@ class Judge:
         pixels: look for blank and saturated images.
 
     Raises:
-        UserError: `clip` comes without a reference, or with another model's.
+        ValueError: `clip` comes without a reference, or with another model's.
     """
 
     def __init__(

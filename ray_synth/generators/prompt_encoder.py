@@ -58,7 +58,7 @@ class PromptEncoder:
         chunk: texts a forward pass. 1 wastes nothing; more is faster where many prompts are new.
 
     Raises:
-        UserError: `capacity` or `chunk` is below 1.
+        ValueError: `capacity` or `chunk` is below 1.
     """
 
     def __init__(self, pipeline: Any, *, capacity: int = 256, chunk: int = 1) -> None:

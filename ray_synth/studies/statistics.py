@@ -36,7 +36,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """The mean of a few values, its interval, and a test that it is 0.
 
     Raises:
-        UserError: no value.
+        ValueError: no value.
     """
     from scipy import stats
 
@@ -57,7 +57,7 @@ def paired(after: dict[int, float], before: dict[int, float]) -> Estimate:
     """The mean difference of two arms over the seeds that both have (a paired t-test).
 
     Raises:
-        UserError: they have no seed in common.
+        ValueError: they have no seed in common.
     """
     seeds = sorted(set(after) & set(before))
     if not seeds:

@@ -21,6 +21,7 @@ from ray_synth.data.dataset import (
     to_ray,
 )
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 
 
 def as_parquet(folder, out):
@@ -153,3 +154,9 @@ def test_class_names_come_from_a_text_file(tmp_path):
     with pytest.raises(ValueError, match="given twice: cat"):
         read_class_names(["cat", "dog", "cat"])
     assert np.array_equal(read_class_names(None) or [], [])
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"not at all")
+    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file"):
+        load_index(SourceConfig(format="parquet", path=str(tmp_path)))

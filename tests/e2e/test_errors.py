@@ -26,7 +26,7 @@ def check_message(code: int, errors: str, says: str) -> None:
         (["generation.model=/no/such/model"], "unknown generator '/no/such/model'"),
         (["training.model=resnet5O"], "unknown timm model 'resnet5O'"),
         (["training.augment=digit"], "digits"),
-        (["generation.scheduler=EulerDiscreetScheduler"], "did you mean EulerDiscreteScheduler"),
+        (["generation.scheduler=EulerDiscreetScheduler"], "did you mean 'EulerDiscreteScheduler'"),
         (["generation.height=100"], "multiple of 8"),
         (["runs_dir=/proc/nowhere"], "cannot write"),
         (["cluster.address=127.0.0.1:1"], "no Ray cluster to be had"),

@@ -158,7 +158,7 @@ def test_weights_are_never_unpickled(tmp_path, generator):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"scheduler": "EulerDiscretScheduler"}, "did you mean EulerDiscreteScheduler"),
+        ({"scheduler": "EulerDiscretScheduler"}, "did you mean 'EulerDiscreteScheduler'"),
         ({"scheduler": "torch"}, "no scheduler 'torch'"),
         ({"reference": {"strength": 0.2}}, "less than one step"),
         ({"offload": True}, "there is none"),

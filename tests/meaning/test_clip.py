@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.clip import ClipModel
 
 
@@ -45,3 +46,12 @@ def test_digits_that_it_never_saw_are_told_apart(clip: ClipModel) -> None:
 def test_a_model_name_without_weights_is_refused() -> None:
     with pytest.raises(ValueError, match=r"clip\.pretrained"):
         ClipModel("ViT-B-32")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"model": "local-dir:/no/such"}, {"model": "ViT-B-23", "pretrained": "openai"}],
+)
+def test_a_model_that_cannot_be_loaded_is_named_with_its_setting(settings):
+    with pytest.raises(UserError, match=r"cannot load the CLIP model .*clip\.model takes"):
+        ClipModel(**settings)

@@ -85,7 +85,7 @@ def test_a_truth_is_a_word_or_several() -> None:
         (["bird"], "truth.yaml: give a mapping"),
         (
             {"crane": "bird", "crain": "bird"},
-            r"'crain' is none of the classes \(bat, crane, \.\.\.",
+            r"'crain' is none of the classes \(bat, crane\)",
         ),
         ({"crane": []}, "truth.yaml: crane: give at least one word"),
         ({"crane": None}, "crane: give at least one word"),

@@ -16,6 +16,7 @@ from jobs import meanings_table as table
 from jobs.meaning_models import MeaningModels
 from ray_synth.config import Config, LlmConfig, load_config
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 from ray_synth.meaning import lexicon
 from ray_synth.meaning.answers import clean_phrase, phrase_key
 from ray_synth.meaning.clip import ClipModel
@@ -274,7 +275,7 @@ def test_backends_are_compared_and_a_failed_one_is_a_row(embedded_llm: Transform
 
     def load(config: LlmConfig) -> TransformersLLM:
         if config.style != "completion":
-            raise ValueError("there is no such model |\nand more of it")
+            raise UserError("there is no such model |\nand more of it")
         return embedded_llm
 
     backends = {"good": LlmConfig(style="completion"), "bad": LlmConfig(style="chat")}
@@ -347,10 +348,11 @@ def test_corrupt_images_are_left_out_and_a_class_of_them_is_an_error(image_folde
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (ValueError("the server is gone\n  at port 9"), "the server is gone"),
+        (UserError("the server is gone\n  at port 9"), "the server is gone"),
         (RuntimeError("CUDA error"), "RuntimeError: CUDA error"),
         (KeyError(), "KeyError: no reason given"),
-        (ValueError("x" * 999), "x" * 300),
+        (UserError("x" * 999), "x" * 300),
+        (ValueError("y"), "ValueError: y"),
     ],
 )
 def test_whatever_goes_wrong_with_a_backend_is_its_outcome(error: Exception, says: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.transformers_llm import (
     EMBEDDED_INSTALL,
@@ -127,3 +128,8 @@ def test_likelihood_adds_up_over_tokens_and_does_not_depend_on_the_batch(
     assert all(score < 0 for score in together)
     assert together[0] > together[1]
     assert together[2] > together[3]
+
+
+def test_a_model_that_cannot_be_loaded_is_named_with_its_setting(tmp_path):
+    with pytest.raises(UserError, match=r"cannot load the LLM .*llm\.model takes"):
+        TransformersLLM(str(tmp_path))

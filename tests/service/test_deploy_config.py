@@ -13,6 +13,7 @@ import ray.serve.schema as ray_schema
 import yaml
 
 from ray_synth.cli.command import main
+from ray_synth.errors import UserError
 from ray_synth.service.app import ServeConfig
 from ray_synth.service.deploy_config import check_serve_config, load_serve_config
 
@@ -128,7 +129,7 @@ def test_all_that_is_wrong_is_told_at_once():
 def test_a_wrong_value_is_refused_with_its_place(application, says):
     with pytest.raises(ValueError, match="config:") as error:
         check_serve_config(serve_config(**application))
-    assert type(error.value) is ValueError, "the command line prints these without a traceback"
+    assert isinstance(error.value, UserError), "the command line prints these without a traceback"
     assert says in str(error.value)
 
 

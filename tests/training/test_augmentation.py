@@ -86,9 +86,9 @@ def test_augmentation_settings_are_resolved_over_a_policy():
     assert resolved.scale == (0.9, 1.1)
     assert resolved.rotate == POLICIES["digits"].rotate
     assert POLICIES["digits"].flip == 0
-    with pytest.raises(ValueError, match="policy 'digit': did you mean digits"):
+    with pytest.raises(ValueError, match="policy 'digit': did you mean 'digits'"):
         resolve_augmentation("digit")
-    with pytest.raises(ValueError, match="setting 'rotat': did you mean rotate"):
+    with pytest.raises(ValueError, match="setting 'rotat': did you mean 'rotate'"):
         resolve_augmentation({"rotat": 3})
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ray_synth.config import OptimizerConfig
+from ray_synth.errors import UserError
 from ray_synth.training.augmentation import train_transform
 from ray_synth.training.dual_bn import convert_dual_bn, domain_split
 from ray_synth.training.recipe import (
@@ -63,7 +64,7 @@ def test_optimizer_decays_no_bias_and_no_norm_of_either_domain():
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.01 if parameter.ndim > 1 else 0.0), name
     assert optimizer.param_groups[0]["momentum"] == 0.8
-    with pytest.raises(ValueError, match="unknown optimizer 'adamv': did you mean adam"):
+    with pytest.raises(ValueError, match="unknown optimizer 'adamv': did you mean 'adam"):
         build_optimizer(model, OptimizerConfig(name="adamv"))
     with pytest.raises(ValueError, match=r"refuses training\.optimizer\.kwargs: .*speed"):
         build_optimizer(model, OptimizerConfig(kwargs={"speed": 1}))
@@ -195,3 +196,23 @@ def test_a_step_with_everything_together():
         ema.update(model, step)
     assert any(not torch.equal(a, b) for a, b in zip(before, ema.module.parameters(), strict=True))
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"name": "local-dir:/no/such"}, "cannot be loaded .*training.model"),
+        ({"name": "resnet18", "checkpoint": "broken.safetensors"}, "no whole safetensors file"),
+    ],
+)
+def test_what_timm_cannot_load_is_the_users_to_fix(tmp_path, monkeypatch, settings, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=says):
+        build_model(num_classes=2, **settings)
+
+
+def test_optimizer_values_that_torch_refuses_are_the_users_to_fix():
+    config = OptimizerConfig(name="adamw", kwargs={"betas": [2.0, 0.9]})
+    with pytest.raises(UserError, match=r"refuses training\.optimizer\.kwargs"):
+        build_optimizer(torch.nn.Linear(2, 2), config)
