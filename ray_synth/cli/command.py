@@ -278,7 +278,7 @@ def prepare_process() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command and of `jobs/*.py`.
+    """Entry point of the command and of `jobs/run.py`.
 
     Exits with 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C, 143 after SIGTERM.
     """
