@@ -5,12 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from head import start_head, wait_for
 from samples import ROOT
 from service import ask, free_port
 
@@ -112,33 +112,41 @@ def test_serve_run_answers(
     if folder == "checkout":
         del env["PYTHONPATH"]
         cwd = ROOT
-    port = yaml.safe_load(serve_config.read_text())["http_options"]["port"]
     with (tmp_path / "log.txt").open("w") as log:
         serving = subprocess.Popen(
             [sys.executable, "-m", *command, "run", str(serve_config)],
             cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 240
-        while not _is_ready(f"http://127.0.0.1:{port}"):
-            assert serving.poll() is None and time.monotonic() < deadline, log_of(tmp_path)
-            time.sleep(1)
-        body = {"class_name": "seven", "context": "a list of numbers", "meanings": ["the number 7"]}
-        status, answer = ask(
-            f"http://127.0.0.1:{port}", "/disambiguate", {**body, "num_meanings": 0}
-        )
-        assert (status, answer["choice"]) == (200, "the number 7"), log_of(tmp_path)
+        wait_for(lambda: serving.poll() is not None or answers(serve_config))
+        assert serving.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
     finally:
         serving.send_signal(signal.SIGINT)
         serving.wait(timeout=120)
 
 
-def _is_ready(url: str) -> bool:
+@pytest.mark.slow
+def test_serve_deploy_answers(
+    installed: dict[str, str], serve_config: Path, tmp_path: Path
+) -> None:
+    """Onto a cluster whose nodes have the wheel's package and no checkout."""
+    with start_head(PYTHONPATH=installed["PYTHONPATH"]) as head:
+        address = head.env["RAY_API_SERVER_ADDRESS"]
+        words = ("serve", "deploy", str(serve_config), "--address", address)
+        ray_synth(head.env, tmp_path, *words)
+        wait_for(lambda: answers(serve_config))
+
+
+def answers(serve_config: Path) -> bool:
+    """Whether the service is there yet; what it then answers is right."""
+    port = yaml.safe_load(serve_config.read_text())["http_options"]["port"]
+    url = f"http://127.0.0.1:{port}"
     try:
-        return ask(url, "/readyz")[0] == 200
+        if ask(url, "/readyz")[0] != 200:
+            return False
     except (OSError, ValueError):
         return False
-
-
-def log_of(folder: Path) -> str:
-    return (folder / "log.txt").read_text()[-4000:]
+    question = {"class_name": "seven", "context": "a list of numbers", "num_meanings": 0}
+    status, answer = ask(url, "/disambiguate", {**question, "meanings": ["the number 7"]})
+    assert (status, answer["choice"]) == (200, "the number 7")
+    return True
