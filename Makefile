@@ -9,7 +9,7 @@ CONFIG ?= jobs/configs/quickstart.yaml
 KUBERAY := 1.7.1
 CRDS := https://raw.githubusercontent.com/ray-project/kuberay/v$(KUBERAY)/helm-chart/kuberay-operator/crds
 
-.PHONY: run test test-slow lint format bench seeds studies clean install
+.PHONY: run test test-slow lint format bench studies clean install
 .PHONY: constraints compat licences sbom crds
 
 run: $(VENV)/.installed
@@ -34,9 +34,6 @@ bench: $(VENV)/.installed
 	$(BIN)/python jobs/bench.py generation
 	$(BIN)/python jobs/bench.py training
 	$(BIN)/python jobs/bench.py serving
-
-seeds: $(VENV)/.installed
-	$(BIN)/python jobs/seeds.py --config $(CONFIG) --seeds 0,1,2
 
 studies: $(VENV)/.installed
 	$(BIN)/ray-synth study all --config $(CONFIG)

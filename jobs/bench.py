@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all contenders, before torch is loaded
 
 import typer
+from bench_device import device_name, dtype_name, wait_for
 from bench_scale import plan_rows, plans, scaling
 from bench_serving import serving
 
@@ -30,6 +32,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 ConfigPath = Annotated[Path, typer.Option("--config", "-c")]
 Overrides = Annotated[list[str] | None, typer.Option("--set")]
+Contender = Callable[[list[dict[str, Any]]], float]  # makes the rows of a plan: images a second
 
 
 @app.callback()
@@ -50,7 +53,6 @@ def generation(
 
     from ray_synth.cluster.connection import connect
     from ray_synth.device import pick_device, pick_dtype
-    from ray_synth.generators.diffusion import DiffusionGenerator
 
     settings = load_config(config, overrides)
     made = settings.generation.model_copy(update={"checks": QualityConfig(policy="off")})
@@ -59,46 +61,32 @@ def generation(
     torch.set_num_threads(made.num_threads or os.cpu_count() or 1)
     size = made.batch_size
     assert isinstance(size, int), "give a number: --set generation.batch_size=16"
-    plan = plan_rows(batches * size)
     stock_dtype = torch.float16 if device.startswith("cuda") else torch.float32
     stock = _stock_pipeline(made, stock_dtype, device)
-    contenders = {"stock": partial(_stock_round, stock, made=made)}
-    for name, (settings_of_part, on) in _parts(made).items() if parts else ():
-        alone = DiffusionGenerator(settings_of_part, **on)
-        contenders[name] = partial(_ours_round, alone, made=made)
-    contenders["ours"] = partial(_ours_round, DiffusionGenerator(made), made=made)
-    contenders["ray"] = partial(_ray_round, made=made)
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    contenders = {"stock": partial(_stock_round, stock, made=made), **_ours(made, parts=parts)}
     with connect(ClusterConfig(num_cpus=settings.cluster.num_cpus)):
-        for name, contender in contenders.items():
-            if name != "ray":
-                contender(plan)  # warm up
-        for number in range(rounds):
-            # Prompts that no contender has seen: one that keeps them would not encode any.
-            plan = plan_rows(batches * size, first=(number + 1) * batches * size)
-            for name, contender in contenders.items():
-                rates[name].append(contender(plan))
+        rates = _rates(contenders, rounds=rounds, images=batches * size)
     titles = {
-        "stock": f"stock diffusers loop, {str(stock_dtype).removeprefix('torch.')}",
+        "stock": f"stock diffusers loop, {dtype_name(stock_dtype)}",
         "ours": "our generator alone, encoding included",
         "ray": "our generator under Ray Data, encoding and storing included",
     }
     print(
         f"{made.model}, {made.width}x{made.height}, {made.num_inference_steps} steps, guidance "
-        f"{made.guidance_scale}, batch {size}, ours in {str(dtype).removeprefix('torch.')} on "
-        f"{device}, {torch.get_num_threads()} threads; images/s, median of {rounds} rounds (each)"
+        f"{made.guidance_scale}, batch {size}, ours in {dtype_name(dtype)} on {device}, "
+        f"{torch.get_num_threads()} threads; images/s, median of {rounds} rounds (each)"
     )
     figures = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
         shown = ", ".join(f"{value:.2f}" for value in values)
         ratio = figures[name] / figures["stock"]
         print(f"{titles.get(name, name):<62} {figures[name]:8.2f} {ratio:6.2f}x   ({shown})")
-    flops = _flops(stock, plan[:size], made) / size
+    flops = _flops(stock, plan_rows(size), made) / size
     limit = _matmul_limit(dtype, device)
     share = {name: rate * flops / limit for name, rate in figures.items()}
     print(
-        f"{flops / 1e9:.1f} GFLOP an image; this device multiplies matrices at "
-        f"{limit / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}: stock takes "
+        f"{flops / 1e9:.1f} GFLOP per image; this device multiplies matrices at "
+        f"{limit / 1e9:,.0f} GFLOP/s in {dtype_name(dtype)}: stock takes "
         f"{100 * share['stock']:.0f}% of that, ours {100 * share['ours']:.0f}%"
     )
     _json(
@@ -108,8 +96,8 @@ def generation(
         ours_over_stock=round(figures["ours"] / figures["stock"], 4),
         ray_over_stock=round(figures["ray"] / figures["stock"], 4),
         share_of_matmul_limit={k.strip(" +"): round(v, 4) for k, v in share.items()},
-        dtype=str(dtype).removeprefix("torch."),
-        device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        dtype=dtype_name(dtype),
+        device=device_name(device),
     )
 
 
@@ -168,6 +156,32 @@ def training_verb(
     _json("training", **figures)
 
 
+def _ours(made: GenerationConfig, *, parts: bool) -> dict[str, Contender]:
+    """Our generator: alone, with each part of its speed path alone, and under Ray Data."""
+    from ray_synth.generators.diffusion import DiffusionGenerator
+
+    alone = {**(_parts(made) if parts else {}), "ours": (made, {})}
+    found: dict[str, Contender] = {
+        name: partial(_ours_round, DiffusionGenerator(config, **on), made=made)
+        for name, (config, on) in alone.items()
+    }
+    return {**found, "ray": partial(_ray_round, made=made)}
+
+
+def _rates(contenders: dict[str, Contender], *, rounds: int, images: int) -> dict[str, list[float]]:
+    """Images a second of each contender in each round."""
+    for name, contender in contenders.items():
+        if name != "ray":
+            contender(plan_rows(images))  # warm up
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(1, rounds + 1):
+        # Prompts that no contender has seen: one that keeps them would not encode any.
+        plan = plan_rows(images, first=number * images)
+        for name, contender in contenders.items():
+            rates[name].append(contender(plan))
+    return rates
+
+
 def _parts(made: GenerationConfig) -> dict[str, tuple[GenerationConfig, dict[str, bool]]]:
     """The speed path off, and each part of it on alone: settings, and arguments of the generator."""
     off: dict[str, Any] = {"compile": False, "dtype": "float32"}
@@ -206,8 +220,7 @@ def _matmul_limit(dtype: Any, device: str) -> float:
 
     def once() -> None:
         a @ a
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        wait_for(device)
 
     once()
     times = []

@@ -9,8 +9,7 @@ from typing import Any
 from bench_scale import plan_rows, sleeper_config
 
 from ray_synth.config import ClusterConfig, SourceConfig, TrainingConfig
-
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+from ray_synth.data.digits import CLASS_NAMES as DIGITS
 
 
 def live(

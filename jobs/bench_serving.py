@@ -8,14 +8,16 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 
 from ray_synth.config import ClipConfig, ClusterConfig, LlmConfig, SourceConfig
+from ray_synth.data.digits import CLASS_NAMES as DIGITS
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGES = 8  # a question
 MEANINGS = 1  # from the LLM: three answers, and again where they are no good
 Question = dict[str, Any]
@@ -35,49 +37,28 @@ def serving(
         questions: in a round.
         llm: ask the LLM for meanings; else the caller's are ranked, which is CLIP's work alone.
     """
-    from ray import serve
-
-    from ray_synth.cluster.connection import connect
-    from ray_synth.service.app import ServeConfig, build
-    from ray_synth.service.limits import Limits
-
-    digits = _digits()
-    rng = np.random.default_rng(0)
-    fresh = (_question(digits, rng, number, llm) for number in range(10**9))
+    fresh = _questions(llm)
     models = _InProcess()
     found: dict[int, dict[str, float]] = {}
-    served, alone = [], []
-    port = _free_port()
-    address = f"http://127.0.0.1:{port}"
-    with connect(ClusterConfig(num_cpus=4)):
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        app = ServeConfig(
-            llm=LlmConfig(num_cpus=0.5),
-            clip=ClipConfig(num_cpus=0.5),
-            limits=Limits(timeout_s=600),  # 128 at once wait minutes for a small machine's LLM
-        )
-        serve.run(build(app), name="bench", route_prefix="/")
-        try:
-            asyncio.run(_ask_all(address, [next(fresh) for _ in range(4)], 4))  # warm up
-            asyncio.run(models.answer_all([next(fresh) for _ in range(4)]))
-            for level in concurrency[:-1]:
-                some = [next(fresh) for _ in range(min(questions, 2 * level))]
-                found[level] = _figures(asyncio.run(_ask_all(address, some, level)))
-            before = _batches(address)
-            pairs = []
-            for _ in range(rounds):
-                some = [next(fresh) for _ in range(questions)]
-                latencies, seconds = asyncio.run(_ask_all(address, some, concurrency[-1]))
-                pairs.append((latencies, seconds))
-                served.append(questions / seconds)
-                started = time.perf_counter()
-                asyncio.run(models.answer_all(some))
-                alone.append(questions / (time.perf_counter() - started))
-            after = _batches(address)
-            everything = [latency for latencies, _ in pairs for latency in latencies]
-            found[concurrency[-1]] = _figures((everything, sum(seconds for _, seconds in pairs)))
-        finally:
-            serve.shutdown()
+    latencies: list[float] = []  # at saturation, of all rounds
+    served, alone = [], []  # seconds of each round
+    with _service() as address:
+        asyncio.run(_ask_all(address, _take(fresh, 4), 4))  # warm up
+        asyncio.run(models.answer_all(_take(fresh, 4)))
+        for level in concurrency[:-1]:
+            some = _take(fresh, min(questions, 2 * level))
+            found[level] = _figures(*asyncio.run(_ask_all(address, some, level)))
+        before = _batches(address)
+        for _ in range(rounds):
+            some = _take(fresh, questions)
+            each, seconds = asyncio.run(_ask_all(address, some, concurrency[-1]))
+            latencies += each
+            served.append(seconds)
+            started = time.perf_counter()
+            asyncio.run(models.answer_all(some))
+            alone.append(time.perf_counter() - started)
+        after = _batches(address)
+    found[concurrency[-1]] = _figures(latencies, sum(served))
     what = "a meaning from the LLM" if llm else "the caller's meanings alone"
     print(f"/disambiguate, {IMAGES} handwritten digits a question, {what}")
     print("concurrency  questions/s   p50 ms   p95 ms   p99 ms")
@@ -86,10 +67,11 @@ def serving(
             f"{level:11d} {row['per_second']:12.2f} {row['p50_ms']:8.0f} {row['p95_ms']:8.0f} "
             f"{row['p99_ms']:8.0f}"
         )
-    ratio = statistics.median(a / b for a, b in zip(served, alone, strict=True))
+    ratio = statistics.median(b / a for a, b in zip(served, alone, strict=True))
+    in_process = statistics.median(questions / seconds for seconds in alone)
     batch = _mean_batch(before, after, "llm" if llm else "clip")
     print(
-        f"in process, in batches: {statistics.median(alone):.2f} questions/s; served "
+        f"in process, in batches: {in_process:.2f} questions/s; served "
         f"{ratio:.3f} of it (median of {rounds} rounds, taken in turn); mean batch {batch:.1f}"
     )
     return {
@@ -97,8 +79,32 @@ def serving(
         "mean_batch_size": round(batch, 2),
         "p95_ms": round(found[concurrency[-1]]["p95_ms"], 1),
         "levels": {str(level): row for level, row in found.items()},
-        "in_process_per_second": round(statistics.median(alone), 3),
+        "in_process_per_second": round(in_process, 3),
     }
+
+
+@contextmanager
+def _service() -> Iterator[str]:
+    """The service with its default models on a Ray of its own; its address."""
+    from ray import serve
+
+    from ray_synth.cluster.connection import connect
+    from ray_synth.service.app import ServeConfig, build
+    from ray_synth.service.limits import Limits
+
+    port = _free_port()
+    app = ServeConfig(
+        llm=LlmConfig(num_cpus=0.5),
+        clip=ClipConfig(num_cpus=0.5),
+        limits=Limits(timeout_s=600),  # 128 at once wait minutes for a small machine's LLM
+    )
+    with connect(ClusterConfig(num_cpus=4)):
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build(app), name="bench", route_prefix="/")
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
 
 
 class _InProcess:
@@ -192,8 +198,7 @@ async def _ask_all(
         return latencies, time.perf_counter() - started
 
 
-def _figures(measured: tuple[list[float], float]) -> dict[str, float]:
-    latencies, seconds = measured
+def _figures(latencies: list[float], seconds: float) -> dict[str, float]:
     p50, p95, p99 = (1000 * np.percentile(latencies, q) for q in (50, 95, 99))
     rate = len(latencies) / seconds
     return {
@@ -240,6 +245,16 @@ def _question(
     if not llm:
         question["meanings"] = [f"the number {name}, number {number}" for name in DIGITS]
     return question
+
+
+def _questions(llm: bool) -> Iterator[Question]:
+    """No end of questions, none like another."""
+    digits, rng = _digits(), np.random.default_rng(0)
+    return (_question(digits, rng, number, llm) for number in count())
+
+
+def _take(questions: Iterator[Question], number: int) -> list[Question]:
+    return list(islice(questions, number))
 
 
 def _free_port() -> int:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bench_device import device_name, dtype_name, wait_for
+
 
 def norms(
     model: str, batch_size: int, image_size: int, *, rounds: int, steps: int, compiled: bool
@@ -18,62 +20,25 @@ def norms(
     A step is forward, L_real + L_synth, backward and SGD, in bfloat16 where the device computes in it;
     channels_last. `dual 1:3` is ours with a quarter of real images, which timm's SplitBN cannot do.
     """
-    import timm
     import torch
-    from timm.layers import convert_splitbn_model
 
     from ray_synth.device import pick_device, pick_dtype
-    from ray_synth.training.dual_bn import convert_dual_bn
 
     device = pick_device("auto")
     if device == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     dtype = pick_dtype("auto", device)
     torch.manual_seed(0)
-    base = timm.create_model(model, num_classes=1000)
-    half, quarter = batch_size // 2, batch_size // 4
-
-    def ready(net: Any) -> Any:
-        return net.to(device).to(memory_format=torch.channels_last).train()
-
-    plain = ready(copy.deepcopy(base))
-    dual = ready(convert_dual_bn(copy.deepcopy(base)))
-    nets = {
-        "plain BN": (plain, half, False),
-        "timm SplitBN": (ready(convert_splitbn_model(copy.deepcopy(base), 2)), half, False),
-        "two forwards": (ready(copy.deepcopy(base)), half, True),
-        "dual BN 1:1": (dual, half, False),
-        "dual BN 1:3": (ready(convert_dual_bn(copy.deepcopy(base))), quarter, False),
-    }
-    x = torch.randn(batch_size, 3, image_size, image_size, device=device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.randint(0, 1000, (batch_size,), device=device)
-    contenders = {
-        name: _stepper(net, x, y, num_real, twice=twice, dtype=dtype, compiled=compiled)
-        for name, (net, num_real, twice) in nets.items()
-    }
-    for step in contenders.values():
-        for _ in range(3):
-            step()  # warm up; compiles
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        names = list(contenders)
-        # Each starts the round in turn, so that none is always the one after a pause.
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            _wait(device)
-            started = time.perf_counter()
-            for _ in range(steps):
-                contenders[name]()
-            _wait(device)
-            seconds[name].append((time.perf_counter() - started) / steps)
+    contenders = _contenders(model, batch_size, image_size, device, dtype, compiled=compiled)
+    seconds = _seconds(contenders, device, rounds=rounds, steps=steps)
     ratios = {
         name: statistics.median(a / b for a, b in zip(seconds["plain BN"], times, strict=True))
         for name, times in seconds.items()
     }
     how = "compiled" if compiled else "eager"
     print(
-        f"{model}, {image_size} px, batch {batch_size}, {str(dtype).removeprefix('torch.')} on "
-        f"{device}, {how}; images/s, and the median ratio to plain BN over {rounds} rounds"
+        f"{model}, {image_size} px, batch {batch_size}, {dtype_name(dtype)} on {device}, {how}; "
+        f"images/s, and the median ratio to plain BN over {rounds} rounds"
     )
     for name, times in seconds.items():
         print(f"{name:<16} {batch_size / statistics.median(times):9.1f} {ratios[name]:7.3f}x")
@@ -82,9 +47,59 @@ def norms(
         "dual_1_to_3_over_plain": round(ratios["dual BN 1:3"], 4),
         "splitbn_over_plain": round(ratios["timm SplitBN"], 4),
         "two_forwards_over_plain": round(ratios["two forwards"], 4),
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "dtype": dtype_name(dtype),
+        "device": device_name(device),
     }
+
+
+def _contenders(
+    model: str, batch_size: int, image_size: int, device: str, dtype: Any, *, compiled: bool
+) -> dict[str, Callable[[], None]]:
+    """Ways to normalise two domains: one step of each, from the same weights on the same batch."""
+    import timm
+    import torch
+    from timm.layers import convert_splitbn_model
+
+    from ray_synth.training.dual_bn import convert_dual_bn
+
+    base = timm.create_model(model, num_classes=1000)
+    half, quarter = batch_size // 2, batch_size // 4
+    nets = {
+        "plain BN": (copy.deepcopy(base), half, False),
+        "timm SplitBN": (convert_splitbn_model(copy.deepcopy(base), 2), half, False),
+        "two forwards": (copy.deepcopy(base), half, True),
+        "dual BN 1:1": (convert_dual_bn(copy.deepcopy(base)), half, False),
+        "dual BN 1:3": (convert_dual_bn(copy.deepcopy(base)), quarter, False),
+    }
+    x = torch.randn(batch_size, 3, image_size, image_size, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 1000, (batch_size,), device=device)
+    found = {}
+    for name, (net, num_real, twice) in nets.items():
+        net = net.to(device).to(memory_format=torch.channels_last).train()
+        found[name] = _stepper(net, x, y, num_real, twice=twice, dtype=dtype, compiled=compiled)
+    return found
+
+
+def _seconds(
+    contenders: dict[str, Callable[[], None]], device: str, *, rounds: int, steps: int
+) -> dict[str, list[float]]:
+    """Seconds per step of each contender in each round."""
+    for step in contenders.values():
+        for _ in range(3):
+            step()  # warm up; compiles
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds):
+        # Each starts the round in turn, so that none is always the one after a pause.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            wait_for(device)
+            started = time.perf_counter()
+            for _ in range(steps):
+                contenders[name]()
+            wait_for(device)
+            seconds[name].append((time.perf_counter() - started) / steps)
+    return seconds
 
 
 def _stepper(
@@ -111,10 +126,3 @@ def _stepper(
         optimizer.step()
 
     return step
-
-
-def _wait(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()

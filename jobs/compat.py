@@ -6,6 +6,7 @@ Asks the package registry (with uv) whether each version in constraints.txt has 
 what ray-synth needs and for its extras but `dev`. Prints a table; exit code 1 where one is missing.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -61,4 +62,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.exit(main())

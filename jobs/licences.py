@@ -5,6 +5,7 @@
 Exit code 1, with the packages, where a licence is none of those admitted below.
 """
 
+import argparse
 import functools
 import importlib.metadata
 import re
@@ -192,4 +193,8 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", help="the file to write")
+    sys.exit(main(parser.parse_args().path))

@@ -25,6 +25,7 @@ from jobs.meaning_models import MeaningModels
 from jobs.meanings_table import Verdict, markdown, summary
 from ray_synth.cli.command import prepare_process
 from ray_synth.config import MeaningConfig, Section, load_config, parse_config
+from ray_synth.data.digits import CLASS_NAMES as NUMBERS
 from ray_synth.errors import UserError
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.candidates import Candidate, candidate_texts
@@ -34,7 +35,6 @@ from ray_synth.meaning.ranking import unit_means
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 QUESTIONS = Path(__file__).parent / "pictures.yaml"
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PHRASES = [f"the number {number}" for number in NUMBERS]
 GROUPS = {1: 50, 5: 50, 16: 15}  # images a question -> questions a class, no image in two of them
 FIT_SIZES, FIT_DRAWS = (1, 5), 4000

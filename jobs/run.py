@@ -1,4 +1,7 @@
-"""`ray-synth run` as a job: `ray job submit --working-dir . -- python jobs/run.py ...`."""
+"""`ray-synth run` as a job: `ray job submit --working-dir . -- python jobs/run.py ...`.
+
+Every other verb: `ray job submit --working-dir . -- python -m ray_synth.cli VERB ...`.
+"""
 
 import sys
 from pathlib import Path

@@ -4,7 +4,7 @@ In: a pipeline. Out: a PNG of 15 x 6 pictures. Of the packaged model:
 `python -m jobs.embedded_models.samples docs/images/mini_samples.png`
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -150,4 +150,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="the picture to write")
+    main(parser.parse_args().path)

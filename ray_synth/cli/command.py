@@ -48,7 +48,7 @@ def prepare_process() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command and of `jobs/*.py`.
+    """Entry point of the command and of `jobs/run.py`.
 
     Exits with 0, 2 for what the user can fix, 1 for a bug, 130 after Ctrl-C, 143 after SIGTERM.
     """

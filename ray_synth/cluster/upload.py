@@ -18,7 +18,6 @@ from ray_synth.config import Config, SourceConfig
 from ray_synth.errors import UserError
 
 LIMIT = 512 << 20  # bytes that Ray takes as a working directory
-PACKAGES = ("ray_synth",)
 LEFT_OUT = {"__pycache__", ".git", ".venv"}
 
 
@@ -75,7 +74,7 @@ class Upload:
 
     def describe(self) -> list[str]:
         """Lines to print: each file of the user's, the code in one line, and the whole size."""
-        code = {name for name in self.files if name.split("/")[0] in PACKAGES} if self.code else {}
+        code = {name for name in self.files if self.code and name.startswith("ray_synth/")}
         lines = [
             f"uploads {name} ({_mb(path.stat().st_size)})"
             for name, path in self.files.items()
@@ -107,9 +106,9 @@ def gather(
     for value in include:
         upload.add("--include", value)
     if code:
-        root = Path(ray_synth.__file__).absolute().parents[1]
-        for path in (path for package in PACKAGES for path in _walk(root / package)):
-            upload.files[path.relative_to(root).as_posix()] = path
+        package = Path(ray_synth.__file__).absolute().parent
+        for path in _walk(package):
+            upload.files[path.relative_to(package.parent).as_posix()] = path
             upload.code += 1
     upload.check_size()
     return upload

@@ -23,6 +23,8 @@ from ray_synth.service.clip_deployment import ClipDeployment
 from ray_synth.service.llm_deployment import LlmDeployment
 
 OUR_APP = ("ray_synth.service.app:build", "ray_synth.service.app.build")
+# Where the app was while `serve` was a package: configs of then name it so.
+MOVED_FROM = ("serve.app:build", "serve.app.build")
 _DEPLOYMENTS: tuple[Any, ...] = (Disambiguation, LlmDeployment, ClipDeployment)
 OUR_DEPLOYMENTS = tuple(deployment.name for deployment in _DEPLOYMENTS)
 # Fields that are typed as plain mappings, though Ray reads them by these models.
@@ -135,6 +137,8 @@ def _wrong_keys(part: Part) -> Iterator[str]:
         if key not in part.model.model_fields:
             dotted = f"{part.place}.{key}".removeprefix(".")
             yield f"{dotted}: unknown key; {did_you_mean(key, part.model.model_fields)}"
+    if part.model is ServeApplicationSchema and part.value.get("import_path") in MOVED_FROM:
+        yield f"{part.place}.import_path: the app has moved: write {OUR_APP[0]}"
     deployments = part.value.get("deployments") if _is_ours(part) else None
     for position, entry in enumerate(deployments if isinstance(deployments, list) else []):
         name = entry.get("name") if isinstance(entry, dict) else None

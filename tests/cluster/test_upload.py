@@ -46,7 +46,7 @@ def test_the_code_goes_along_with_its_weights_and_nothing_else(here):
     names = set(made(here, code=True).files)
     assert "ray_synth/cli/command.py" in names and "ray_synth/service/app.py" in names
     assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in names)
-    assert {name.split("/")[0] for name in names} == {"config", "ray_synth", "serve"}
+    assert {name.split("/")[0] for name in names} == {"config", "ray_synth"}
     assert not any("__pycache__" in name for name in names)
 
 

@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 
 
 def _job(name: str) -> Any:
-    """A script as a module; the folder has names, such as `evaluate`, that others use too."""
+    """A script as a module; the folder has names, such as `run`, that others use too."""
     spec = importlib.util.spec_from_file_location(f"job_{name}", ROOT / f"jobs/{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -215,7 +215,7 @@ def test_the_linter_refuses_what_runs_strangers_code(code: str, rule: str) -> No
 
 def test_pytorch_reads_tensors_alone() -> None:
     """ruff has no rule for it: every `torch.load` says weights_only=True."""
-    for folder in ("ray_synth", "serve", "jobs"):
+    for folder in ("ray_synth", "jobs"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":

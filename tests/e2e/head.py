@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 from service import free_port
-from small_runs import ROOT
+from small_runs import ROOT, line
 
 BIN = Path(sys.executable).parent
 RAY_DATAS_OWN = {"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"}
@@ -95,14 +95,6 @@ def ray_synth(
         line(*arguments), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout,
         check=False,
     )  # fmt: skip
-
-
-def line(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "ray_synth.cli", *arguments]
-
-
-def sets(*settings: str) -> list[str]:
-    return [item for setting in settings for item in ("--set", setting)]
 
 
 def living_actors(env: dict[str, str]) -> list[str]:

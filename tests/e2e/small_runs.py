@@ -35,11 +35,22 @@ SMALL = [
 NO_LLM = ["meaning.enabled=false", "prompting.mix={plain: 1}", "generation.checks.policy=off"]
 
 
-def command(verb: str, runs: Path, *settings: str, config: Path = QUICKSTART) -> list[str]:
-    line = [sys.executable, f"jobs/{verb}.py", "--config", str(config), "--set", f"runs_dir={runs}"]
-    for setting in settings:
-        line += ["--set", setting]
-    return line
+def line(*arguments: str) -> list[str]:
+    """The command `ray-synth`, of the folder that it is started in."""
+    return [sys.executable, "-m", "ray_synth.cli", *arguments]
+
+
+def sets(*settings: str) -> list[str]:
+    return [item for setting in settings for item in ("--set", setting)]
+
+
+def arguments(verb: str, runs: Path, *settings: str) -> list[str]:
+    """A verb on the quickstart's config, with its runs and some settings elsewhere."""
+    return [verb, "--config", str(QUICKSTART), *sets(f"runs_dir={runs}", *settings)]
+
+
+def command(verb: str, runs: Path, *settings: str) -> list[str]:
+    return line(*arguments(verb, runs, *settings))
 
 
 def run(line: list[str], *, timeout: float = 400) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from small_runs import QUICKSTART, SMALL, command
+from small_runs import QUICKSTART, SMALL, arguments
 
 from ray_synth.cli.command import main
 
@@ -34,17 +34,17 @@ def check_message(code: int, errors: str, says: str) -> None:
 )
 def test_bad_settings_end_at_once_with_one_message(tmp_path, capsys, settings, says):
     started = time.monotonic()
-    line = command("run", tmp_path, *SMALL, *settings)
+    words = arguments("run", tmp_path, *SMALL, *settings)
     with pytest.raises(SystemExit) as ended:
-        main(["run", *line[2:]])
+        main(words)
     check_message(ended.value.code, capsys.readouterr().err, says)
     assert time.monotonic() - started < 30
 
 
 def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
-    line = command("run", tmp_path, *SMALL, "training.num_workers=500", "cluster.num_cpus=1")
+    words = arguments("run", tmp_path, *SMALL, "training.num_workers=500", "cluster.num_cpus=1")
     with pytest.raises(SystemExit) as ended:
-        main(["run", *line[2:]])
+        main(words)
     error = capsys.readouterr().err
     check_message(ended.value.code, error, "does not fit the cluster")
     assert "training needs" in error
@@ -70,7 +70,7 @@ def test_prompts_that_the_text_encoder_cannot_read_are_refused(setting, says):
 def test_an_empty_class_is_named(tmp_path, image_folder, capsys):
     (image_folder / "bird").mkdir()
     source = f"{{format: imagefolder, path: {image_folder}}}"
-    line = command("run", tmp_path, f"data.train={source}", f"data.test={source}", "data.ood={}")
+    words = arguments("run", tmp_path, f"data.train={source}", f"data.test={source}", "data.ood={}")
     with pytest.raises(SystemExit) as ended:
-        main(["run", *line[2:]])
+        main(words)
     check_message(ended.value.code, capsys.readouterr().err, "bird")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image, ImageDraw
-from small_runs import NO_LLM, ROOT, SMALL
+from small_runs import NO_LLM, ROOT, SMALL, line, sets
 
 from ray_synth.studies.catalog import WRITERS
 
@@ -32,11 +32,8 @@ TINY = [
 
 
 def study(name: str, config: Path, *settings: str, seeds: str = "0", **options) -> subprocess.Popen:
-    line = [sys.executable, "jobs/study.py", name, "--config", str(config), "--seeds", seeds]
-    for setting in settings:
-        line += ["--set", setting]
     return subprocess.Popen(
-        line,
+        line("study", name, "--config", str(config), "--seeds", seeds, *sets(*settings)),
         cwd=ROOT,
         env={**os.environ, "COLUMNS": "160"},
         stdout=subprocess.PIPE,
@@ -90,7 +87,7 @@ def test_a_study_of_ones_own_folder_from_init_alone_and_no_test_image_is_read_be
     """Test images are rubbish until the study has trained and chosen; then they are put right."""
     config = tmp_path / "mine.yaml"
     subprocess.run(
-        [sys.executable, "-m", "ray_synth.cli", "init", "--images", str(shapes), "--out", str(config)],
+        line("init", "--images", str(shapes), "--out", str(config)),
         cwd=ROOT, check=True, capture_output=True,
     )  # fmt: skip
     kept = tmp_path / "kept"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from forwarder import Forwarder
-from head import QUICKSTART, line, living_actors, ray_synth, sets, start_head, wait_for
-from small_runs import NO_LLM, ROOT, SMALL, planned_ids, stored_ids
+from head import QUICKSTART, living_actors, ray_synth, start_head, wait_for
+from small_runs import NO_LLM, ROOT, SMALL, arguments, line, planned_ids, stored_ids
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-def arguments(verb: str, runs: Path, *settings: str) -> list[str]:
-    return [verb, "--config", QUICKSTART, *sets(f"runs_dir={runs}", *SMALL, *settings)]
+def small(verb: str, runs: Path, *settings: str) -> list[str]:
+    return arguments(verb, runs, *SMALL, *settings)
 
 
 def started(env: dict[str, str], *words: str) -> subprocess.Popen[str]:
@@ -53,7 +53,7 @@ def test_a_submitted_job_ends_with_its_exit_code(head, tmp_path):
     result = ray_synth(
         head,
         "submit",
-        *arguments("run", tmp_path, *NO_LLM, "training.baseline=false", "training.steps=10"),
+        *small("run", tmp_path, *NO_LLM, "training.baseline=false", "training.steps=10"),
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
     assert (tmp_path / "quickstart" / "metrics.json").exists()
@@ -61,7 +61,7 @@ def test_a_submitted_job_ends_with_its_exit_code(head, tmp_path):
     assert "uploads config/quickstart.yaml" in result.stderr
     failed = ray_synth(
         head, "submit",
-        *arguments("run", tmp_path / "other", "data.test={format: imagefolder, path: /nonexistent}"),
+        *small("run", tmp_path / "other", "data.test={format: imagefolder, path: /nonexistent}"),
     )  # fmt: skip
     assert failed.returncode == 2
     assert "note: data.test.path is a local path: /nonexistent must be there" in failed.stderr
@@ -111,7 +111,7 @@ def test_what_does_not_reach_the_cluster_is_said(head, tmp_path):
 @pytest.mark.timeout(1800)
 def test_a_job_stopped_at_any_stage_leaves_nothing_and_goes_on(head, tmp_path):
     """Stopped while Serve answers, and while images are made and trained on; then run to its end."""
-    words = arguments(
+    words = small(
         "run", tmp_path, "prompting.multiplier=60", "training.steps=200", "training.baseline=false"
     )  # 480 images
 
@@ -147,7 +147,7 @@ def test_a_job_stopped_at_any_stage_leaves_nothing_and_goes_on(head, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_follower_may_leave_and_come_back(head, tmp_path):
-    words = arguments("generate", tmp_path, *NO_LLM, "prompting.multiplier=60")
+    words = small("generate", tmp_path, *NO_LLM, "prompting.multiplier=60")
     follower = started(head, "submit", "--id", "left", *words)
     assert follower.stdout
     assert any("Running entrypoint" in text for text in follower.stdout)
@@ -185,7 +185,7 @@ def test_a_follower_may_leave_and_come_back(head, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_local_run_ends_cleanly(tmp_path, number, code):
     """`docker stop`, Kubernetes' end of a pod, or Ctrl-C, in the middle of training."""
-    words = arguments(
+    words = small(
         "train", tmp_path, *NO_LLM, "prompting.multiplier=60", "training.steps=300",
         "training.baseline=false",
     )  # fmt: skip

@@ -4,16 +4,15 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import pytest
-from head import end_tree, start_head
+from head import end_tree, ray_synth, start_head
 from service import free_port
-from small_runs import NO_LLM, ROOT, SMALL
+from small_runs import NO_LLM, ROOT, SMALL, arguments
 from test_metrics import DASHBOARD, MONITORING, OURS, expressions
 
 pytestmark = [
@@ -96,12 +95,7 @@ def scraped(head, tmp_path_factory):
             lambda: prometheus.ask("query", query='up{job="ray"} == 1')["data"]["result"], 240
         ), (folder / "prometheus.log").read_text()[-3000:]
         started = time.time()
-        line = [sys.executable, "jobs/run.py", "--config", "jobs/configs/quickstart.yaml"]
-        for setting in [f"runs_dir={folder / 'runs'}", *SETTINGS]:
-            line += ["--set", setting]
-        done = subprocess.run(
-            line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False
-        )
+        done = ray_synth(env, *arguments("run", folder / "runs", *SETTINGS))
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         prometheus.until(
             lambda: prometheus.ask("query", query="ray_ray_synth_evaluated_images_total")["data"][

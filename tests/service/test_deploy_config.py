@@ -14,7 +14,7 @@ import yaml
 
 from ray_synth.cli.command import main
 from ray_synth.errors import UserError
-from ray_synth.service.app import ServeConfig
+from ray_synth.service.app import ServeConfig, build
 from ray_synth.service.deploy_config import check_serve_config, load_serve_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,8 +47,37 @@ def paths_of(values, path=()):
                 yield from paths_of(value, (*path, key))
 
 
-def test_the_shipped_config_passes():
-    assert load_serve_config(ROOT / "serve/config.yaml")["http_options"]["port"] == 8000
+@pytest.mark.parametrize("name", ["config", "gpu"])
+def test_the_shipped_configs_pass_and_listen_on_the_loopback_address(name):
+    values = load_serve_config(ROOT / f"serve/{name}.yaml")
+    assert values["http_options"] == {"host": "127.0.0.1", "port": 8000}
+    assert values["proxy_location"] == "HeadOnly"
+    (application,) = values["applications"]
+    build(ServeConfig(**application["args"]))
+
+
+def test_the_config_for_gpus_has_models_of_a_hub_that_scale():
+    (application,) = load_serve_config(ROOT / "serve/gpu.yaml")["applications"]
+    config = ServeConfig(**application["args"])
+    assert config.llm.model != "embedded" != config.clip.model
+    counts = [
+        sum(model.num_gpus * model.replicas[end] for model in (config.llm, config.clip))
+        for end in (0, 1)
+    ]
+    assert counts == [1.5, 8], "as its first lines say"
+
+
+def test_there_is_nothing_but_yaml_for_an_operator():
+    assert {path.suffix for path in (ROOT / "serve").iterdir()} == {".yaml"}
+
+
+@pytest.mark.parametrize("path", ["serve.app:build", "serve.app.build"])
+def test_the_apps_former_place_is_answered_with_the_new_one(path):
+    with pytest.raises(UserError) as error:
+        check_serve_config(serve_config(import_path=path), origin="my.yaml")
+    assert str(error.value) == (
+        "my.yaml:\n  applications.0.import_path: the app has moved: write ray_synth.service.app:build"
+    )
 
 
 def test_a_config_with_every_option_passes():
