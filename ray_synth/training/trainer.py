@@ -1,6 +1,6 @@
 """Sets a TrainJob going on the cluster: datasets, workers, storage, and the wait for its end.
 
-The synthetic dataset is given to Ray Train as a callable, so that after a failure it is made anew from
+The synthetic dataset is given to Ray Train as a callable, so that after a failure it is made again from
 the plan and the store: what was generated is read back, not generated again.
 """
 
@@ -59,7 +59,7 @@ def run_training(
     import ray.train
     import ray.train.torch
 
-    from ray_synth.training.failures import FailuresInARow
+    from ray_synth.training.failures import ConsecutiveFailures
 
     config = job.config
     if job.real is None and config.class_balance:
@@ -90,7 +90,7 @@ def run_training(
             storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
             # Ours gives up, by failures in a row. Announced losses of nodes are not limited.
             failure_config=ray.train.FailureConfig(max_failures=-1),
-            callbacks=[FailuresInARow(config.max_failures)],  # type: ignore[list-item]
+            callbacks=[ConsecutiveFailures(config.max_failures)],  # type: ignore[list-item]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
         datasets=datasets,
