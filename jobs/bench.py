@@ -41,7 +41,7 @@ def _verbs() -> None:
 def generation(
     config: ConfigPath = QUICKSTART,
     overrides: Overrides = None,
-    batches: Annotated[int, typer.Option(help="batches a round")] = 6,
+    batches: Annotated[int, typer.Option(help="batches per round")] = 6,
     rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 3,
     parts: Annotated[bool, typer.Option(help="also each part of the speed path alone")] = False,
 ) -> None:
@@ -97,7 +97,7 @@ def generation(
     limit = _matmul_limit(dtype, device)
     share = {name: rate * flops / limit for name, rate in figures.items()}
     print(
-        f"{flops / 1e9:.1f} GFLOP an image; this device multiplies matrices at "
+        f"{flops / 1e9:.1f} GFLOP per image; this device multiplies matrices at "
         f"{limit / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}: stock takes "
         f"{100 * share['stock']:.0f}% of that, ours {100 * share['ours']:.0f}%"
     )
@@ -130,7 +130,7 @@ def serving_verb(
 def scaling_verb(
     actors: Annotated[str, typer.Option(help="pool sizes")] = "1,2,4,8,16,32,64",
     seconds: Annotated[float, typer.Option(help="that each batch takes")] = 4.0,
-    batches: Annotated[int, typer.Option(help="batches an actor, in the steady state")] = 5,
+    batches: Annotated[int, typer.Option(help="batches per actor, in the steady state")] = 5,
 ) -> None:
     """Throughput of 1 to 64 actors that sleep a fixed time, against the ideal."""
     _json("scaling", **scaling([int(part) for part in actors.split(",")], seconds, batches))
@@ -139,7 +139,7 @@ def scaling_verb(
 @app.command("plans")
 def plans_verb(
     rows: Annotated[str, typer.Option(help="plan sizes")] = "10000,1000000,10000000",
-    batch_size: Annotated[int, typer.Option(help="rows a chunk")] = 32,
+    batch_size: Annotated[int, typer.Option(help="rows per chunk")] = 32,
 ) -> None:
     """Start-up time, driver memory and listing time for long plans, half of which are made."""
     _json("plans", **plans([int(part) for part in rows.split(",")], batch_size))
@@ -151,7 +151,7 @@ def training_verb(
     batch_size: Annotated[int, typer.Option(help="real + synthetic")] = 64,
     image_size: int = 64,
     rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 15,
-    steps: Annotated[int, typer.Option(help="steps a round")] = 3,
+    steps: Annotated[int, typer.Option(help="steps per round")] = 3,
     compiled: Annotated[bool, typer.Option(help="also under torch.compile")] = True,
     slower: Annotated[float, typer.Option(help="generator, against training; 0: no feeds")] = 100,
 ) -> None:

@@ -29,7 +29,7 @@ def main(
     seeds: Annotated[str, typer.Option(help="comma-separated")] = "0,1,2",
     overrides: Annotated[list[str] | None, typer.Option("--set")] = None,
 ) -> None:
-    """Run the config once a seed and print the means."""
+    """Run the config once per seed and print the means."""
     numbers = [int(seed) for seed in seeds.split(",")]
     name = load_config(config, overrides).name
     found = {}
@@ -52,7 +52,7 @@ def accuracies(metrics: dict[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def markdown(found: dict[int, dict[str, Any]]) -> str:
-    """One row a model and test set, one column a seed, and their mean and standard deviation."""
+    """One row per model and test set, one column per seed, and their mean and standard deviation."""
     tables = {seed: accuracies(metrics) for seed, metrics in found.items()}
     lines = [
         "| model | test set | "
