@@ -44,7 +44,7 @@ def _verbs() -> None:
 def generation(
     config: ConfigPath = QUICKSTART,
     overrides: Overrides = None,
-    batches: Annotated[int, typer.Option(help="batches a round")] = 6,
+    batches: Annotated[int, typer.Option(help="batches per round")] = 6,
     rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 3,
     parts: Annotated[bool, typer.Option(help="also each part of the speed path alone")] = False,
 ) -> None:
@@ -63,7 +63,8 @@ def generation(
     assert isinstance(size, int), "give a number: --set generation.batch_size=16"
     stock_dtype = torch.float16 if device.startswith("cuda") else torch.float32
     stock = _stock_pipeline(made, stock_dtype, device)
-    contenders = {"stock": partial(_stock_round, stock, made=made), **_ours(made, parts=parts)}
+    contenders: dict[str, Contender] = {"stock": partial(_stock_round, stock, made=made)}
+    contenders |= _ours(made, parts=parts)
     with connect(ClusterConfig(num_cpus=settings.cluster.num_cpus)):
         rates = _rates(contenders, rounds=rounds, images=batches * size)
     titles = {
@@ -118,7 +119,7 @@ def serving_verb(
 def scaling_verb(
     actors: Annotated[str, typer.Option(help="pool sizes")] = "1,2,4,8,16,32,64",
     seconds: Annotated[float, typer.Option(help="that each batch takes")] = 4.0,
-    batches: Annotated[int, typer.Option(help="batches an actor, in the steady state")] = 5,
+    batches: Annotated[int, typer.Option(help="batches per actor, in the steady state")] = 5,
 ) -> None:
     """Throughput of 1 to 64 actors that sleep a fixed time, against the ideal."""
     _json("scaling", **scaling([int(part) for part in actors.split(",")], seconds, batches))
@@ -127,7 +128,7 @@ def scaling_verb(
 @app.command("plans")
 def plans_verb(
     rows: Annotated[str, typer.Option(help="plan sizes")] = "10000,1000000,10000000",
-    batch_size: Annotated[int, typer.Option(help="rows a chunk")] = 32,
+    batch_size: Annotated[int, typer.Option(help="rows per chunk")] = 32,
 ) -> None:
     """Start-up time, driver memory and listing time for long plans, half of which are made."""
     _json("plans", **plans([int(part) for part in rows.split(",")], batch_size))
@@ -139,7 +140,7 @@ def training_verb(
     batch_size: Annotated[int, typer.Option(help="real + synthetic")] = 64,
     image_size: int = 64,
     rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 15,
-    steps: Annotated[int, typer.Option(help="steps a round")] = 3,
+    steps: Annotated[int, typer.Option(help="steps per round")] = 3,
     compiled: Annotated[bool, typer.Option(help="also under torch.compile")] = True,
     slower: Annotated[float, typer.Option(help="generator, against training; 0: no feeds")] = 100,
 ) -> None:

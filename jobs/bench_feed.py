@@ -27,7 +27,7 @@ def live(
         for _ in range(rounds):
             memory = _train("stored", 0.0, steps, batch_size)
             a_step = memory["seconds"] / steps
-            # Images a second that training uses, over `slower`: seconds for a batch of 16.
+            # Images per second that training uses, over `slower`: seconds for a batch of 16.
             seconds = 16 * slower * a_step / (batch_size // 2)
             fed = _train("live", seconds, steps, batch_size)
             found["from memory"].append(steps / memory["seconds"])

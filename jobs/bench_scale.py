@@ -16,11 +16,11 @@ from PIL import Image
 
 from ray_synth.config import ClusterConfig, GenerationConfig, PoolConfig, QualityConfig
 
-PATIENCE = 40  # batches an actor that may pass while the last actors start
+PATIENCE = 40  # batches per actor that may pass while the last actors start
 
 
 class Sleeper:
-    """A generator that takes a fixed time a batch, whatever the machine."""
+    """A generator that takes a fixed time per batch, whatever the machine."""
 
     def __init__(self, config: GenerationConfig) -> None:
         self.seconds = config.generator_kwargs["seconds"]
@@ -68,11 +68,11 @@ def plan_rows(count: int, *, first: int = 0) -> list[dict[str, Any]]:
 
 
 def scaling(actors: list[int], seconds: float, batches: int) -> dict[str, Any]:
-    """Throughput against actors; the ideal is `actors / seconds` batches a second."""
+    """Throughput against actors; the ideal is `actors / seconds` batches per second."""
     from ray_synth.cluster.connection import connect
 
     print(
-        f"a generator that sleeps {seconds:g} s a batch; {batches} batches an actor, steady state"
+        f"a generator that sleeps {seconds:g} s per batch; {batches} batches per actor, steady state"
     )
     print(f"{'actors':>8} {'batches/s':>10} {'ideal':>10} {'ratio':>8} {'ready after':>12}")
     ratios = {}
@@ -93,7 +93,7 @@ def scaling(actors: list[int], seconds: float, batches: int) -> dict[str, Any]:
 
 
 def _scaling_round(actors: int, seconds: float, batches: int) -> tuple[float, float]:
-    """(batches a second, seconds until all actors worked), counted while all of them work."""
+    """(batches per second, seconds until all actors worked), counted while all of them work."""
     import pyarrow as pa
 
     from ray_synth.generation.maker import GenerationJob

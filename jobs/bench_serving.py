@@ -60,7 +60,7 @@ def serving(
         after = _batches(address)
     found[concurrency[-1]] = _figures(latencies, sum(served))
     what = "a meaning from the LLM" if llm else "the caller's meanings alone"
-    print(f"/disambiguate, {IMAGES} handwritten digits a question, {what}")
+    print(f"/disambiguate, {IMAGES} handwritten digits per question, {what}")
     print("concurrency  questions/s   p50 ms   p95 ms   p99 ms")
     for level, row in found.items():
         print(
@@ -216,7 +216,7 @@ def _batches(address: str) -> dict[str, Any]:
 
 
 def _mean_batch(before: dict[str, Any], after: dict[str, Any], model: str) -> float:
-    """Questions (LLM) or images (CLIP) a batch, between two readings."""
+    """Questions (LLM) or images (CLIP) per batch, between two readings."""
     first, last = before[model], after[model]
     batches = last["batches"] - first["batches"]
     return (last["items"] - first["items"]) / max(batches, 1)

@@ -15,7 +15,7 @@ from bench_device import device_name, dtype_name, wait_for
 def norms(
     model: str, batch_size: int, image_size: int, *, rounds: int, steps: int, compiled: bool
 ) -> dict[str, Any]:
-    """Training steps a second of each contender; rounds alternate between them.
+    """Training steps per second of each contender; rounds alternate between them.
 
     A step is forward, L_real + L_synth, backward and SGD, in bfloat16 where the device computes in it;
     channels_last. `dual 1:3` is ours with a quarter of real images, which timm's SplitBN cannot do.

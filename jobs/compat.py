@@ -24,7 +24,7 @@ SYSTEMS = {
 
 
 def resolve(python: str, platform: str) -> str:
-    """Empty where everything is to be had as a wheel, else what uv says is missing."""
+    """Empty where everything is available as a wheel, else what uv says is missing."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

@@ -20,7 +20,7 @@ def read_backends(values: Any, *, origin: str = "backends") -> dict[str, LlmConf
     """A mapping of names to settings of `meaning.llm`, validated.
 
     Raises:
-        UserError: it is no such mapping, or a key or value is wrong; the message names it.
+        UserError: it is not such a mapping, or a key or value is wrong; the message names it.
     """
     if not isinstance(values, dict) or not values:
         raise UserError(f"{origin}: give a mapping of names to settings as under meaning.llm")
@@ -36,7 +36,7 @@ def read_truth(
     """A mapping of class names to words or phrases, one of which makes a choice right.
 
     Raises:
-        UserError: it is no such mapping, or names a class that there is not.
+        UserError: it is not such a mapping, or names an unknown class.
     """
     if not isinstance(values, dict):
         raise UserError(f"{origin}: give a mapping of class names to accepted words")

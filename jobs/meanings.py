@@ -36,7 +36,8 @@ from ray_synth.meaning.ranking import unit_means
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 QUESTIONS = Path(__file__).parent / "pictures.yaml"
 PHRASES = [f"the number {number}" for number in NUMBERS]
-GROUPS = {1: 50, 5: 50, 16: 15}  # images a question -> questions a class, no image in two of them
+# Images per question -> questions per class, no image in two of them.
+GROUPS = {1: 50, 5: 50, 16: 15}
 FIT_SIZES, FIT_DRAWS = (1, 5), 4000
 
 
@@ -167,7 +168,7 @@ def ask_pictures(
 
 
 def ask_digits(models: MeaningModels, features: np.ndarray, images: int) -> list[Verdict]:
-    """Digits by the ten numbers, `images` of a class at a time."""
+    """Digits by the ten numbers, `images` of one class at a time."""
     order = np.random.default_rng(0).permutation(features.shape[1])
     groups = [order[i * images : (i + 1) * images] for i in range(GROUPS[images])]
     truths = [digit for digit in range(10) for _ in groups]

@@ -120,7 +120,7 @@ class SourceConfig(Section):
     image_column: str = result("image")
     label_column: str = result("label")
     images_per_class: Positive | dict[str, Positive] | None = result(
-        None, description="take at most this many a class; or a number for each class name"
+        None, description="take at most this many per class; or a number for each class name"
     )
     class_map: Literal["imagenet_wnids", "imagenet_indices"] | dict[str, str] | None = result(
         None,
@@ -142,11 +142,11 @@ class DataConfig(Section):
     test: SourceConfig = result()
     ood: dict[str, SourceConfig] = result(default_factory=dict)
     validation: Positive | None = result(
-        None, description="training images a class that are held out, to choose settings by"
+        None, description="training images per class that are held out, to choose settings by"
     )
     class_names: list[str] | str | None = result(
         None,
-        description="names, 'imagenet', or a text file with one a line; default: the labels "
+        description="names, 'imagenet', or a text file with one per line; default: the labels "
         "themselves",
     )
     max_pixels: Positive = result(50_000_000, description="larger images are set aside")
@@ -182,7 +182,7 @@ class LlmConfig(Section):
     def _backend_fits(self) -> LlmConfig:
         if self.backend == "openai" and (self.model == "embedded" or self.num_gpus):
             raise UserError(
-                "backend openai wants the model's name on the server, and num_gpus 0: the GPU is there"
+                "backend openai needs the model's name on the server, and num_gpus 0: the GPU is there"
             )
         if self.backend == "transformers" and (self.base_url or self.structured):
             raise UserError("base_url and structured belong to backend: openai")
@@ -218,7 +218,7 @@ class MeaningConfig(Section):
     llm: LlmConfig = result(LlmConfig())
     clip: ClipConfig = result(ClipConfig())
     num_meanings: Positive = result(5, description="K: phrases asked from the LLM")
-    num_images: Positive = result(16, description="N: real images a class that judge them")
+    num_images: Positive = result(16, description="N: real images per class that judge them")
     retries: Annotated[int, Field(ge=0)] = result(3)
     lexicon: Literal["off", "wordnet"] | str = result(
         "off", description="dictionary senses as candidates: 'wordnet', or a WordNet folder"
@@ -327,9 +327,9 @@ class GenerationConfig(Section):
     pool: PoolConfig = how(PoolConfig())
     num_cpus: Annotated[float, Field(gt=0)] = how(1)
     num_gpus: Annotated[float, Field(ge=0)] = how(
-        0, description="GPUs an actor: a fraction shares one, 2 or more spread the model"
+        0, description="GPUs per actor: a fraction shares one, 2 or more spread the model"
     )
-    num_threads: Positive | None = how(None, description="torch threads an actor; default: cores")
+    num_threads: Positive | None = how(None, description="torch threads per actor; default: cores")
 
 
 class OptimizerConfig(Section):
@@ -339,7 +339,7 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = result(1e-3)
     weight_decay: Annotated[float, Field(ge=0)] = result(0.05)
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = result(
-        None, description="learning rates fall by this factor a layer, towards the input"
+        None, description="learning rates fall by this factor per layer, towards the input"
     )
     kwargs: dict[str, Any] = result(default_factory=dict, description="further arguments of timm's")
     schedule: Literal["cosine", "step", "multistep", "poly", "tanh", "constant"] = result("cosine")
@@ -366,15 +366,17 @@ class TrainingConfig(Section):
     mixup: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")
     cutmix: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")
     repeated_augmentation: Positive = result(
-        1, description="draw each real image this many times, augmented anew"
+        1, description="draw each real image this many times, augmented differently each time"
     )
     feed: Literal["live", "lockstep", "stored"] = result("live")
     dual_bn: bool = result(True)
     dual_layer_norm: bool = result(False, description="twins for LayerNorm as well (ours)")
     steps: Positive | None = result(None, description="optimizer steps; or give epochs")
     epochs: Positive | None = result(None, description="passes over the real images")
-    batch_size: Annotated[int, Field(ge=2)] = result(256, description="real + synthetic, a worker")
-    accumulate_steps: Positive = result(1, description="batches an optimizer step")
+    batch_size: Annotated[int, Field(ge=2)] = result(
+        256, description="real + synthetic, per worker"
+    )
+    accumulate_steps: Positive = result(1, description="batches per optimizer step")
     real_fraction: Annotated[float, Field(gt=0, lt=1)] = result(0.5, description="of each batch")
     lambda_synth: Annotated[float, Field(ge=0)] = result(1.0, description="weight of L_synth")
     lambda_end: Annotated[float, Field(ge=0)] | None = result(
@@ -399,7 +401,7 @@ class TrainingConfig(Section):
         "lie in a temporary file",
     )
     decode_workers: Annotated[int, Field(ge=0)] = how(
-        0, description="processes a worker for random crops and RandAugment; 0: one thread"
+        0, description="processes per worker for random crops and RandAugment; 0: one thread"
     )
     checkpoint_every: Positive = how(500)
     log_every: Positive = how(10)
@@ -422,11 +424,11 @@ class TrainingConfig(Section):
                 "room for both real and synthetic images"
             )
         if self.min_workers > self.max_workers:
-            raise UserError(f"num_workers wants [fewest, most], got {self.num_workers}")
+            raise UserError(f"num_workers must be [fewest, most], got {self.num_workers}")
         if (self.mixup or self.cutmix) and (self.num_real % 2 or self.num_synth % 2):
             raise UserError(
                 f"mixup and cutmix pair the images of a domain: {self.num_real} real and "
-                f"{self.num_synth} synthetic images a batch must both be even"
+                f"{self.num_synth} synthetic images per batch must both be even"
             )
         return self
 
@@ -495,7 +497,7 @@ class StudiesConfig(Section):
     )
     scales: list[Annotated[float, Field(gt=0)]] = how([1, 2, 4, 6, 12, 24])
     images_per_class: list[Positive] = how(
-        [2, 5, 10, 20], description="real images a class, for the study low_data"
+        [2, 5, 10, 20], description="real images per class, for the study low_data"
     )
     lambdas: list[Annotated[float, Field(ge=0)]] = how([0.1, 0.25, 0.5, 1.0, 2.0])
     real_fractions: list[Annotated[float, Field(gt=0, lt=1)]] = how([0.2, 0.3333, 0.5, 0.75])
@@ -579,7 +581,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=c` overrides (values are YAML), and validate.
 
     Raises:
-        UserError: the file is missing or no mapping, or a key or value is wrong; the message names
+        UserError: the file is missing or not a mapping, or a key or value is wrong; the message names
             each one and, for a misspelt key, the nearest that exists.
     """
     path = Path(path)
@@ -609,7 +611,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changes_result(key: str) -> bool:
-    """Whether a setting, by its dotted key, is a `result` one; False for a key that there is none of.
+    """Whether a setting, by its dotted key, is a `result` one; False for an unknown key.
 
     Keys of the user's own, inside a mapping such as `prompting.mix`, are as the mapping is.
     """
@@ -639,7 +641,7 @@ def default_of(key: str) -> Any:
 
 
 def read_run_config(folder: Any) -> dict[str, Any]:
-    """The settings in a run's config.yaml, without those that this version has no more, and without
+    """The settings in a run's config.yaml, without those that this version no longer has, and without
     the packages' versions (see `run_versions`).
 
     Args:
@@ -726,7 +728,7 @@ def _merge_recipe(values: dict[str, Any]) -> None:
 def parse_config(
     values: dict[str, Any], *, origin: str = "config", model: type[BaseModel] = Config
 ) -> Any:
-    """Validate a mapping as `model`. Raises UserError with one line a problem."""
+    """Validate a mapping as `model`. Raises UserError with one line per problem."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -22,8 +22,8 @@ def pick_device(device: str) -> str:
             kind == "mps" and not torch.backends.mps.is_available()
         ):
             raise UserError(
-                f"device {device!r}: there is none such here ({count} CUDA GPUs); set `device: auto`, "
-                "and num_gpus where Ray is to give one"
+                f"device {device!r}: there is no such device here ({count} CUDA GPUs); set `device: "
+                "auto`, and num_gpus where Ray is to give one"
             )
         return device
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Every figure that our processes give to Ray's Prometheus metrics, declared in one place.
+"""Every metric that our processes give to Ray's Prometheus metrics, declared in one place.
 
-Figures go to the node's agent, which Prometheus scrapes, under `exported` names. Outside of Ray nothing
-is recorded. One record costs 1.5 microseconds; they are made once a batch or every `log_every` steps.
+Metrics go to the node's agent, which Prometheus scrapes, under `exported` names. Outside of Ray nothing
+is recorded. One record costs 1.5 microseconds; they are made once per batch or every `log_every` steps.
 
 What Ray 2.60 does with them, as seen: a counter outlives the process that counted, and loses at most the
 last 10 s of one that is killed; a gauge vanishes 25 s after it was last set, so dashboards look at the
@@ -24,7 +24,7 @@ ANSWER_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """One metric.
 
     Attributes:
@@ -40,45 +40,45 @@ class Figure:
 
 
 ARM = ("run", "arm")
-FIGURES = {
+METRICS = {
     # The driver, every few seconds while it lives.
-    "stage_seconds": Figure("gauge", "seconds since the stage under way began", ("run", "stage")),
-    "images_left": Figure("gauge", "images that the generation under way has yet to make"),
-    # Generator actors, once a batch.
-    "generated_images_total": Figure("counter", "images made, rejected ones included"),
-    "generator_seconds_total": Figure("counter", "seconds that generators were at work"),
-    "generator_rows_total": Figure("counter", "plan rows in generator batches"),
-    "generator_places_total": Figure("counter", "places in these batches, padding included"),
-    "faulty_images_total": Figure(
+    "stage_seconds": Metric("gauge", "seconds since the stage under way began", ("run", "stage")),
+    "images_left": Metric("gauge", "images that the generation under way has yet to make"),
+    # Generator actors, once per batch.
+    "generated_images_total": Metric("counter", "images made, rejected ones included"),
+    "generator_seconds_total": Metric("counter", "seconds that generators were at work"),
+    "generator_rows_total": Metric("counter", "plan rows in generator batches"),
+    "generator_places_total": Metric("counter", "places in these batches, padding included"),
+    "faulty_images_total": Metric(
         "counter",
         "images that a check found fault with: rejected, flagged, or retried with a new seed",
         ("run", "outcome", "reason"),
     ),
-    "store_write_seconds": Figure("histogram", "time to write a part of the store"),
-    "storage_retries_total": Figure("counter", "reads and writes of the store tried again"),
+    "store_write_seconds": Metric("histogram", "time to write a part of the store"),
+    "storage_retries_total": Metric("counter", "reads and writes of the store tried again"),
     # Training workers, every log_every steps.
-    "training_steps_total": Figure("counter", "optimizer steps", ARM),
-    "training_images_total": Figure("counter", "images trained on", (*ARM, "domain")),
-    "training_loss": Figure("gauge", "mean loss of a step's images", (*ARM, "domain")),
-    "training_seconds_total": Figure("counter", "seconds in the training loop", ARM),
-    "training_waited_seconds_total": Figure(
+    "training_steps_total": Metric("counter", "optimizer steps", ARM),
+    "training_images_total": Metric("counter", "images trained on", (*ARM, "domain")),
+    "training_loss": Metric("gauge", "mean loss of a step's images", (*ARM, "domain")),
+    "training_seconds_total": Metric("counter", "seconds in the training loop", ARM),
+    "training_waited_seconds_total": Metric(
         "counter", "seconds of these spent waiting for data", ARM
     ),
-    "synthetic_draws_total": Figure(
+    "synthetic_draws_total": Metric(
         "counter", "synthetic images drawn by the live feed: fresh, or replayed", (*ARM, "kind")
     ),
-    "reservoir_images": Figure("gauge", "images that the live feed holds", ARM),
-    "checkpoint_seconds": Figure("histogram", "time to save and report a checkpoint", ARM),
-    # Predictors, once a batch.
-    "evaluated_images_total": Figure("counter", "test images seen by all models"),
+    "reservoir_images": Metric("gauge", "images that the live feed holds", ARM),
+    "checkpoint_seconds": Metric("histogram", "time to save and report a checkpoint", ARM),
+    # Predictors, once per batch.
+    "evaluated_images_total": Metric("counter", "test images seen by all models"),
     # The service; Serve counts requests, errors, queues and replicas by itself.
-    "request_seconds": Figure(
+    "request_seconds": Metric(
         "histogram", "time to an answer, by operation", ("operation",), ANSWER_SECONDS
     ),
-    "questions_total": Figure("counter", "questions to the language model", ()),
-    "refused_phrases_total": Figure("counter", "pieces of LLM answers that were no phrases", ()),
-    "meanings_total": Figure("counter", "class names resolved", ("source", "ambiguous")),
-    "images_total": Figure("counter", "images that judged meanings", ()),
+    "questions_total": Metric("counter", "questions to the language model", ()),
+    "refused_phrases_total": Metric("counter", "pieces of LLM answers that were not phrases", ()),
+    "meanings_total": Metric("counter", "class names resolved", ("source", "ambiguous")),
+    "images_total": Metric("counter", "images that judged meanings", ()),
 }
 
 _made: dict[str, Any] = {}
@@ -94,20 +94,20 @@ def record(name: str, value: float, **tags: str) -> None:
     """Add to a counter, set a gauge, or observe in a histogram; nothing outside of Ray.
 
     Args:
-        name: one of `FIGURES`.
+        name: one of `METRICS`.
         tags: its tags; `run` is known from `join`.
     """
-    figure = FIGURES[name]
+    declared = METRICS[name]
     ray = sys.modules.get("ray")  # not imported for this: whoever runs in Ray has it
     if ray is None or not ray.is_initialized():
         return
     if name not in _made:
         _made[name] = make(name)
     metric = _made[name]
-    labels = {key: tags[key] if key in tags else _tags[key] for key in figure.tags}
-    if figure.kind == "gauge":
+    labels = {key: tags[key] if key in tags else _tags[key] for key in declared.tags}
+    if declared.kind == "gauge":
         metric.set(value, labels)
-    elif figure.kind == "histogram":
+    elif declared.kind == "histogram":
         metric.observe(value, labels)
     elif value > 0:  # Ray's counters refuse 0
         metric.inc(value, labels)
@@ -122,20 +122,20 @@ def timed(name: str, **tags: str) -> Iterator[None]:
 
 
 def make(name: str, library: Any = None) -> Any:
-    """The Ray metric of a figure, of `ray.util.metrics` or of a library that looks like it."""
+    """The Ray metric, of `ray.util.metrics` or of a library that looks like it."""
     if library is None:
         from ray.util import metrics as library
-    figure = FIGURES[name]
-    options: dict[str, Any] = {"description": figure.description, "tag_keys": figure.tags}
-    if figure.kind == "histogram":
-        options["boundaries"] = list(figure.boundaries)
-    return getattr(library, figure.kind.capitalize())(PREFIX + name, **options)
+    declared = METRICS[name]
+    options: dict[str, Any] = {"description": declared.description, "tag_keys": declared.tags}
+    if declared.kind == "histogram":
+        options["boundaries"] = list(declared.boundaries)
+    return getattr(library, declared.kind.capitalize())(PREFIX + name, **options)
 
 
 def exported(name: str) -> list[str]:
-    """The names under which Prometheus sees a figure."""
+    """The names under which Prometheus sees a metric."""
     whole = f"ray_{PREFIX}{name}"
-    if FIGURES[name].kind == "histogram":
+    if METRICS[name].kind == "histogram":
         return [f"{whole}_bucket", f"{whole}_count", f"{whole}_sum"]
     return [whole]
 

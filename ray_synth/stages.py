@@ -94,7 +94,7 @@ def times(seconds: dict[str, float]) -> list[tuple[str, bool, float]]:
     """Seconds by stage for people: (label, whether it is a part of the stage above, seconds), in order.
 
     Args:
-        seconds: as metrics.json has them; `training_mixed` is a part of `training`, `total` is none.
+        seconds: as metrics.json has them; `training_mixed` is a part of `training`, `total` no stage.
     """
     rows = []
     for stage in STAGES:

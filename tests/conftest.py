@@ -1,4 +1,4 @@
-"""Fixtures that start the real thing once a module: a local Ray, small image folders."""
+"""Fixtures that start the real thing once per module: a local Ray, small image folders."""
 
 from __future__ import annotations
 

@@ -63,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--work", type=Path, required=True, help="where the stages write")
     parser.add_argument("--data", type=Path, required=True, help="what is downloaded by hand")
-    parser.add_argument("--minutes", type=float, default=3.0, help="training time a stage")
+    parser.add_argument("--minutes", type=float, default=3.0, help="training time per stage")
     parser.add_argument("--workers", type=int, help="processes that draw (default: all CPUs but 1)")
-    parser.add_argument("--smoke", action="store_true", help="four steps a stage, few pictures")
+    parser.add_argument("--smoke", action="store_true", help="four steps per stage, few pictures")
     options = parser.parse_args(arguments)
     settings = Settings(options.work, options.data, options.minutes, options.smoke)
     if options.workers is not None:

@@ -20,8 +20,8 @@ except ImportError as error:  # pragma: no cover - tested in a process of its ow
 
 __all__ = ["DRAWING", "PICTURE", "array_rng", "as_bytes", "blend", "blur", "cv2", "decode", "grain"]
 
-PICTURE = 64  # pixels a side of a training picture
-DRAWING = 128  # pixels a side while a digit is drawn
+PICTURE = 64  # pixels per side of a training picture
+DRAWING = 128  # pixels per side while a digit is drawn
 
 Array = np.ndarray[Any, Any]
 

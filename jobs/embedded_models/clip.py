@@ -18,7 +18,7 @@ from jobs.embedded_models.render import FIRST_DIGIT_LABEL, load_rendered
 from jobs.embedded_models.settings import Settings, autocast
 
 TEXT_BATCH = 4096
-SAME_MEANING = 0.92  # captions at least this similar are no negatives of each other
+SAME_MEANING = 0.92  # captions at least this similar are not negatives of each other
 MAX_SCALE = 60.0
 
 

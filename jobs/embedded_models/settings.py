@@ -23,7 +23,7 @@ class Settings:
         work: where stages write and later stages read.
         data: what is downloaded by hand; its layout is described in `__main__`.
         minutes: training time of each training stage.
-        smoke: four steps a stage on a few pictures, to see that everything fits together.
+        smoke: four steps per stage on a few pictures, to see that everything fits together.
         workers: processes that draw pictures; 1 draws in this process.
     """
 

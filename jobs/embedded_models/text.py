@@ -25,7 +25,7 @@ TEMPERATURE = 0.05
 
 
 def sentence_maker(lexicon: Lexicon, rng: random.Random) -> Callable[[], str]:
-    """A function that makes one training sentence a call.
+    """A function that makes one training sentence per call.
 
     A fifth are captions of digits, a seventh captions of photographs, the rest WordNet: names,
     glosses, kinds, and names in photographs.

@@ -87,7 +87,7 @@ def build_lexicon(settings: Settings) -> Path:
     """Writes `work/wordnet.json` from WordNet's and Tiny-ImageNet's files; returns it.
 
     Raises:
-        ValueError: a file is missing, or a class id is no noun of this WordNet.
+        ValueError: a file is missing, or a class id is not a noun of this WordNet.
     """
     database = settings.input(
         "wordnet/data.noun", "the `dict` folder of WordNet 3.0 (wordnet.princeton.edu)"
@@ -102,7 +102,7 @@ def build_lexicon(settings: Settings) -> Path:
     classes = []
     for class_id in class_ids.split():
         if class_id[1:] not in synsets:
-            raise ValueError(f"{class_id} is no noun of {database}: use WordNet 3.0, not 3.1.")
+            raise ValueError(f"{class_id} is not a noun of {database}: use WordNet 3.0, not 3.1.")
         classes.append(_noun(class_id[1:], synsets))
     lexicon = Lexicon(tuple(_noun(offset, synsets) for offset in synsets), tuple(classes))
     path = settings.work / "wordnet.json"

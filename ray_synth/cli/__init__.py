@@ -1,4 +1,4 @@
-"""The command `ray-synth`: one file per group of verbs, and what is told of an error.
+"""The command `ray-synth`: one file per group of verbs, and what a user is told about an error.
 
 In: what a user typed. Out: lines for people, and an exit code.
 """

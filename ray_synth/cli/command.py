@@ -29,7 +29,7 @@ app.add_typer(serving.app, name="serve", no_args_is_help=True)
 @app.callback()
 def common(
     log_format: Annotated[
-        str | None, typer.Option(help="text, or json: an object a line", envvar=logs.VARIABLE)
+        str | None, typer.Option(help="text, or json: an object per line", envvar=logs.VARIABLE)
     ] = None,
 ) -> None:
     """Better image classifiers from synthetic images, at cluster scale."""

@@ -13,7 +13,7 @@ from ray_synth.preflight.check import fit_stages, table, unsure
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.memory import Findings, look
 from ray_synth.preflight.reach import cluster_reach
-from ray_synth.preflight.smallest_fix import mends
+from ray_synth.preflight.smallest_fix import fixes
 
 PACKAGES = (
     "ray-synth",
@@ -82,7 +82,7 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
     problems = [fit.problem for fit in fits if fit.problem]
     lines += [f"does not fit: {problem}" for problem in problems + memory.problems]
     if problems:
-        lines += [f"would fit: {way}" for way in mends(config, reach, sizes)]
+        lines += [f"would fit: {way}" for way in fixes(config, reach, sizes)]
     lines += [f"wrong: {problem}" for problem in wrong]
     problems += memory.problems + wrong
     if not problems:

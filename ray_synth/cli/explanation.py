@@ -1,4 +1,4 @@
-"""What a user is told of an error, and which errors a user can fix."""
+"""What a user is told about an error, and which errors a user can fix."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def status(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
     watch: Annotated[
-        float | None, typer.Option(help="look again every so many seconds, until it runs no longer")
+        float | None, typer.Option(help="look again every this many seconds, until the run ends")
     ] = None,
 ) -> None:
     """Say how a run stands, from its directory alone; exit code 0 done, 3 running, 4 neither."""
@@ -117,7 +117,7 @@ def export(
     kinds: Kinds = None,
     rejected: Annotated[bool, typer.Option(help="rejected images as well")] = False,
     limit: Annotated[int | None, typer.Option(help="images at most")] = None,
-    shard_rows: Annotated[int, typer.Option(help="images a shard, at most")] = 10_000,
+    shard_rows: Annotated[int, typer.Option(help="images per shard, at most")] = 10_000,
     licence: Annotated[str | None, typer.Option(help="for the card")] = None,
 ) -> None:
     """Write a run's images as a data set with a card, for other tools."""

@@ -50,7 +50,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     """A connection to Ray for the length of the block.
 
     A local Ray gets at least 4 logical CPUs: on a small laptop stages then share the cores, instead
-    of waiting for each other for ever. It is stopped at the end; a cluster that was joined stays.
+    of waiting for each other forever. It is stopped at the end; a cluster that was joined stays.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -86,8 +86,8 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise UserError(
-            f"no Ray cluster to be had at {address or 'this machine'}: {error}; check cluster.address"
-            " and RAY_ADDRESS (a cluster with token authentication wants RAY_AUTH_MODE=token and "
+            f"no Ray cluster available at {address or 'this machine'}: {error}; check cluster.address"
+            " and RAY_ADDRESS (a cluster with token authentication needs RAY_AUTH_MODE=token and "
             "the token on both sides)"
         ) from None
     except Exception as error:  # Ray raises no class of its own for this
@@ -114,7 +114,7 @@ def _require_answer(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError, UnicodeError) as error:
         raise UserError(
-            f"no Ray cluster to be had at {address} ({error}): check cluster.address and RAY_ADDRESS"
+            f"no Ray cluster available at {address} ({error}): check cluster.address and RAY_ADDRESS"
         ) from None
 
 

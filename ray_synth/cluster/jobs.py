@@ -1,6 +1,6 @@
 """Jobs on a Ray cluster, by the Ray Jobs SDK: submit, follow, stop, list.
 
-A job is one verb of `ray-synth` with its arguments. Every failure of the way to the cluster is a
+A job is one verb of `ray-synth` with its arguments. Every failure to reach the cluster is a
 UserError that says what to fix; no token is ever printed.
 """
 
@@ -65,7 +65,7 @@ def connect_jobs(address: str | None) -> JobSubmissionClient:
             "RAY_AUTH_TOKEN, or the file ~/.ray/auth_token, must hold the one that its head has"
         ) from None
     except (RuntimeError, ConnectionError, OSError) as error:
-        raise UserError(f"no Ray jobs to be had at {address}: {error}") from None
+        raise UserError(f"no Ray jobs available at {address}: {error}") from None
     check_ray_version(ray.__version__, client._server_ray_version)  # no public name for it
     return client
 
@@ -75,7 +75,7 @@ def find_address(address: str | None) -> str:
     this machine's.
 
     Raises:
-        UserError: it is no http address.
+        UserError: it is not an http address.
     """
     fallback = os.environ.get("RAY_ADDRESS", "")
     address = (
@@ -92,7 +92,7 @@ def find_address(address: str | None) -> str:
 
 
 def require_answer(address: str) -> None:
-    """Raises UserError where no dashboard answers, or one that wants a token which is not given;
+    """Raises UserError where no dashboard answers, or one that needs a token which is not given;
     Ray's own clients would wait, or show their insides."""
     import httpx
 
@@ -166,7 +166,7 @@ def submit(
         env: variables of the job; whoever may look at the cluster's dashboard can read them.
 
     Raises:
-        UserError: a job is at this run already, the id is taken, or the cluster refuses.
+        UserError: a job of this run is running already, the id is taken, or the cluster refuses.
     """
     import tenacity
 
@@ -174,8 +174,8 @@ def submit(
     for job in jobs:
         if run and not job.status.is_terminal() and (job.metadata or {}).get(RUN) == run:
             raise UserError(
-                f"job {job.submission_id} is at work on {run}: `ray-synth follow {job.submission_id}`"
-                f" shows it, `ray-synth stop {job.submission_id}` ends it"
+                f"job {job.submission_id} is already running {run}: `ray-synth follow "
+                f"{job.submission_id}` shows it, `ray-synth stop {job.submission_id}` ends it"
             )
     job_id = job_id or next_id(name, [str(job.submission_id) for job in jobs])
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **(env or {})}

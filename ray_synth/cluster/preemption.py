@@ -69,7 +69,7 @@ class SaveTimes:
         self.left_s = float("inf")
 
     def due(self, notice: Any, left_s: float) -> bool:
-        """Whether to save now, with so many seconds left. Another notice starts anew."""
+        """Whether to save now, with so many seconds left. Another notice starts over."""
         if notice != self.notice:
             self.notice, self.left_s = notice, float("inf")
         if self.left_s <= LAST_S or left_s > self.left_s / 2:

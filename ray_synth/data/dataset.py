@@ -1,6 +1,6 @@
 """An index of real images: which rows of which shards belong to which class, and a Ray Dataset of them.
 
-config -> `load_index` (labels only) -> `select` (a few a class) -> `inspect` (corrupt images set
+config -> `load_index` (labels only) -> `select` (a few per class) -> `inspect` (corrupt images set
 aside) -> `to_ray` (encoded bytes, streamed).
 """
 
@@ -57,7 +57,7 @@ class Index:
 
 
 def read_class_names(given: list[str] | str | None) -> tuple[str, ...] | None:
-    """Class names from the config: a list, `imagenet`, or a text file with one a line."""
+    """Class names from the config: a list, `imagenet`, or a text file with one per line."""
     if given == "imagenet":
         return imagenet.class_names()
     if isinstance(given, str):
@@ -79,7 +79,7 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
     numbers below their count, by position. With no `class_names`, the sorted labels are the classes.
 
     Raises:
-        UserError: a training class has no image, or no label is a known class.
+        UserError: a training class has no image, or none of the labels is a known class.
     """
     shards = list_shards(source)
     labels = [read_labels(shard) for shard in shards]
@@ -135,7 +135,7 @@ def select(index: Index, images_per_class: int | dict[str, int] | None, seed: in
         images_per_class: one number, or one by class name; a class that it lacks is taken whole.
 
     Raises:
-        UserError: a name is no class.
+        UserError: a name is not a class.
     """
     if images_per_class is None:
         return index
@@ -258,7 +258,7 @@ def to_ray(index: Index, *, test_set: str | None = None) -> ray.data.Dataset:
     import ray.data
 
     units = tasks(index)
-    shared = ray.put(units)  # one copy a node, however many read tasks
+    shared = ray.put(units)  # one copy per node, however many read tasks
 
     def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for image in read_task(ray.get(shared)[row["id"]]):

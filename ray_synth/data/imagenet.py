@@ -1,7 +1,7 @@
 """ImageNet's classes: names in the order of timm's models, and how its folders name them.
 
-Val, Sketch, R and A have a folder a WordNet id (R and A for 200 of them); V2 has one an index. The lists
-are timm's.
+Val, Sketch, R and A have one folder per WordNet id (R and A for 200 of them); V2 has one per index. The
+lists are timm's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CLASS_MAPS = ("imagenet_wnids", "imagenet_indices")
 
 @lru_cache(maxsize=1)
 def class_names() -> tuple[str, ...]:
-    """The 1,000 names, each another: the first word of the synset, with more where two share it.
+    """The 1,000 names, all different: the first word of the synset, with more where two share it.
 
     Both cranes are "crane" in WordNet; they become "crane (large long-necked wading bird)" and
     "crane (lifts and moves heavy objects)". No other two share all their words.

@@ -176,7 +176,7 @@ def _parquet_shards(source: SourceConfig) -> list[Shard]:
         try:
             file = pq.ParquetFile(path, filesystem=filesystem)
         except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is no Parquet file: {error}") from None
+            raise UserError(f"{path} is not a Parquet file: {error}") from None
         for column in (source.image_column, source.label_column):
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)

@@ -1,4 +1,4 @@
-"""Corrupted copies of images, as a test of what a classifier bears. torchvision does the drawing.
+"""Corrupted copies of images, as a test of what a classifier withstands. torchvision does the drawing.
 
 The kinds follow ImageNet-C (Hendrycks and Dietterich, 2019) where torchvision has them; strengths are
 ours, relative to the image's size, so that they mean the same on 28 and on 500 pixels.
@@ -27,7 +27,7 @@ STRENGTHS = {
 
 
 def check_kinds(kinds: Iterable[str]) -> None:
-    """Raises UserError for a kind that there is not, with the nearest."""
+    """Raises UserError for an unknown kind, with the nearest."""
     for kind in kinds:
         if kind not in STRENGTHS:
             raise UserError(f"no corruption is called {kind!r}; {did_you_mean(kind, STRENGTHS)}")

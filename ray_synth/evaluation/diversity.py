@@ -59,7 +59,7 @@ class PromptDiversity:
         distinct: how many remain when those equal up to case and spacing are counted once.
         distinct_1, distinct_2: distinct words, and pairs of neighbouring words, over all of them,
             0 to 1 (0 where there is none).
-        mean_words: words a prompt.
+        mean_words: words per prompt.
     """
 
     prompts: int

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BLOCK = 2048  # rows: blocks of kernel values are 32 MB of float64
 
 Statistics = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # layer: mean, variance
-Moments: TypeAlias = "tuple[int, Tensor, Tensor]"  # values a channel, mean, variance
+Moments: TypeAlias = "tuple[int, Tensor, Tensor]"  # values per channel, mean, variance
 
 
 @dataclass(frozen=True)

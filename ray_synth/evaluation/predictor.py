@@ -1,6 +1,6 @@
 """Runs trained models over test sets through Ray Data; every image is counted exactly once.
 
-All models see the same decoded batch, so adding a model costs no second reading.
+All models see the same decoded batch, so adding a model needs no second read.
 """
 
 from __future__ import annotations

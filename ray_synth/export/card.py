@@ -53,7 +53,7 @@ class Exported:
             `limit`.
         counts: images by (class index, kind).
         examples: a few rows of each kind.
-        unreadable: images left out because their bytes are no picture.
+        unreadable: images left out because their bytes are not a picture.
         files: files written, the card left out.
     """
 

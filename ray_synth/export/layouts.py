@@ -58,7 +58,7 @@ def export_images(
     """Write a run's images, and a card about them as README.md, into a folder of their own.
 
     Every file appears whole. The same export again gives the same bytes; one that was interrupted is
-    finished by running it again. Images whose bytes are no picture are left out and counted.
+    finished by running it again. Images whose bytes are not a picture are left out and counted.
 
     Args:
         layout: imagefolder, webdataset or huggingface.
@@ -129,7 +129,7 @@ def _pictures(run_folder: Folder, chosen: pa.Table, done: Exported) -> Iterator[
 
 
 def _suffix(data: bytes) -> str | None:
-    """The usual file name suffix of an image's format, by its header; None where it is no image."""
+    """The usual file name suffix of an image's format, by its header; None where it is not an image."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return SUFFIXES[str(image.format)]

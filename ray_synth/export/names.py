@@ -1,6 +1,6 @@
 """What the classes of a run are called in other tools: labels that differ, and safe folder names.
 
-The plan's class names in, as strangers wrote them; one name a class index out.
+The plan's class names in, as strangers wrote them; one name per class index out.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Chunk:
 def cut(plan: Plan, store: ImageStore, batch_size: int) -> list[Chunk]:
     """All chunks of a plan, with what the store has of them.
 
-    The store is listed once. Files are opened only where parts are no chunk of this plan: they were
+    The store is listed once. Files are opened only where parts are not chunks of this plan: they were
     made with another batch size, or for an earlier plan, and their rows are looked up by id.
     """
     listed = set(store.parts())

@@ -1,7 +1,7 @@
 """Is a generated image worth training on? Its pixels, its CLIP score, what it is a copy of.
 
-Images and their plan rows go in, a verdict each comes out, always the same for the same batch. What
-happens to a failed image (flag, reject, retry) is the caller's business.
+Images and their plan rows go in, one verdict per image comes out, always the same for the same batch.
+What happens to a failed image (flag, reject, retry) is the caller's business.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ray_synth.meaning.clip import ClipModel
 
 BLANK_LEVELS = 3  # of 255: what a compressor or a decoder leaves on one plain colour
-BLANK_SHARE = 0.001  # of the pixels; a hot pixel or two is no picture either
+BLANK_SHARE = 0.001  # of the pixels; a hot pixel or two is not a picture either
 CLIPPED_LEVELS = 2  # of 255: this near to 0 or 255 counts as clipped
 VIVID_LEVELS = 100  # of 255: between a pixel's largest and smallest channel
 FLAT_LEVELS = 32  # of 255: how much a plain painted colour may vary
@@ -43,7 +43,7 @@ def pixel_fault(pixels: NDArray[np.uint8]) -> str:
     do the pure colours, three channels clipped; and the burnt colour that covers the most, give or
     take 16 levels, is taken for paint and not counted.
 
-    The rule would rather miss than accuse. In 182 photographs, icons and plots at hand the largest
+    The rule would rather miss than accuse. In a sample of 182 photographs, icons and plots the largest
     share of burnt pixels was 0.02%. Of the embedded generator's pictures, 20 prompts at 4 steps, it
     names none at guidance 1, one at 3, 5 at 8, 6 at 20 and 6 at 60, where nearly all look burnt:
     what burns to black and white is not seen. A smooth rainbow of pure hues is named wrongly.
@@ -212,7 +212,7 @@ class Duplicate:
 
     Attributes:
         sample_id: the later image.
-        of: the nearest earlier image that is no duplicate itself; the earliest of equals.
+        of: the nearest earlier image that is not a duplicate itself; the earliest of equals.
         distance: their cosine distance, to 6 decimals.
     """
 

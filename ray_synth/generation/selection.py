@@ -113,7 +113,7 @@ def choose(
 def read_chosen(
     folder: Folder, chosen: pa.Table, columns: list[str] | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a slice with their pictures: one list a part, parts in the order of the slice.
+    """The rows of a slice with their pictures: one list per part, parts in the order of the slice.
 
     Args:
         chosen: from `choose`.

@@ -1,4 +1,4 @@
-"""The image store: append-only Parquet parts, one a generator batch. What is listed is what exists.
+"""The image store: append-only Parquet parts, one per generator batch. What is listed is what exists.
 
 A part is named by the ids of its rows: a batch made twice (a task retried after its actor died)
 replaces itself, and which batches of a plan are done is known from the listing, without opening a file.

@@ -17,9 +17,10 @@ from ray_synth.generation.maker import GenerationJob, ImageMaker
 if TYPE_CHECKING:
     import ray.data
 
-# A block takes Ray 3 ms and 40 kB of the driver (measured): long plans have several chunks a block, which
-# are one task. Not too many: a task that gives nothing for minutes looks like a stall.
-CALLS_AT_ONCE = 2  # batches that an actor has in hand: one is encoded and written beside the next
+# A block takes Ray 3 ms and 40 kB of the driver (measured): long plans have several chunks per block,
+# which are one task. Not too many: a task that gives nothing for minutes looks like a stall.
+# Batches that an actor is given at a time: one is encoded and written beside the next.
+CALLS_AT_ONCE = 2
 BLOCKS = 2_000
 MOST_CHUNKS_A_BLOCK = 32
 # Chunks of one task go on in pieces of about this size, not when all are made.
@@ -52,7 +53,7 @@ def image_stream(
         compute=ray.data.ActorPoolStrategy(
             min_size=config.pool.min_size,
             max_size=config.pool.max_size,
-            # Two tasks a call: the pool grows when more than 1.75 are waiting for each.
+            # Two tasks per call: the pool grows when more than 1.75 are waiting for each.
             max_tasks_in_flight_per_actor=2 * CALLS_AT_ONCE,
             max_concurrent_calls_per_actor=CALLS_AT_ONCE,
             enable_true_multi_threading=True,
@@ -95,7 +96,7 @@ def _cut(job: GenerationJob) -> list[Chunk]:
 
 
 def chunk_blocks(chunks: list[Chunk]) -> list[pa.Table]:
-    """The chunks as tables, one a task."""
+    """The chunks as tables, one per task."""
     table = pa.table(
         {
             "start": [chunk.start for chunk in chunks],

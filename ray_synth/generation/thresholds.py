@@ -1,7 +1,7 @@
 """What real images say about generated ones: the least CLIP score, the distance of near-duplicates.
 
 Real images and the meaning of each class go in; a `QualityReference` comes out, one Parquet file in
-the run's folder, from which every actor judges alike.
+the run's folder, by which every actor judges in the same way.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def text_features(texts: Mapping[int, str], clip: ClipModel) -> dict[int, np.nda
 def real_features(
     images: Mapping[int, Sequence[Image.Image | bytes]], clip: ClipModel
 ) -> dict[int, np.ndarray]:
-    """class index -> (n, dim) float32 unit rows, one an image, class by class.
+    """class index -> (n, dim) float32 unit rows, one per image, class by class.
 
     Raises:
         UserError: an image's bytes cannot be decoded; it names the class index and the position.
@@ -170,14 +170,14 @@ def least_scores(scores: Mapping[int, np.ndarray], quantile: float) -> dict[int,
     """The least score that passes, for each class.
 
     A class with enough images (about three of them below the quantile) takes the quantile of its own
-    scores. Others have too few for that, five a class say; what is pooled over all classes then is
+    scores. Others have too few for that, five per class say; what is pooled over all classes then is
     how far an image's score lies from the mean score of its class's *other* images, and the class
     takes its own mean plus the quantile of these. It assumes that classes differ in their mean more
     than in their spread. Leaving the image out makes the spread that of images not seen, a little
     too wide rather than too narrow.
 
     Of 1,000 MNIST digits not seen (embedded CLIP, quantile 0.01, 20 draws of the real images) 1.7%
-    failed with 5 real images a class and 1.5% with 32. Scored against a wrong digit's meaning, 85%
+    failed with 5 real images per class and 1.5% with 32. Scored against a wrong digit's meaning, 85%
     (67% to 93%) and 83% (65% to 93%) failed.
 
     Args:
@@ -218,10 +218,10 @@ def duplicate_distances(
     class of fewer than two images takes the median of the others' distances. Never below
     `EXACT_COPY`, which is all there is where no class has two different images.
 
-    Of 500 MNIST digits a class (embedded CLIP, quantile 0.01, images_per_class 500, 30 draws of the
-    real images) this gave up, in the mean and at worst, 0.3% and 3% with 5 real images a class, 0.7%
+    Of 500 MNIST digits per class (embedded CLIP, quantile 0.01, images_per_class 500, 30 draws of the
+    real images) this gave up, in the mean and at worst, 0.3% and 3% with 5 real images per class, 0.7%
     and 3% with 32, 0.9% and 2% with 100. With 2 it is not to be trusted: 3% and 85%. (The plain
-    quantile of 5 images' nearest distances gave up a fifth of 100 images a class.)
+    quantile of 5 images' nearest distances gave up a fifth of 100 images per class.)
 
     Args:
         features: class index -> (n, dim) unit rows.
@@ -299,7 +299,7 @@ def measure_run(
 
 
 def save_reference(folder: Folder, reference: QualityReference) -> None:
-    """Write `quality_reference.parquet`: a row a feature, the thresholds as JSON in its metadata."""
+    """Write `quality_reference.parquet`: one row per feature, the thresholds as JSON in its metadata."""
     features = [("text", {i: row[None] for i, row in reference.text_features.items()})]
     features.append(("real", reference.real_features))
     rows = [

@@ -1,4 +1,4 @@
-"""BigGAN-deep, a class-conditional GAN: an example of a generator that is no diffusion model.
+"""BigGAN-deep, a class-conditional GAN: an example of a generator that is not a diffusion model.
 
 In: plan rows, of which the class and the seed count (prompts do not). Out: RGB images. Its weights are
 read from a safetensors file alone; `CONVERT` says how to make one.
@@ -37,7 +37,7 @@ class BigGanSettings(Section):
 
 
 class BigGanGenerator:
-    """The generator of `pytorch-pretrained-biggan`, with one noise vector a row.
+    """The generator of `pytorch-pretrained-biggan`, with one noise vector per row.
 
     Args:
         config: the generation section; of `generator_kwargs` it takes `weights` (a folder with
@@ -136,8 +136,8 @@ class BigGanGenerator:
         settings = _settings(config)
         if not 0 < settings.truncation <= 1:
             raise UserError(
-                f"generation.generator_kwargs.truncation {settings.truncation}: it lies above 0 and "
-                "is at most 1"
+                f"generation.generator_kwargs.truncation {settings.truncation}: it must be above 0 "
+                "and at most 1"
             )
         if config.reference is not None:
             raise UserError("BigGAN takes no real images: leave generation.reference out")
@@ -203,7 +203,7 @@ def _settings(config: GenerationConfig) -> BigGanSettings:
 
 
 def _files(weights: str) -> tuple[Path, Path]:
-    """The safetensors file and its config.json. Raises UserError with the mend."""
+    """The safetensors file and its config.json. Raises UserError with the fix."""
     path = Path(weights).expanduser()
     folder = path if path.is_dir() else path.parent
     found = sorted(folder.glob("*.safetensors")) if path.is_dir() else [path]

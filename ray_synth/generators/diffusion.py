@@ -35,10 +35,10 @@ DENOISERS = ("unet", "transformer")
 
 
 def resolve_model(model: str) -> str:
-    """A model name from the config as diffusers wants it: a folder or a hub id.
+    """A model name from the config as diffusers takes it: a folder or a hub id.
 
     Raises:
-        UserError: it looks like a folder but is none, or holds no diffusers pipeline.
+        UserError: it looks like a folder but does not exist, or holds no diffusers pipeline.
     """
     if model == "embedded":
         from ray_synth.embedded import sd_folder
@@ -47,7 +47,7 @@ def resolve_model(model: str) -> str:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
-            raise UserError(f"{model} is no diffusers pipeline: it has no model_index.json")
+            raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json")
         return str(folder)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A renderer of characters: a generator that is no network at all, for digits and letters.
+"""A renderer of characters: a generator that is not a network, for digits and letters.
 
 In: plan rows, of which the class and the seed count. Out: the class's characters in one of matplotlib's
 fonts, turned, sheared, scaled and moved, on paper of another grey: what a generator must beat.

@@ -53,9 +53,9 @@ class PromptEncoder:
 
     Args:
         pipeline: any loaded diffusers pipeline that takes prompts.
-        capacity: distinct texts kept, on the pipeline's device. Two bytes a number make one 0.1 MB
+        capacity: distinct texts kept, on the pipeline's device. Two bytes per number make one 0.1 MB
             in Stable Diffusion 1.5, 0.3 MB in SDXL, 2.7 MB in SD 3, and 4 MB in Flux.
-        chunk: texts a forward pass. 1 wastes nothing; more is faster where many prompts are new.
+        chunk: texts per forward pass. 1 wastes nothing; more is faster where many prompts are new.
 
     Raises:
         ValueError: `capacity` or `chunk` is below 1.
@@ -83,8 +83,8 @@ class PromptEncoder:
         """Keyword arguments for `pipeline(**arguments)`, without the guidance scale itself.
 
         Args:
-            prompts: one an image.
-            negative_prompts: one an image. They matter where guidance_scale > 1 alone. In embeddings
+            prompts: one per image.
+            negative_prompts: one per image. They matter where guidance_scale > 1 alone. In embeddings
                 "" is no negative prompt, which SDXL has as zeros; where strings are passed, it is "".
             guidance_scale: above 1, the pipeline makes a second, negative pass.
 
@@ -181,7 +181,7 @@ class PromptEncoder:
         for name, value in named.items():
             dimensions = DIMENSIONS[name.removeprefix("negative_")]
             if not isinstance(value, torch.Tensor) or value.shape[:1] != (self.chunk,):
-                raise _UnknownFamily(f"{name} is no tensor with a row a prompt")
+                raise _UnknownFamily(f"{name} is not a tensor with one row per prompt")
             if value.ndim != dimensions:
                 raise _UnknownFamily(f"{name} has {value.ndim} dimensions, not {dimensions}")
         # Cloned, so that a row does not keep its whole chunk in memory.

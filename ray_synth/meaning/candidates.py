@@ -91,7 +91,7 @@ def siblings_context(class_name: str, class_names: Sequence[str]) -> str | None:
 
 
 def candidate_texts(candidate: Candidate) -> list[str]:
-    """What the text encoder reads of a candidate: one text a template."""
+    """What the text encoder reads of a candidate: one text per template."""
     bare = candidate.source == "name"
     phrase = with_article(candidate.meaning) if bare else candidate.meaning
     return [template.format(phrase) for template in TEMPLATES]

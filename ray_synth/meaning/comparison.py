@@ -49,7 +49,7 @@ def names_it(choice: str, accepted: Iterable[str]) -> bool:
 def compare(
     outcomes: Sequence[Outcome], *, same: Same, truth: Mapping[str, list[str]] | None = None
 ) -> list[dict[str, Any]]:
-    """One row a backend; shares are 0..1, and None where there is nothing to compare with.
+    """One row per backend; shares are 0..1, and None where there is nothing to compare with.
 
     `agreement` is the share of classes whose choice means the same as another backend's, averaged
     over the others that answered; `accuracy` is over the classes of `truth`.

@@ -25,7 +25,7 @@ LONGEST_LINE = 1 << 16  # bytes; WordNet 3.0's is under 13,000
 UNREADABLE = (  # what reading files, or a zip file with any bytes in it, may raise
     OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-MEND = (
+FIX = (
     "install Debian's package wordnet-base, or ray-synth[lexicon] and then `python -m nltk.downloader "
     "wordnet`, or name a folder with WordNet's files index.noun and data.noun in meaning.lexicon"
 )
@@ -81,7 +81,7 @@ class WordNet:
                 if words
             }
         except UNREADABLE as error:
-            raise UserError(f"{place} holds no readable WordNet ({error}): {MEND}") from None
+            raise UserError(f"{place} holds no readable WordNet ({error}): {FIX}") from None
 
     def senses(self, name: str) -> list[str]:
         """A phrase for each sense of the noun, the most usual first; none for an unknown name."""
@@ -99,7 +99,7 @@ class WordNet:
         if irregular:
             yield from irregular
             return
-        if word.endswith("ss") or len(word) < 3:  # a boss is no plural of the genus Bos
+        if word.endswith("ss") or len(word) < 3:  # a boss is not the plural of the genus Bos
             return
         for ending, singular in ENDINGS:
             if word.endswith(ending):
@@ -114,7 +114,7 @@ class WordNet:
 def sense_phrase(gloss: str) -> str:
     """A gloss as a phrase of at most `MAX_WORDS` words with an article; "" where none is left.
 
-    Examples and what is in parentheses are left out. A gloss that is too long, or no phrase by
+    Examples and what is in parentheses are left out. A gloss that is too long, or not a phrase by
     `clean_phrase`, ends earlier, where a clause does if possible.
     """
     text = re.split(r"[;:]", re.sub(r"\([^()]*\)", " ", gloss[:MOST_CHARS]), maxsplit=1)[0]
@@ -176,9 +176,7 @@ def _locate(source: str) -> Path:
     for place in _places() if source == "wordnet" else [Path(source).expanduser()]:
         if (place / "data.noun").is_file() or (place.suffix == ".zip" and place.is_file()):
             return place
-    raise UserError(
-        f"no WordNet in {source if source != 'wordnet' else 'its usual places'}: {MEND}"
-    )
+    raise UserError(f"no WordNet in {source if source != 'wordnet' else 'its usual places'}: {FIX}")
 
 
 __all__ = ["WordNet", "sense_phrase"]

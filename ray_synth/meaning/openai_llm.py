@@ -45,13 +45,13 @@ class OpenAILLM:
         base_url: the server's API, such as http://localhost:8000/v1; None is OpenAI's own.
         api_key_env: environment variable that holds the token; servers without one need none.
         timeout_s: seconds that one question may take.
-        requests_per_minute: how many questions are sent at most; None is no limit of ours.
+        requests_per_minute: how many questions are sent at most; None: we set no limit.
         max_concurrency: questions in flight.
         style: "chat" and "auto" use chat completions, "completion" plain ones (base models).
         structured: ask for JSON by schema, where the server has structured output.
 
     Raises:
-        UserError: the token is missing or refused, or the server or the model cannot be had.
+        UserError: the token is missing or refused, or the server or the model is not available.
     """
 
     device = "remote"
@@ -78,7 +78,7 @@ class OpenAILLM:
             )
         if structured and style == "completion":
             raise UserError(
-                "llm.structured wants llm.style 'chat': plain completions have no schema"
+                "llm.structured needs llm.style 'chat': plain completions have no schema"
             )
         self.name = model
         self.style = "completion" if style == "completion" else "chat"

@@ -60,7 +60,7 @@ def rank_meanings(
     order = sorted(range(len(candidates)), key=lambda i: (-scores[i], i))
     first = order[0]
     odds = np.exp((scores - scores.max()) / temperature)
-    # The bare name holds every sense: unless it wins, it is no rival of theirs.
+    # The bare name holds every sense: unless it wins, it is not a rival of theirs.
     rivals = [i for i in order if candidates[i].source != "name" or i == first]
     confidence = float(odds[first] / odds[rivals].sum())
     columns = {"score": scores, "similarity": similarities, "probability": odds / odds.sum()}

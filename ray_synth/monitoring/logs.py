@@ -1,6 +1,6 @@
-"""Log lines: for people, or one JSON object a line; and all of a run's in its `logs/*.jsonl`.
+"""Log lines: for people, or one JSON object per line; and all of a run's in its `logs/*.jsonl`.
 
-What workers say travels to the driver over the run's board, a few lines a minute of each kind, and is
+What workers say travels to the driver over the run's board, a few lines per minute of each kind, and is
 said there: so it is seen in the terminal, and kept with the run. Secrets are redacted in all of it.
 """
 
@@ -31,11 +31,8 @@ FIELDS = (
     "worker",
 )  # fmt: skip
 PART_BYTES = 256 << 10  # of a log on an object store, where a file cannot grow
-MOST_ALIKE, MOST, WINDOW_S = (
-    10,
-    60,
-    60.0,
-)  # lines that a worker may say: of a kind, in all, a minute
+# Lines that a worker may log per minute: of one kind, in all.
+MOST_ALIKE, MOST, WINDOW_S = 10, 60, 60.0
 
 _where: ContextVar[dict[str, Any] | None] = ContextVar("where", default=None)
 _form = FORMATS[0]
@@ -80,7 +77,9 @@ def set_up(log_format: str | None = None) -> None:
     """
     chosen = log_format or os.environ.get(VARIABLE) or FORMATS[0]
     if chosen not in FORMATS:
-        raise UserError(f"log format {chosen!r} ({VARIABLE}): it is one of {', '.join(FORMATS)}")
+        raise UserError(
+            f"log format {chosen!r} ({VARIABLE}): it must be one of {', '.join(FORMATS)}"
+        )
     global _form  # noqa: PLW0603
     _form = chosen
     logging.captureWarnings(is_json())
@@ -193,7 +192,7 @@ def repeat(lines: list[dict[str, Any]]) -> None:
 
 
 class RunLog(logging.Handler):
-    """A run's lines in its `logs/`, fine ones included; a file a start of the command.
+    """A run's lines in its `logs/`, fine ones included; one file per start of the command.
 
     On a local disk a line is there at once. An object store's files cannot grow: there, lines are
     written by `save`, the newest file whole, and a new one begun when it is large.

@@ -40,7 +40,7 @@ class Classifier(PythonModel):
         )
 
     def predict(self, context, model_input: np.ndarray, params=None) -> pd.DataFrame:
-        """(n, height, width, 3) uint8 RGB to a row an image: the best class and its probability."""
+        """(n, height, width, 3) uint8 RGB to one row per image: the best class and its probability."""
         images = torch.from_numpy(np.array(model_input, dtype=np.uint8)).permute(0, 3, 1, 2)
         with torch.inference_mode():
             probabilities = self.model(self.transform(images)).softmax(dim=1)

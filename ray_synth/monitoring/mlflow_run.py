@@ -79,7 +79,7 @@ class Tracker:
             self.run_id = self._join() or self._create(runs)
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
             raise UserError(
-                f"no MLflow server to be had at {self.uri}: {error}; check tracking.uri, or set "
+                f"no MLflow server available at {self.uri}: {error}; check tracking.uri, or set "
                 "tracking.enabled: false"
             ) from None
         self._start_monitor()
@@ -202,7 +202,7 @@ class Tracker:
 
 
 class Quietly:
-    """A block in which MLflow may fail: the failure is logged, once a kind, and goes no further."""
+    """A block in which MLflow may fail: the failure is logged, once per kind, and goes no further."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
@@ -215,7 +215,9 @@ class Quietly:
             if what not in self.said:
                 self.said.add(what)
                 first = (str(error).splitlines() or [type(error).__name__])[0]
-                log.warning("MLflow takes no %s (%s); the run goes on without", what, first[:200])
+                log.warning(
+                    "MLflow does not accept %s (%s); the run continues without", what, first[:200]
+                )
 
 
 class MetricLogger:

@@ -69,7 +69,7 @@ class Bar:
 
     @property
     def rate(self) -> float:
-        """Counted a second since the bar began."""
+        """Counted per second since the bar began."""
         seconds = time.monotonic() - self.started
         return (self.done - self.first) / seconds if seconds > 0 else 0.0
 

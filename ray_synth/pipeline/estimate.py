@@ -24,15 +24,15 @@ class Measured:
 
     Attributes:
         service_start: until the language model and CLIP serve.
-        meaning, contexts: a class, many being asked at once.
+        meaning, contexts: per class, with many asked at once.
         quality: the whole task on so many real images as it will have.
-        make_start: until the first image could be begun; `make`: an image of one actor, judged,
+        make_start: until the first image could be begun; `make`: per image of one actor, judged,
             encoded and kept.
         train_start: until the first step is done; `train_end`: from the last one.
-        step_real, step_mixed: an optimizer step of one worker.
+        step_real, step_mixed: per optimizer step of one worker.
         step_beside, make_beside: the same while the other is at work on the same cores.
-        save: a checkpoint.
-        test_start: until the first test image could be begun; `test`: an image through one model.
+        save: per checkpoint.
+        test_start: until the first test image could be begun; `test`: per image through one model.
         data, around: the stage `data`, and what lies before and after all stages.
     """
 

@@ -89,7 +89,7 @@ def probe(run: Any, stages: Collection[str], *, shared: bool) -> Measured:
 
 
 def _words(run: Any) -> tuple[dict[str, float], Contexts]:
-    """The service: its start, and seconds a class of both kinds of question; and the answers."""
+    """The service: its start, and seconds per class of both kinds of question; and the answers."""
     from ray_synth.data.dataset import images_by_class, select
     from ray_synth.prompting.plan_settings import read_contexts
     from ray_synth.service.session import Service
@@ -167,11 +167,11 @@ def _images(run: Any, folder: Folder, job: GenerationJob) -> dict[str, float]:
 
 
 def pace(seen: list[tuple[float, int]], calls: int) -> float:
-    """Seconds an image.
+    """Seconds per image.
 
     Args:
         seen: when each batch came, in seconds from the start, and how many images it had.
-        calls: batches that an actor has in hand at once: the first so many come together.
+        calls: batches that an actor is given at a time: the first so many come together.
     """
     at = min(calls, len(seen)) - 1
     rest = sum(rows for _, rows in seen[at + 1 :])
@@ -193,7 +193,7 @@ def _quality(run: Any, folder: Folder) -> float:
 
 
 def _plan(run: Any, rows: int, contexts: Contexts) -> Any:
-    """The run's first rows where it has them; or such as it will have, of a few classes' contexts."""
+    """The run's first rows where it has them; else rows like its own, of a few classes' contexts."""
     from ray_synth.prompting.plan import ClassPrompts, make_plan
     from ray_synth.prompting.plan_settings import plan_settings
 
@@ -262,7 +262,7 @@ def _training(run: Any, folder: Folder, generation: GenerationJob | None) -> dic
 
 
 def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
-    """In the worker: seconds a step and a save, and the times of the first step and of the end."""
+    """In the worker: seconds per step and per save, and the times of the first step and of the end."""
     import tempfile
     from pathlib import Path
 

@@ -118,7 +118,7 @@ def input_digest(inputs: dict[str, Any]) -> str:
 
 
 def adopt_older(folder: Folder, generator: str) -> None:
-    """Let what version 0.1 had begun be found: it named it by digests of settings that are fewer now.
+    """Find what version 0.1 had begun: it was named by digests over more settings than there are now.
 
     Args:
         generator: fingerprint of the image generator.

@@ -21,7 +21,7 @@ from ray_synth.preflight.reach import Reach, cluster_reach
 from ray_synth.stages import STAGES
 
 log = logging.getLogger("ray_synth")
-PATIENCE_S = 20.0  # what an earlier run held is let go within seconds of its end
+PATIENCE_S = 20.0  # what an earlier run held is released within seconds of its end
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def check_budget(
     sizes: Sizes | None = None,
     stages: Collection[str] = STAGES,
 ) -> list[StageFit]:
-    """Raises UserError, with the arithmetic and the smallest mend, where a stage cannot fit.
+    """Raises UserError, with the arithmetic and the smallest fix, where a stage cannot fit.
 
     Returns:
         The stages, all of which fit. Those that an unlucky placement could leave waiting are logged.
@@ -149,7 +149,7 @@ def unsure(found: StageFit) -> str:
     """What to say of a stage that fits if Ray places it well."""
     return (
         f"{found.stage} fits the cluster only if Ray places its units well (it never moves them): if "
-        "it waits for ever, ask for less a unit, or add a node"
+        "it waits forever, ask for less per unit, or add a node"
     )
 
 
@@ -161,12 +161,12 @@ def refusal(
     problems: Sequence[str],
 ) -> str:
     """The message: each stage's arithmetic, and the smallest changes that make all stages fit."""
-    from ray_synth.preflight.smallest_fix import mends
+    from ray_synth.preflight.smallest_fix import fixes
 
-    changes = mends(config, reach, sizes, stages)
+    changes = fixes(config, reach, sizes, stages)
     advice = "\n  or ".join(changes) if changes else "a larger cluster"
     return (
-        "this run does not fit the cluster; Ray would wait for ever:\n  "
+        "this run does not fit the cluster; Ray would wait forever:\n  "
         + "\n  ".join(problems)
         + f"\nThe smallest change that fits: {advice}"
     )
@@ -175,7 +175,7 @@ def refusal(
 def preflight(
     config: Config, sizes: Sizes | None = None, stages: Collection[str] = STAGES
 ) -> Reach:
-    """Check the connected cluster before a run; what an earlier run is still letting go is waited for.
+    """Check the connected cluster before a run; waits for what an earlier run still holds.
 
     Raises:
         UserError: a stage of the run does not fit the cluster, its memory or the disk.
@@ -211,7 +211,7 @@ def most_at_once(parts: Sequence[Demand], beside: Sequence[Demand], reach: Reach
 
 
 def table(fits: Sequence[StageFit], reach: Reach) -> list[str]:
-    """A line a stage: what it asks for at once, what the cluster reaches, and whether that fits."""
+    """One line per stage: what it asks for at once, what the cluster reaches, and whether that fits."""
     lines = [f"{'stage':<12}{'asks for':<22}{'reach':<22}fits"]
     whole = f"{reach.cpus:g} CPUs, {reach.gpus:g} GPUs"
     for found in fits:

@@ -1,13 +1,13 @@
 """Does it fit in memory and on the disk? Estimates by stated formulas; only what is certain is refused.
 
     generation   weights + batch x 10 tensors of (the VAE's first channels, height, width)
-    training     parameters x (4 + 4 + 4 a state of the optimizer [+ 4 for an average]) bytes
+    training     parameters x (4 + 4 + 4 per state of the optimizer [+ 4 for an average]) bytes
                  + batch x the outputs of all layers of one forward pass
     language     weights + a fifth
-    a process    0.7 GB of host memory with torch, 0.9 GB with open_clip (measured), and its weights
+    per process  0.7 GB of host memory with torch, 0.9 GB with open_clip (measured), and its weights
 
-Weights are counted from the headers of safetensors files that are at hand: a folder, or the hub's cache.
-What is not at hand is unknown, and never refused.
+Weights are counted from the headers of safetensors files on this machine: a folder, or the hub's cache.
+What is not there is unknown, and never refused.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GPU_GIB = {
 VAE_TENSORS = 10  # of full size that are alive at once while a batch is decoded
 PROCESS = int(0.7e9)
 PROCESS_WITH_CLIP = int(0.9e9)
-# Bytes a pixel of encoded photographs; drawings take less.
+# Bytes per pixel of encoded photographs; drawings take less.
 ENCODED = {"png": 1.6, "webp": 0.35, "jpeg": 0.4}
 ROW = 1_600  # bytes of a row besides its image: prompts, ids, an embedding
 SURE = 0.25  # of the images' estimated size, that they surely take
@@ -53,7 +53,7 @@ class Need:
         gpus: the share of a GPU that it has; 0: it runs on the host.
         sure: what it surely takes; 0 where that is not known.
         likely: what it will take by the formulas.
-        mend: the settings that lower it.
+        fix: the settings that lower it.
     """
 
     what: str
@@ -62,7 +62,7 @@ class Need:
     gpus: float
     sure: int
     likely: int
-    mend: str
+    fix: str
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _look_at_gpus(need: Need, reach: Reach, findings: Findings) -> None:
     room = int(largest * need.gpus)
     text = (
         f"{need.what} needs {{}} of GPU memory, and {need.gpus:g} of "
-        f"{'an' if kind[0] in 'AHL' else 'a'} {kind} has {_gib(room)}; {need.mend}"
+        f"{'an' if kind[0] in 'AHL' else 'a'} {kind} has {_gib(room)}; {need.fix}"
     )
     if need.sure > room:
         findings.problems.append(text.format(f"at least {_gib(need.sure)}"))
@@ -142,7 +142,7 @@ def _look_at_hosts(needs: list[Need], reach: Reach, findings: Findings) -> None:
         if not need.gpus and need.sure > largest:
             findings.problems.append(
                 f"{need.what} needs at least {_gib(need.sure)} of memory, the largest node has "
-                f"{_gib(largest)}; {need.mend}"
+                f"{_gib(largest)}; {need.fix}"
             )
     for stage in dict.fromkeys(need.stage for need in needs):
         likely = sum(
@@ -172,14 +172,14 @@ def _look_at_disk(config: Config, sizes: Sizes, free: int, made: int, findings: 
 
 
 def bytes_in_flight(config: Config) -> int:
-    """Of encoded images between the makers and those who use them: four batches a maker."""
+    """Of encoded images between the makers and those who use them: four batches per maker."""
     generation = config.generation
     batch = generation.batch_size if isinstance(generation.batch_size, int) else 64
     return 4 * generation.pool.max_size * batch * image_bytes(config)
 
 
 def image_bytes(config: Config) -> int:
-    """Of an image's row, encoded; photographs of the format take so much."""
+    """Bytes per image's row, encoded, as photographs of the format take."""
     generation = config.generation
     pixels = generation.width * generation.height
     return int(pixels * ENCODED[generation.image_format] + ROW)
@@ -294,7 +294,7 @@ def classifier_size(model: str, settings: tuple[str, int], classes: int) -> tupl
 
 
 def _weights(model: str, revision: str | None, size: int) -> int:
-    """Bytes of a model's weights at `size` bytes each; 0 where it is not at hand."""
+    """Bytes of a model's weights at `size` bytes each; 0 where it is not on this machine."""
     folder = model_folder(model, revision)
     return size * stored_parameters(folder) if folder else 0
 
@@ -345,7 +345,7 @@ def _vae_channels(model: str) -> int:
 
 
 def _bytes(dtype: str, gpus: float) -> int:
-    """Bytes a number; "auto" is half precision on GPUs."""
+    """Bytes per number; "auto" is half precision on GPUs."""
     if dtype == "auto":
         return 2 if gpus else 4
     return 4 if dtype == "float32" else 2

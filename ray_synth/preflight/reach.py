@@ -157,7 +157,7 @@ def added_nodes(
             of `reach` is one of its nodes.
 
     Raises:
-        UserError: the cluster launcher's file is missing, or is none.
+        UserError: the cluster launcher's file is missing, or is not one.
     """
     if reach is None:
         return [], None
@@ -202,7 +202,7 @@ def nodes_of_cluster_yaml(text: str) -> tuple[list[Nodes], int | None]:
     """Types of nodes of a cluster launcher's file, the head among them, and `max_workers`.
 
     Raises:
-        UserError: it is no such file.
+        UserError: it is not such a file.
     """
     try:
         spec = yaml.safe_load(text)

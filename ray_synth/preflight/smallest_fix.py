@@ -38,7 +38,7 @@ class Change:
         return f"{self.key}={value:g}" if isinstance(value, float) else f"{self.key}={value}"
 
 
-def mends(
+def fixes(
     config: Config,
     reach: Reach,
     sizes: Sizes | None = None,
@@ -151,7 +151,7 @@ def _options(config: Config, sizes: Sizes | None, stages: Collection[str]) -> It
 
     Below a cost of 1 it is the speed alone that changes. GPUs that are shared may run out of memory;
     images that are all made before training change what the training sees, and fewer workers how
-    many images a step.
+    many images per step.
     """
     asked: dict[str, Demand] = {}
     for stage, parts in demands(config, sizes).items():

@@ -61,7 +61,7 @@ def plan_tables(
 ) -> Iterator[pa.Table]:
     """The plan of exactly `num_images` rows, in tables (schema `PLAN_SCHEMA`) of `table_rows`.
 
-    Memory holds one table, 8 bytes a row, and caches of a bounded size: ten million rows of 1,000
+    Memory holds one table, 8 bytes per row, and caches of a bounded size: ten million rows of 1,000
     classes take 0.6 GB and two minutes.
 
     Args:
@@ -92,7 +92,7 @@ def _rounds(
     num_styles: int,
     seed: int,
 ) -> Iterator[np.ndarray]:
-    """The rows in numbers, `(6, rows)` int64 a round.
+    """The rows in numbers, `(6, rows)` int64 per round.
 
     Each row has the position of its class, its kind, its context, style and reference (-1: none),
     and the number of the round.
@@ -121,7 +121,7 @@ def _rounds(
 class _Cycles:
     """Endless shuffled passes over the items of each class: all are used equally often.
 
-    Holds one pass of each class, 4 bytes an item.
+    Holds one pass of each class, 4 bytes per item.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def load_styles(path: str | Path | None = None) -> list[Style]:
     The file is a list of `{name, template}`.
 
     Raises:
-        UserError: the file is missing or no such list, a name comes twice, or a template does not
+        UserError: the file is missing or not such a list, a name comes twice, or a template does not
             hold `{subject}` exactly once.
     """
     if path is None:

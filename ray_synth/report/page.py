@@ -284,7 +284,7 @@ def generation_facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     rate = _dig(metrics, "images_per_second.generation")
     hours = "gpu_hours" if facts.get("gpu_hours") else "cpu_hours"
     shown = (
-        ("Images a second", rate, "{:,.1f}"),
+        ("Images per second", rate, "{:,.1f}"),
         ("GPU-hours" if hours == "gpu_hours" else "CPU-hours", facts.get(hours), "{:,.2f}"),
         ("Cost", facts.get("cost") or None, "{:,.2f}"),
         ("Mean CLIP score", facts.get("clip_score"), "{:.3f}"),

@@ -86,7 +86,7 @@ def kinds_of(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def contact_sheet(rows: Sequence[dict[str, Any]], *, columns: int, cell: int = 64) -> Image.Image:
-    """One row a class, one block of `columns` images a kind, with labels.
+    """One row per class, one block of `columns` images per kind, with labels.
 
     Args:
         rows: `class_name`, `kind` and `image` (encoded bytes) of each; classes in order of first
@@ -212,7 +212,7 @@ def write_contact_sheet(folder: Folder, name: str = "report/contact_sheet.png") 
 def thumbnail(data: bytes, side: int, *, enlarge: bool = False) -> Image.Image | None:
     """An encoded image as RGB with its longer side at most (or, with `enlarge`, just) `side`.
 
-    None where the bytes are no readable image.
+    None where the bytes are not a readable image.
     """
     try:
         picture = decode_image(data)

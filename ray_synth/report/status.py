@@ -42,7 +42,7 @@ class StageStatus:
         state: done, under way, begun (and left), or waiting.
         seconds: that a finished stage took, or that one has been under way for.
         done, total: counted in `unit`; None where nothing is counted.
-        left_s: by the rate of late.
+        left_s: by the recent rate.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Images:
 
     Attributes:
         stored: rows; counted where `exact`, else the parts times their usual size.
-        rate: rows a second of late, or None.
+        rate: recent rows per second, or None.
         newest: when the last part came, seconds since 1970.
     """
 
@@ -181,9 +181,9 @@ def _ended(beat: dict[str, Any], ago: str) -> tuple[str, str, int]:
     again = "the same command continues"
     state = beat.get("state")
     if state == "ended":
-        return "done", f"up to {beat['until']}, as was asked", DONE
+        return "done", f"up to {beat['until']}, as requested", DONE
     if state == "failed":
-        return "failed", f"{ago} ago: {beat['error']}; mend that, and {again}", SILENT
+        return "failed", f"{ago} ago: {beat['error']}; fix that, and {again}", SILENT
     if state == "stopped":
         return "stopped", f"by hand, {ago} ago; {again}", SILENT
     if state == "running" and process_lives(beat) is False:

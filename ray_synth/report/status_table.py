@@ -18,10 +18,10 @@ def show_status(folder: Folder, *, as_json: bool = False, watch: float | None = 
     """Print how a run stands; its exit code.
 
     Args:
-        watch: draw it again every so many seconds, until the run is no longer running.
+        watch: draw it again every this many seconds, until the run ends.
 
     Raises:
-        UserError: there is no run; the seconds are none.
+        UserError: there is no run, or `watch` is not above 0.
     """
     if watch is not None and watch <= 0:
         raise UserError(f"--watch {watch:g}: give a number of seconds")

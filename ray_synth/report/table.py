@@ -132,7 +132,7 @@ def _by_test_set(node: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
 
 
 def result_table(model: str, results: dict[str, dict[str, Any]]) -> Table:
-    """One model's results for a terminal, a row a test set."""
+    """One model's results for a terminal, one row per test set."""
     from rich.table import Table
 
     table = Table(title=model, title_justify="left")

@@ -79,7 +79,7 @@ ASKED: dict[str, Any] = {**GUARDED, "responses": documented(400, 422, 502, 504)}
 
 
 def _count_words(text: str) -> int:
-    """A bound on CLIP's tokens where no image generator is at hand: its marks and 1.4 a word."""
+    """A bound on CLIP's tokens where no image generator is available: its marks and 1.4 per word."""
     return 2 + int(1.4 * len(text.replace(",", " , ").split()) + 0.5)
 
 
@@ -119,7 +119,7 @@ class Disambiguation(Resolver):
         },
     )
     async def batch(self, body: BatchBody) -> StreamingResponse:
-        """A whole class list, a line of JSON a class as it is resolved; see `answer_lines`."""
+        """A whole class list, one line of JSON per class as it is resolved; see `answer_lines`."""
         if len(body.classes) > self.config.limits.max_classes:
             limit = self.config.limits.max_classes
             raise HTTPException(422, f"classes: {len(body.classes)} given, at most {limit}")

@@ -18,7 +18,7 @@ PAUSE_S = 15.0
 
 
 async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str]:
-    """A line of JSON a class, as it is resolved; an empty one after a pause.
+    """One line of JSON per class, as it is resolved; an empty one after a pause.
 
     What speaks for every class's images speaks for none of them; and where a class has neither images
     nor a context, its siblings' names are the context.

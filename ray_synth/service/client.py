@@ -86,7 +86,7 @@ class Client:
         retries: times that a question is asked again.
 
     Raises:
-        UserError: `url` is no http(s) URL.
+        UserError: `url` is not an http(s) URL.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Client:
         retries: int = 5,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url!r} is no URL of a service: give http://HOST:PORT")
+            raise UserError(f"{url!r} is not the URL of a service: give http://HOST:PORT")
         self.url, self.timeout_s, self.retries = url.rstrip("/"), timeout_s, retries
         self.retried = 0  # questions asked again so far, over all threads
         self._lock = threading.Lock()
@@ -112,7 +112,7 @@ class Client:
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
             )
         except httpx.InvalidURL as error:
-            raise UserError(f"{url!r} is no URL of a service: {error}") from None
+            raise UserError(f"{url!r} is not the URL of a service: {error}") from None
 
     def __enter__(self) -> Client:
         return self

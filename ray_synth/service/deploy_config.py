@@ -49,7 +49,7 @@ def load_serve_config(path: str | Path) -> dict[str, Any]:
     """The values of a Serve config (`serve run`, `serve deploy`), checked by `check_serve_config`.
 
     Raises:
-        UserError: the file is missing, not YAML or no mapping, or a key or value in it is wrong;
+        UserError: the file is missing, not YAML or not a mapping, or a key or value in it is wrong;
             the message names each one and, for a misspelt key, the nearest that exists.
     """
     path = Path(path)
@@ -69,10 +69,10 @@ def check_serve_config(values: Any, *, origin: str = "config") -> None:
     Mappings with keys of the user's own stay free: runtime_env, user_config, resources, kwargs.
 
     Raises:
-        UserError: with one line a problem.
+        UserError: with one line per problem.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{origin} holds no settings: it is to be a mapping of Serve's options")
+        raise UserError(f"{origin} holds no settings: it must be a mapping of Serve's options")
     root = Part("", values, ServeDeploySchema, True)
     parts = [root, *_parts_of(root)]
     # Wrong keys first, alone: a value that would then be missing may just be misspelt.

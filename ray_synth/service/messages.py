@@ -43,7 +43,7 @@ Name = Annotated[
     StringConstraints(strip_whitespace=True, min_length=1, max_length=200),
     AfterValidator(one_plain_line),
 ]
-# strict: JSON's false is no number
+# strict: JSON's false is not a number
 Count = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Picture = Annotated[
@@ -122,7 +122,7 @@ class Answer(BaseModel):
     candidates: list[CandidateAnswer]
     context: str | None = None
     num_images: int
-    num_refused: int = Field(description="pieces of the LLM's answers that were no phrases")
+    num_refused: int = Field(description="pieces of the LLM's answers that were not phrases")
     raw_answers: list[str]
     llm: str
     clip: str

@@ -1,4 +1,4 @@
-"""Errors as application/problem+json (RFC 9457): what is wrong, how to mend it, which request."""
+"""Errors as application/problem+json (RFC 9457): what is wrong, how to fix it, which request."""
 
 from __future__ import annotations
 

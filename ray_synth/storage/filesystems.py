@@ -35,7 +35,7 @@ ENVIRONMENT = (
     "GOOGLE_APPLICATION_CREDENTIALS", "CLOUD_STORAGE_EMULATOR_ENDPOINT",
     "AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_KEY", "AZURE_STORAGE_SAS_TOKEN",
 )  # fmt: skip
-# Errors of a mounted file system that another try may mend; a full or read-only disk is not mended so.
+# Errors of a mounted file system that another try may fix; it does not fix a full or read-only disk.
 PASSING = {
     errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EPIPE,
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH,
@@ -93,7 +93,7 @@ def without_file_scheme(uri: str) -> str:
 def _open_root(
     scheme: str, authority: str, options: str, environment: tuple[str | None, ...]
 ) -> tuple[pafs.FileSystem, str]:
-    """What a bucket's or a server's root is; opened once a process: a client keeps its connections
+    """What a bucket's or a server's root is; opened once per process: a client keeps its connections
     and what it was told about credentials."""
     import pyarrow as pa
     import pyarrow.fs as pafs
@@ -153,7 +153,7 @@ def _open_azure(authority: str, options: str) -> tuple[pafs.FileSystem, str]:
 
 
 def storage_problem(error: BaseException, uri: str = "") -> str | None:
-    """What a storage's error means and what mends it; None where it is none of the usual ones."""
+    """What a storage's error means and what fixes it; None for an unusual one."""
     text = str(error)
     kind = SAME.get(scheme := uri.partition("://")[0].lower(), scheme)
     if not uri:
@@ -185,12 +185,12 @@ def _first(text: str) -> str:
 def patiently(work: Callable[[], T], *, remote: bool = True) -> T:
     """Do some input or output; a storage that does not answer is tried again for `PATIENCE_S`.
 
-    What waiting would not mend is raised at once: a full disk, a missing or broken file, a bucket that
+    What waiting would not fix is raised at once: a full disk, a missing or broken file, a bucket that
     is forbidden or does not exist.
 
     Args:
         remote: clients of object stores give no error number; on a mounted file system, an error
-            without one is no fault of the storage.
+            without one is not the storage's fault.
     """
 
     def may_pass(error: BaseException) -> bool:

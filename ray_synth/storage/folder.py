@@ -87,11 +87,11 @@ class Folder:
         return Folder(f"{address.rstrip('/')}/{name}{mark}{options}")
 
     def check_readable(self) -> None:
-        """Ask for the folder. Raises UserError, with the mend, where its storage gives none."""
+        """Ask for the folder. Raises UserError, with the fix, where its storage does not answer."""
         self._once("read", lambda: self.filesystem.get_file_info(self.path()))
 
     def check_writable(self) -> None:
-        """Write and delete a file. Raises UserError, with the mend, where that cannot be done."""
+        """Write and delete a file. Raises UserError, with the fix, where that cannot be done."""
 
         def work() -> None:
             temporary = self._temporary("writable")
@@ -176,7 +176,7 @@ class Folder:
         """A file of any size that appears under its name when the block ends, and not if it fails.
 
         For a remote folder it is first written to this machine's disk: a client completes the upload
-        of what it was given when it is closed, by whatever.
+        of what it was given when it is closed, also by an error.
         """
         if self.is_local:
             temporary = self._temporary(name)

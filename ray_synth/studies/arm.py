@@ -1,7 +1,7 @@
-"""An arm of a study, and the trials it is made of: one a seed. Pure, but for the generator's name.
+"""An arm of a study, and the trials it is made of: one per seed. Pure, but for the generator's name.
 
-A trial is known by a digest of all that decides its result. Trials of one digest, in whatever study, are
-trained once; sources (real images, meanings, plan, synthetic images) of one digest are made once.
+A trial is known by a digest of all that decides its result. Trials with the same digest, in any study,
+are trained once; sources (real images, meanings, plan, synthetic images) of one digest are made once.
 """
 
 from __future__ import annotations

@@ -143,8 +143,8 @@ def _low_data(config: Config, counts: dict[str, int]) -> Study:
         few = {"data.train.images_per_class": number}
         real = f"real_{number}"
         arms += [
-            Arm(real, f"{number} a class, real only", 0, few, real, "real only", number),
-            Arm(f"whole_{number}", f"{number} a class, + synthetic", config.studies.scale, few,
+            Arm(real, f"{number} per class, real only", 0, few, real, "real only", number),
+            Arm(f"whole_{number}", f"{number} per class, + synthetic", config.studies.scale, few,
                 real, "real + synthetic", number),
         ]  # fmt: skip
     tail = {"data.train.images_per_class": long_tail(counts, config)}
@@ -164,7 +164,7 @@ def _low_data(config: Config, counts: dict[str, int]) -> Study:
         "Does it help more where there are fewer real images, and for rare classes?",
         tuple(arms),
         plot="lines",
-        x_label="real images a class",
+        x_label="real images per class",
         log_x=True,
         measures=("by_frequency",),
     )

@@ -1,6 +1,6 @@
 """The study of robustness: the test set as it is corrupted more and more.
 
-Corrupted copies are written once a test set, as Parquet, and tested as any test set is.
+Corrupted copies are written once per test set, as Parquet, and tested as any test set is.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _values(measured: Measured) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def drift_figure(curves: dict[str, list[Estimate]], severities: list[int]) -> Any:
-    """Top-1 over severity, a line an arm."""
+    """Top-1 over severity, one line per arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")

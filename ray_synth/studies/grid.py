@@ -1,7 +1,7 @@
 """A grid of trials: their sources made, their models trained, and in the end tested.
 
 Everything is known by digest in one workspace that all studies of a config share, so that nothing is made
-or trained twice, by whatever study, and whatever was killed.
+or trained twice, whichever study asks for it, and also after a kill.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Grid:
         log.info("trained %s, seed %d", trial.arm.label, trial.seed)
 
     def validate(self) -> None:
-        """Test the trials on the validation images, which are no test images."""
+        """Test the trials on the validation images, which are not test images."""
         self._evaluate(VALIDATION, lambda run: {VALIDATION: run.validation})
 
     def test(self) -> None:
@@ -234,7 +234,7 @@ class Grid:
             if found.problem:
                 most = most_at_once(parts, read, self.reach, given)
                 raise UserError(
-                    f"studies.parallel {given} does not fit the cluster; Ray would wait for ever:\n  "
+                    f"studies.parallel {given} does not fit the cluster; Ray would wait forever:\n  "
                     f"{found.problem}\nThe most that fits: --set studies.parallel={most}"
                 )
 

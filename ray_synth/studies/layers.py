@@ -1,6 +1,6 @@
 """Real against synthetic images in a classifier's BatchNorm layers, before and after they have their own.
 
-`layer_rows` is the body of a Ray task: models and images in, one row a layer out.
+`layer_rows` is the body of a Ray task: models and images in, one row per layer out.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def measure_layers(measured: Measured) -> list[Table]:
 
 
 def layer_figure(curves: dict[str, list[dict[str, Any]]]) -> Any:
-    """Both distances over depth, a line each of `curves`."""
+    """Both distances over depth, one line for each of `curves`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.2, 3.8), layout="constrained")

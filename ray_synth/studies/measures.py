@@ -1,7 +1,7 @@
 """What studies measure beside accuracy, as tables: prompts, images, distances, rare classes.
 
 Features are CLIP's: of synthetic images as the store has them, of real images (training and validation,
-never test) embedded once a source.
+never test) embedded once per source.
 """
 
 from __future__ import annotations

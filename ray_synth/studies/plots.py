@@ -14,7 +14,7 @@ MARKERS = "os^vDP"
 
 
 def draw(study: Study, rows: Sequence[Row]) -> Any:
-    """The figure of a study, a panel a test set."""
+    """The figure of a study, one panel per test set."""
     from matplotlib.figure import Figure
 
     test_sets = list(dict.fromkeys(row.test_set for row in rows))
@@ -46,7 +46,7 @@ def save(figure: Any, kind: str) -> bytes:
 
 
 def _bars(panel: Any, rows: Sequence[Row]) -> None:
-    """Gains over real images alone (over the arm compared with, where there is none), a dot a seed."""
+    """Gains over real images alone (else over the arm compared with), one dot per seed."""
     several = len({row.bn for row in rows}) > 1
     names = [f"{row.arm.label} ({row.bn} BN)" if several else row.arm.label for row in rows]
     gains = [row.gain or row.change for row in rows]
@@ -77,7 +77,7 @@ def _seen(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _lines(panel: Any, study: Study, rows: Sequence[Row]) -> None:
-    """Top-1 over `Arm.x`, a line each of `Arm.line` and BN; arms without an x as a level."""
+    """Top-1 over `Arm.x`, one line for each `Arm.line` and BN; arms without an x as a level."""
     for row in rows:
         if row.arm.x is None and not row.arm.scale and not row.arm.settings:
             panel.axhline(row.top1.mean, color="#6b7280", linestyle=":", label=row.arm.label)

@@ -89,7 +89,7 @@ def result_rows(study: Study, found: dict[Key, Results]) -> list[Row]:
 
 
 def as_table(rows: Iterable[Row]) -> pa.Table:
-    """The rows as an Arrow table, a line a seed beside its means."""
+    """The rows as an Arrow table, one row per seed beside its means."""
     lines = [
         {
             "arm": row.arm.name,

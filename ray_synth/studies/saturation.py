@@ -1,4 +1,4 @@
-"""Where more synthetic images stop to gain: the study of scaling, read line by line. Pure."""
+"""Where more synthetic images stop helping: the study of scaling, read line by line. Pure."""
 
 from __future__ import annotations
 

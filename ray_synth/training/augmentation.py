@@ -30,13 +30,13 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a training image may suffer; the defaults do nothing. Equal for real and synthetic.
+    """How a training image may be changed; the defaults do nothing. Equal for real and synthetic.
 
     Before batching, on one image at its own size, by timm:
         crop_scale: area range of a random resized crop; None resizes and crops the centre.
         auto_augment: a policy in timm's words: `rand-m9-mstd0.5-inc1` (RandAugment), `augmix-m3-w3`,
             `3a` (3-Augment), `original` (AutoAugment).
-    On the batch, on its device, drawn anew for every image:
+    On the batch, on its device, drawn separately for every image:
         flip: probability of a horizontal flip.
         rotate, shear: largest angle in degrees, to either side.
         translate: largest shift as a fraction of the side.
@@ -89,7 +89,7 @@ class ImageTransform:
     `batch` takes such images stacked, on any device, to normalised floats. May be sent to processes.
 
     Attributes:
-        random: whether `prepare` draws anew for a single image.
+        random: whether `prepare` draws at random for a single image.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ImageTransform:
         """Resize and crop one RGB image, or (3, h, w) uint8, to (3, size, size) uint8.
 
         Args:
-            seed: of what is drawn for this image; None: drawn anew.
+            seed: of what is drawn for this image; None: drawn at random.
         """
         if isinstance(image, Tensor) and (
             image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8

@@ -1,4 +1,4 @@
-"""The curve of a training: its points, and the watch for losses that are no numbers."""
+"""The curve of a training: its points, and the watch for losses that are not finite."""
 
 from __future__ import annotations
 

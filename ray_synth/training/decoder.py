@@ -42,8 +42,8 @@ class Batch(NamedTuple):
 class Decoder:
     """Rows to items to batches, in two halves.
 
-    Where the transform draws nothing anew for a single image, images are kept as pixels and `keep`
-    does the work. Else they are kept encoded and cropped anew at each draw: `batch` does the work, in
+    Where the transform draws nothing at random for a single image, images are kept as pixels and `keep`
+    does the work. Else they are kept encoded and cropped again at each draw: `batch` does the work, in
     `workers` processes (0: in the calling thread). What is drawn is a function of the seed alone.
     Corrupt images are counted and named once; a batch that meets one uses another image in its place.
 
@@ -143,7 +143,7 @@ class Decoder:
 def decode(
     data: bytes, transform: ImageTransform, max_pixels: int, seed: int | None = None
 ) -> Tensor:
-    """Encoded bytes to (3, size, size) uint8. Raises UserError where they are no image."""
+    """Encoded bytes to (3, size, size) uint8. Raises UserError where they are not an image."""
     return transform.prepare(decode_image(data, max_pixels=max_pixels), seed)
 
 

@@ -80,7 +80,7 @@ class DualBatchNorm(nn.Module):
         chosen by `use_bn`.
 
         Raises:
-            UserError: when training outside of `domain_split`, or when the rows are no multiple
+            UserError: when training outside of `domain_split`, or when the rows are not a multiple
                 of the split's.
         """
         if self.split.num_real is not None:
@@ -157,7 +157,7 @@ def convert_dual_bn(model: nn.Module, *, layer_norm: bool = False) -> nn.Module:
     if not twins and not already:
         logger.warning(
             "%s has no BatchNorm layer: there is nothing to split, real and synthetic images are "
-            "normalised alike (training.dual_layer_norm splits LayerNorm layers)",
+            "normalised together (training.dual_layer_norm splits LayerNorm layers)",
             type(model).__name__,
         )
     return model

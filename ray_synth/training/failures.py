@@ -1,4 +1,4 @@
-"""When training is given up: failures in a row, not failures in all.
+"""When training is given up: consecutive failures, not failures in all.
 
 Ray Train counts over the whole run. On spot nodes, which mostly go without a notice, a long run loses
 more of them than anyone would allow a bug to fail.
@@ -11,7 +11,7 @@ from typing import Any
 from ray.train import UserCallback
 
 
-class FailuresInARow(UserCallback):
+class ConsecutiveFailures(UserCallback):
     """Ends a run after more than `most` failures with no checkpoint between them; -1: never.
 
     Called in Ray Train's controller, which ends the run with what a callback raises.
@@ -26,7 +26,7 @@ class FailuresInARow(UserCallback):
             self.failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        # A node that went as announced is no failure, and is told at each look until its deadline.
+        # A node that went as announced is not a failure, and is reported at each look until its deadline.
         if any(_preempted(error) for error in worker_exceptions.values()):
             return
         self.failures += 1

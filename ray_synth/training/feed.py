@@ -1,9 +1,9 @@
-"""What a training worker eats: batches of decoded images, one feed a domain.
+"""What a training worker reads: batches of decoded images, one feed per domain.
 
-Rows `{image: encoded bytes, class_index}` in; a `Batch` of (n, 3, size, size) uint8 images a step out.
+Rows `{image: encoded bytes, class_index}` in; a `Batch` of (n, 3, size, size) uint8 images per step out.
 `batch` is called in the prefetcher's thread, never in the training thread.
 
-    CachedFeed    rows in memory, shuffled anew each epoch: small real sets, finished small stores
+    CachedFeed    rows in memory, reshuffled each epoch: small real sets, finished small stores
     StreamedFeed  an endless stream of epochs through a shuffle buffer: large sets
     LiveFeed      images that are still being made: fresh ones first, then replays; never waits
     LockstepFeed  images that are still being made: each used in order; waits for them
@@ -48,10 +48,10 @@ class CachedFeed:
     The epochs' orders are laid end to end and cut into batches; rank r of w takes every w-th.
 
     Args:
-        balance: 0 draws each image once an epoch; 1 draws all classes equally often, so that images
+        balance: 0 draws each image once per epoch; 1 draws all classes equally often, so that images
             of rare classes come several times and of frequent ones not in every epoch.
-        repeats: each image is drawn this many times in a row, augmented anew (repeated augmentation,
-            arXiv 1901.09335).
+        repeats: each image is drawn this many times in a row, augmented differently each time
+            (repeated augmentation, arXiv 1901.09335).
     """
 
     def __init__(

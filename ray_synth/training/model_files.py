@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def export_models(
     job: TrainJob, learner: Learner, history: dict[str, Any], synthetic: Any = None
 ) -> None:
-    """Write `models/<arm>.<bn>.safetensors`, one a choice of BN, and `models/<arm>.json`.
+    """Write `models/<arm>.<bn>.safetensors`, one per choice of BN, and `models/<arm>.json`.
 
     Args:
         synthetic: the synthetic feed; a live one says how many images came and how many were drawn

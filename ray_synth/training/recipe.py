@@ -217,7 +217,7 @@ def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> Non
     try:
         weights, own = load_file(path), model.state_dict()
     except SafetensorError as error:
-        raise UserError(f"checkpoint {path} is no whole safetensors file: {error}") from None
+        raise UserError(f"checkpoint {path} is not a complete safetensors file: {error}") from None
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     for key in [key for key in weights if key.startswith(tuple(f"{head}." for head in heads))]:

@@ -28,7 +28,7 @@ class Reservoir:
         self.held_bytes = 0
         self._items: dict[int, Item] = {}
         self._keys = count()
-        self._disk: _Disk | None = None
+        self._disk: _Spill | None = None
 
     def __len__(self) -> int:
         return len(self._items)
@@ -45,7 +45,7 @@ class Reservoir:
         if self.held_bytes + size <= self.memory_bytes:
             self.held_bytes += size
         else:
-            self._disk = self._disk or _Disk()
+            self._disk = self._disk or _Spill()
             self._disk.write(key, item.form)
             item = item._replace(form=None)
         self._items[key] = item
@@ -76,7 +76,7 @@ class Reservoir:
             self._disk = None
 
 
-class _Disk:
+class _Spill:
     """Pixels or encoded bytes by key, in a SQLite file of this process's own."""
 
     def __init__(self) -> None:

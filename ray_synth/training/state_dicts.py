@@ -25,7 +25,7 @@ def export_aux(model: nn.Module) -> dict[str, Tensor]:
 def export_average(model: nn.Module) -> dict[str, Tensor]:
     """As `export_main`, with BNs that give the mean of both twins' outputs in eval mode.
 
-    At test time each twin is an affine map a channel, and so is their mean: it is folded into one
+    At test time each twin is an affine map per channel, and so is their mean: it is folded into one
     plain BN. Equal to `use_bn(model, "average")` but for rounding.
 
     Raises:

@@ -1,6 +1,6 @@
 """Sets a TrainJob going on the cluster: datasets, workers, storage, and the wait for its end.
 
-The synthetic dataset is given to Ray Train as a callable, so that after a failure it is made anew from
+The synthetic dataset is given to Ray Train as a callable, so that after a failure it is made again from
 the plan and the store: what was generated is read back, not generated again.
 """
 
@@ -98,7 +98,7 @@ def _run_config(job: TrainJob, name: str) -> Any:
     """Where Ray Train keeps the checkpoints of a run of this name, and when it gives up."""
     import ray.train
 
-    from ray_synth.training.failures import FailuresInARow
+    from ray_synth.training.failures import ConsecutiveFailures
 
     checkpoints = job.folder.child("checkpoints")
     return ray.train.RunConfig(
@@ -108,7 +108,7 @@ def _run_config(job: TrainJob, name: str) -> Any:
         storage_filesystem=None if checkpoints.is_local else checkpoints.filesystem,
         # Ours gives up, by failures in a row. Announced losses of nodes are not limited.
         failure_config=ray.train.FailureConfig(max_failures=-1),
-        callbacks=[FailuresInARow(job.config.max_failures)],  # type: ignore[list-item]
+        callbacks=[ConsecutiveFailures(job.config.max_failures)],  # type: ignore[list-item]
         checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
     )
 

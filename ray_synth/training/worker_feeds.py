@@ -1,4 +1,4 @@
-"""Which feeds a training worker eats from, as its job says, and what they read."""
+"""Which feeds a training worker reads from, as its job says, and what they read."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ IMPORTS = [
     ROOT,
     *(ROOT / "tests" / name for name in ("", "generation", "cluster", "serve", "training")),
 ]
-OBJECT_STORE = 100 * 2**20  # bytes a node
+OBJECT_STORE = 100 * 2**20  # bytes per node
 
 
 class Recorder(Painter):

@@ -1,7 +1,7 @@
 """A pool of generators on a cluster that grows under load and shrinks again, on fake GPU nodes.
 
 Ray Data's default autoscaler holds its nodes until a stream ends. The one named V2 lets them go when they
-are no longer used; it wants node types that declare their memory.
+are no longer used; it needs node types that declare their memory.
 """
 
 import json

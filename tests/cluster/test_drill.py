@@ -196,7 +196,7 @@ def schedule(nodes: Nodes, callers: Callers, pace: Pace) -> list[dict[str, objec
     """Remove and add nodes, each time once everything has moved on; what was seen of each."""
     try:
         return [event(number, *what, nodes, callers, pace) for number, what in enumerate(REMOVALS)]
-    finally:  # also where it failed: training must not wait for ever
+    finally:  # also where it failed: training must not wait forever
         (pace.folder / "enough").touch()
         (pace.folder / "alone").touch()
 

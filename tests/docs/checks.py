@@ -1,4 +1,4 @@
-"""What a document may say: each check takes a document and yields a line for each mistake in it."""
+"""What a document may say: each check takes a document and yields one line for each mistake in it."""
 
 from __future__ import annotations
 

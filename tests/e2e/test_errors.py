@@ -29,7 +29,7 @@ def check_message(code: int, errors: str, says: str) -> None:
         (["generation.scheduler=EulerDiscreetScheduler"], "did you mean 'EulerDiscreteScheduler'"),
         (["generation.height=100"], "multiple of 8"),
         (["runs_dir=/proc/nowhere"], "cannot write"),
-        (["cluster.address=127.0.0.1:1"], "no Ray cluster to be had"),
+        (["cluster.address=127.0.0.1:1"], "no Ray cluster available"),
     ],
 )
 def test_bad_settings_end_at_once_with_one_message(tmp_path, capsys, settings, says):

@@ -21,7 +21,7 @@ def head():
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Processes that are started here heed Ctrl-C, also where a shell's & made pytest ignore it."""
+    """Processes that are started here react to Ctrl-C, also where a shell's & made pytest ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -99,7 +99,7 @@ def test_what_does_not_reach_the_cluster_is_said(head, tmp_path):
     )  # refused before it is sent
     assert result.returncode == 2
     assert "did you mean 'steps'" in result.stderr
-    # A variable goes by its name: its value is in no output of ours.
+    # A variable is passed by its name: its value is in no output of ours.
     env = {**head, "MY_TOKEN": "my-secret"}
     result = ray_synth(env, "submit", "--env", "MY_TOKEN", "doctor", "--config", QUICKSTART)
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
@@ -158,7 +158,7 @@ def test_a_follower_may_leave_and_come_back(head, tmp_path):
     # It goes on: the same run is not begun twice.
     refused = ray_synth(head, "submit", *words)
     assert refused.returncode == 2
-    assert "job left is at work on" in refused.stderr
+    assert "job left is already running" in refused.stderr
     # The connection is cut in the middle: the log goes on, and no line comes twice.
     port = int(head["RAY_API_SERVER_ADDRESS"].rpartition(":")[2])
     forwarder = Forwarder(port)

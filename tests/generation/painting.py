@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Painter:
-    """Noise from each row's own seed. `generator_kwargs`: seconds a batch; fail, blank: words that
+    """Noise from each row's own seed. `generator_kwargs`: seconds per batch; fail, blank: words that
     make a row fail or come out blank."""
 
     def __init__(self, config):

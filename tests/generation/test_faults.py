@@ -156,7 +156,7 @@ def test_a_bucket_that_cannot_be_reached_for_a_while_is_waited_for(bucket, tmp_p
 
 
 def test_a_stall_is_an_error_that_names_the_stage(tmp_path, local_ray):
-    """No node has the GPU that the pool asks for: Ray alone would wait for ever."""
+    """No node has the GPU that the pool asks for: Ray alone would wait forever."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -186,4 +186,4 @@ def test_halving_asks_no_more_than_it_must():
 
     made = generate_all(Counting(config(fail="photo of 5")), plan_rows(8))
     assert [image is None for image, _ in made].index(True) == 5
-    assert Counting.calls == 7  # 1 + 2 a halving
+    assert Counting.calls == 7  # 1 + 2 per halving

@@ -20,7 +20,7 @@ TEXT_WEIGHTS = (
     "add_v_proj.w",
     "to_add_out.w",
 )
-HEED = 12.0
+TEXT_WEIGHT = 12.0
 WORDS = ("a", "photo", "of", "the", "crane", "bird", "red", "small", "large", "on", "in", "cat")
 
 
@@ -146,9 +146,9 @@ def _sd_parts(**unet_settings: Any) -> dict[str, Any]:
 def _save(pipeline: Any, folder: Path) -> Path:
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     for name, weights in denoiser.named_parameters():
-        # Random weights hardly heed the text: a test could not tell a wrong prompt from a right one.
+        # Random weights hardly react to the text: a test could not tell a wrong prompt from a right one.
         if any(part in name for part in TEXT_WEIGHTS):
-            weights.data.mul_(HEED)
+            weights.data.mul_(TEXT_WEIGHT)
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 

@@ -56,7 +56,7 @@ def test_one_bad_row_is_kept_aside_and_the_others_are_made(generator):
 
 
 def test_guidance_is_computed_only_above_1(generator):
-    """Two predictions a step above 1, one at or below: counted at the denoiser."""
+    """Two predictions per step above 1, one at or below: counted at the denoiser."""
     rows = [{**row, "negative_prompt": "red, blurry"} for row in plan_rows(2)]
     seen = []
     hook = generator.pipeline.unet.register_forward_pre_hook(

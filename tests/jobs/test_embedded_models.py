@@ -253,7 +253,7 @@ def _make_teacher(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, jpegs: list[bytes], fonts: list[Path]) -> Path:
-    """Tiny stand-ins for everything that the recipe wants downloaded."""
+    """Tiny stand-ins for everything that the recipe needs downloaded."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "wordnet").mkdir()
     (folder / "wordnet" / "data.noun").write_text(DATABASE)

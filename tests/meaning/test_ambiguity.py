@@ -38,7 +38,7 @@ IMAGES = np.tile(np.eye(DIM, dtype=np.float32)[0], (4, 1))
 
 
 def answering(*answers: str):
-    """An LLM that gives these answers in turn, for ever, and notes what it was asked."""
+    """An LLM that gives these answers in turn, forever, and notes what it was asked."""
     asked: list[tuple[FewShot, int]] = []
 
     async def complete(prompt: FewShot, seed: int, **options: object) -> str:

@@ -48,7 +48,7 @@ SYNSETS = (
 # crane is a machine first; "bonnets" gives the hat, and then the part of a car
 ORDER = {"crane": (2, 1), "bonnet": (22, 21)}
 EXCEPTIONS = "axes ax axis\nmice mouse\n\n"
-MEND = r"install Debian's package wordnet-base.*nltk\.downloader wordnet.*meaning\.lexicon"
+FIX = r"install Debian's package wordnet-base.*nltk\.downloader wordnet.*meaning\.lexicon"
 
 
 def data_lines(newline: bytes = b"\n") -> tuple[bytes, list[int]]:
@@ -198,10 +198,10 @@ def test_a_missing_dictionary_is_said_with_its_mend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for source in (str(tmp_path), str(tmp_path / "gone"), str(tmp_path / "gone.zip"), ""):
-        with pytest.raises(ValueError, match=f"no WordNet in {source}.*{MEND}"):
+        with pytest.raises(ValueError, match=f"no WordNet in {source}.*{FIX}"):
             WordNet(source)
     monkeypatch.setattr(lexicon, "_places", lambda: iter([tmp_path / "corpora" / "wordnet"]))
-    with pytest.raises(ValueError, match=f"no WordNet in its usual places.*{MEND}"):
+    with pytest.raises(ValueError, match=f"no WordNet in its usual places.*{FIX}"):
         WordNet()
 
 
@@ -230,7 +230,7 @@ def test_corrupt_files_are_said_with_their_mend(
     if content is not None:
         (folder / file).write_bytes(content)
     for source in (folder, zipped(folder, tmp_path / "wordnet.zip")):
-        with pytest.raises(ValueError, match=f"{source} holds no readable WordNet .*{MEND}"):
+        with pytest.raises(ValueError, match=f"{source} holds no readable WordNet .*{FIX}"):
             WordNet(str(source))
 
 

@@ -12,7 +12,7 @@ import yaml
 from samples import ROOT
 
 from ray_synth.generation.cost import reason_label
-from ray_synth.metrics import FIGURES, exported, join, record, run_name, timed
+from ray_synth.metrics import METRICS, exported, join, record, run_name, timed
 
 MONITORING = ROOT / "docs" / "monitoring"
 DASHBOARD = MONITORING / "grafana-dashboard.json"
@@ -34,9 +34,9 @@ def expressions() -> list[str]:
 
 def test_what_is_shown_and_watched_is_declared_and_the_reverse():
     named = {name for expr in expressions() for name in OURS.findall(expr)}
-    known = {name for figure in FIGURES for name in exported(figure)}
+    known = {name for metric in METRICS for name in exported(metric)}
     assert named <= known, "the dashboard or a rule asks for what nobody records"
-    unseen = [figure for figure in FIGURES if not named & set(exported(figure))]
+    unseen = [metric for metric in METRICS if not named & set(exported(metric))]
     assert not unseen, "recorded, and shown nowhere"
 
 
@@ -49,14 +49,14 @@ def test_what_is_recorded_is_declared_with_its_tags_and_the_reverse():
                 if name not in ("record", "timed", "make") or not node.args:
                     continue
                 first = node.args[0]
-                if isinstance(first, ast.Constant) and first.value in FIGURES:
+                if isinstance(first, ast.Constant) and first.value in METRICS:
                     tags = {word.arg for word in node.keywords if word.arg}
                     found.setdefault(first.value, set()).update(tags)
                 elif isinstance(first, ast.Constant) and name == "record":
                     raise AssertionError(f"{path}: {first.value} is not declared")
-    assert set(found) == set(FIGURES)
-    for figure, tags in found.items():
-        assert tags <= set(FIGURES[figure].tags), figure
+    assert set(found) == set(METRICS)
+    for metric, tags in found.items():
+        assert tags <= set(METRICS[metric].tags), metric
 
 
 def _called(node: ast.Call) -> str:
@@ -69,9 +69,9 @@ def _called(node: ast.Call) -> str:
 
 
 def test_names_are_those_that_ray_exports():
-    for name, figure in FIGURES.items():
+    for name, metric in METRICS.items():
         assert re.fullmatch(r"[a-z_]+", name)
-        assert name.endswith("_total") == (figure.kind == "counter"), "Ray adds it to counters"
+        assert name.endswith("_total") == (metric.kind == "counter"), "Ray adds it to counters"
     assert exported("checkpoint_seconds")[1] == "ray_ray_synth_checkpoint_seconds_count"
 
 
@@ -139,12 +139,12 @@ def test_the_dashboard_is_whole():
         for target in panel["targets"]:
             assert target["datasource"]["uid"] == "${datasource}"
             ours = OURS.findall(target["expr"])
-            if ours and "run" in FIGURES[_figure_of(ours[0])].tags:
+            if ours and "run" in METRICS[_metric_of(ours[0])].tags:
                 assert 'run=~"$run"' in target["expr"], panel["title"]
 
 
-def _figure_of(name: str) -> str:
-    return next(figure for figure in FIGURES if name in exported(figure))
+def _metric_of(name: str) -> str:
+    return next(metric for metric in METRICS if name in exported(metric))
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool (Debian: prometheus)")
@@ -181,10 +181,10 @@ OF_RAY = [
 
 
 def recorded() -> list[str]:
-    """A series of every figure, with the tags that it is declared with."""
+    """A series of every metric, with the tags that it is declared with."""
     found = list(OF_RAY)
-    for name, figure in FIGURES.items():
-        tags = ",".join(f'{tag}="{VALUES.get(tag, tag)}"' for tag in figure.tags)
+    for name, metric in METRICS.items():
+        tags = ",".join(f'{tag}="{VALUES.get(tag, tag)}"' for tag in metric.tags)
         for seen in exported(name):
             les = ["0.5", "30.0", "+Inf"] if seen.endswith("_bucket") else [None]
             for le in les:

@@ -146,8 +146,8 @@ def test_a_server_that_is_gone_is_said_once_and_stops_nothing(tmp_path, monkeypa
         for step in range(1, 4):
             log({"loss": 1.0}, step)
         log.close()
-    assert caplog.text.count("MLflow takes no metrics") == 1
-    with pytest.raises(ValueError, match="no MLflow server to be had at http://127.0.0.1:9"):
+    assert caplog.text.count("MLflow does not accept metrics") == 1
+    with pytest.raises(ValueError, match="no MLflow server available at http://127.0.0.1:9"):
         Tracker(config(uri="http://127.0.0.1:9"), Folder(tmp_path), Folder(tmp_path / "other"))
 
 

@@ -1,4 +1,4 @@
-"""The preflight: every known hang refused with its arithmetic and a mend that mends it, and no more."""
+"""The preflight: every known hang refused with its arithmetic and a fix that works, and no more."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from ray_synth.preflight.check import check_budget, fit_stages
 from ray_synth.preflight.demands import Sizes, demands
 from ray_synth.preflight.packing import Nodes
 from ray_synth.preflight.reach import Reach, added_nodes, reach_of_cluster_yaml
-from ray_synth.preflight.smallest_fix import Change, changed, fits, mends
+from ray_synth.preflight.smallest_fix import Change, changed, fits, fixes
 from ray_synth.stages import STAGES
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
@@ -37,18 +37,18 @@ def problems(config, found, sizes=None):
 
 
 def refused(config, found, sizes=None):
-    """The message of the refusal; each of its mends is tried and must be enough."""
+    """The message of the refusal; each of its fixes is tried and must be enough."""
     with pytest.raises(ValueError, match="does not fit the cluster") as error:
         check_budget(config, found, sizes)
-    for way in mends(config, found, sizes):
+    for way in fixes(config, found, sizes):
         if way.startswith("--set"):
             changes = [word for word in shlex.split(way) if word != "--set"]
             local = [c for c in changes if c.startswith("cluster.num_cpus=")]
-            mended = load_config(
+            fixed = load_config(
                 QUICKSTART, [*overrides_of(config), *(c for c in changes if c not in local)]
             )
             bigger = Nodes(1, float(local[0].split("=")[1]), found.gpus) if local else None
-            check_budget(mended, reach(bigger) if bigger else found, sizes)
+            check_budget(fixed, reach(bigger) if bigger else found, sizes)
         else:
             number, cpus, gpus = re.match(
                 r"add (\d+) nodes? with ([\d.]+) CPUs?(?: and ([\d.]+) GPUs?)?", way
@@ -83,7 +83,7 @@ def test_hang_training_and_generation_on_two_cpus(generator):
     assert problems(config_of(), reach((2, 0))) == []  # 0.5 + 0.5 + a read task
 
 
-def test_hang_on_a_laptop_is_mended_by_logical_cpus():
+def test_hang_on_a_laptop_is_fixed_by_logical_cpus():
     config = config_of("training.num_cpus=1", "generation.num_cpus=1")
     text = refused(config, reach((2, 0), local=True))
     assert "The smallest change that fits: --set cluster.num_cpus=3" in text
@@ -173,7 +173,7 @@ def test_units_that_are_too_large_for_any_node():
 
 def test_sums_that_fit_on_no_shared_out_nodes():
     config = config_of("training.num_cpus=5", "training.num_workers=9")
-    nodes = [(8, 0)] * 8  # 64 CPUs for 45 + 1.5, but only one worker a node
+    nodes = [(8, 0)] * 8  # 64 CPUs for 45 + 1.5, but only one worker per node
     assert "cannot be shared out" in refused(config, reach(*nodes))
     assert problems(config, reach(*nodes, (8, 0))) == []
 

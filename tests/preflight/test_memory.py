@@ -107,7 +107,7 @@ def test_training_needs_follow_the_model_and_the_batch():
     assert parameters == 25_557_032
     assert (
         20e6 < outputs < 40e6
-    )  # 66 MB an image in half precision; 22 GB for 256 were seen elsewhere
+    )  # 66 MB per image in half precision; 22 GB for 256 were seen elsewhere
     small, large = (
         next(n for n in memory_needs(config_of(*RESNET, size)) if n.what == "training")
         for size in ("training.batch_size=64", "training.batch_size=256")

@@ -515,7 +515,7 @@ def test_generation_facts_leave_out_what_is_not_known():
     facts = {"gpu_hours": 1.5, "cpu_hours": 3.0, "cost": 2.0, "flagged": 1234, "retried": 0}
     shown = dict(generation_facts({"generation": facts, "images_per_second": {"generation": 7}}))
     assert shown == {
-        "Images a second": "7.0",
+        "Images per second": "7.0",
         "GPU-hours": "1.50",
         "Cost": "2.00",
         "Images flagged": "1,234",

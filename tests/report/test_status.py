@@ -67,7 +67,7 @@ def test_a_run_that_is_generating_tells_counts_rate_and_time_left(run):
     rows = run.plan(80)
     with Heartbeat(run.folder, "report") as heart, under_way(run.folder.uri, "generation"):
         now = time.time()
-        for part in range(4):  # one a minute
+        for part in range(4):  # one per minute
             run.make(rows[8 * part : 8 * part + 8], at=now - 60 * (3 - part))
         with Bar("generation", 80, "images"):
             heart.beat("running")
@@ -150,7 +150,7 @@ def test_a_driver_elsewhere_is_silent_after_a_while_and_one_that_moves_nothing_s
 @pytest.mark.parametrize(
     ("error", "verdict", "says"),
     [
-        (ValueError("no GPU"), "failed", "ValueError: no GPU; mend that, and the same command"),
+        (ValueError("no GPU"), "failed", "ValueError: no GPU; fix that, and the same command"),
         (KeyboardInterrupt(), "stopped", "the same command continues"),
     ],
 )
@@ -186,7 +186,7 @@ def test_done_is_done_and_so_is_a_part_that_was_asked_for(run):
     with Heartbeat(run.folder, "plan"):
         pass
     status = read_status(run.folder)
-    assert (status.exit_code, status.message) == (DONE, "up to plan, as was asked")
+    assert (status.exit_code, status.message) == (DONE, "up to plan, as requested")
     run.finish(*STAGES)
     run.folder.write_json("metrics.json", {})
     status = read_status(run.folder)
@@ -269,7 +269,7 @@ def test_on_an_object_store_all_of_it_is_kept_and_read(bucket):
         assert (status.verdict, status.judged) == ("running", 16)
         assert status.rejected == {"rejected: blank": 8}
     status = read_status(run.folder)
-    assert (status.verdict, status.message) == ("done", "up to report, as was asked")
+    assert (status.verdict, status.message) == ("done", "up to report, as requested")
     logs = run.folder.child("logs")
     (name,) = logs.names(".jsonl")
     line = json.loads(logs.read_bytes(name))

@@ -264,7 +264,7 @@ def test_a_service_that_never_answers_is_a_connection_error():
         assert client.retried == 0 and client.is_ready() is False
     silent.close()
     for wrong in ("localhost:8000", "ftp://a", "http://a:b"):
-        with pytest.raises(ValueError, match="is no URL of a service"):
+        with pytest.raises(ValueError, match="is not the URL of a service"):
             Client(wrong)
 
 

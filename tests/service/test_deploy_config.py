@@ -133,7 +133,7 @@ def test_all_that_is_wrong_is_told_at_once():
     ("application", "says"),
     [
         ({"args": {"llm": {"num_cpus": 0}}}, "args.llm.num_cpus: Input should be greater than 0"),
-        ({"args": {"llm": {"backend": "openai"}}}, "args.llm: backend openai wants the model's"),
+        ({"args": {"llm": {"backend": "openai"}}}, "args.llm: backend openai needs the model's"),
         ({"args": {"autoscaling": {"upscale_delay": 1}}}, "mean 'upscale_delay_s'"),
         ({"args": {"autoscaling": {"look_back_period_s": -1}}}, "look_back_period_s"),
         ({"args": []}, "applications.0.args"),

@@ -8,7 +8,7 @@ from ray_synth.service.full_batches import FullBatches
 
 
 def run(requests, **options):
-    """Answers, and the batches that the model saw; it takes 20 ms a batch."""
+    """Answers, and the batches that the model saw; it takes 20 ms per batch."""
     seen = []
 
     async def work(batch):

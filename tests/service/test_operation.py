@@ -18,7 +18,7 @@ NUMBERS = [f"the number {name}" for name in DIGITS]
 @pytest.fixture
 def served(monkeypatch):
     """A function that deploys the app with these settings, and returns its address."""
-    for source in ("REPLICA", "HANDLE"):  # what autoscaling goes by is told each second
+    for source in ("REPLICA", "HANDLE"):  # what autoscaling uses is reported every second
         monkeypatch.setenv(f"RAY_SERVE_{source}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
     from ray import serve
 

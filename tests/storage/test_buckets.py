@@ -229,7 +229,7 @@ def test_refused_credentials_are_named_and_not_shown(tmp_path, monkeypatch):
             started = time.monotonic()
             with pytest.raises((ValueError, OSError)) as error:
                 work()
-            assert time.monotonic() - started < 30, "waiting would not mend it"
+            assert time.monotonic() - started < 30, "waiting would not fix it"
         with pytest.raises(ValueError, match=r"access denied.*AWS_SECRET_ACCESS_KEY") as error:
             folder.check_writable()
         assert "hush" not in str(error.value)

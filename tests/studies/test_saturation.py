@@ -9,7 +9,7 @@ SCALES = (1.0, 6.0, 12.0, 24.0)
 
 
 def table(*top1_by_seed, scales=SCALES):
-    """The one line of a study whose arm at each scale has these values, a list a seed."""
+    """The one line of a study whose arm at each scale has these values, one list per seed."""
     arms = tuple(Arm(f"dual_{x:g}x", f"{x:g}x", x, line="dual BN", x=x) for x in scales)
     found = {
         (arm.name, seed): {"main": {"in_domain": {"top1": values[at]}}}

@@ -150,6 +150,6 @@ def test_mixing_never_crosses_the_domains(settings):
 
 def test_an_odd_number_of_images_cannot_be_mixed():
     with pytest.raises(
-        ValueError, match="33 real and 31 synthetic images a batch must both be even"
+        ValueError, match="33 real and 31 synthetic images per batch must both be even"
     ):
         TrainingConfig(steps=1, batch_size=64, real_fraction=0.51, mixup=0.2)

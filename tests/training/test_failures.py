@@ -5,7 +5,7 @@ from digits import train_digits
 from ray.exceptions import ActorDiedError
 
 from ray_synth.storage.folder import Folder
-from ray_synth.training.failures import FailuresInARow
+from ray_synth.training.failures import ConsecutiveFailures
 
 BUG = {1: ValueError("a bug")}
 
@@ -15,7 +15,7 @@ class Announced(ActorDiedError):
 
 
 def test_a_new_checkpoint_forgives_what_failed_before():
-    watch = FailuresInARow(2)
+    watch = ConsecutiveFailures(2)
     for _ in range(3):
         watch.after_exception(None, BUG)
         watch.after_exception(None, BUG)
@@ -28,10 +28,10 @@ def test_a_new_checkpoint_forgives_what_failed_before():
 
 
 def test_announced_losses_of_nodes_are_no_failures():
-    watch = FailuresInARow(0)
+    watch = ConsecutiveFailures(0)
     for _ in range(5):
         watch.after_exception(None, {0: Announced(), 1: ConnectionError("gloo")})
-    never = FailuresInARow(-1)
+    never = ConsecutiveFailures(-1)
     for _ in range(50):
         never.after_exception(None, BUG)
 
