@@ -204,7 +204,7 @@ def _settings(config: GenerationConfig) -> BigGanSettings:
 
 
 def _files(weights: str) -> tuple[Path, Path]:
-    """The safetensors file and its config.json. Raises UserError with the mend."""
+    """The safetensors file and its config.json. Raises UserError with the fix."""
     path = Path(weights).expanduser()
     folder = path if path.is_dir() else path.parent
     found = sorted(folder.glob("*.safetensors")) if path.is_dir() else [path]

@@ -179,6 +179,3 @@ def _locate(source: str) -> Path:
     raise UserError(
         f"no WordNet in {source if source != 'wordnet' else 'its usual places'}: {MEND}"
     )
-
-
-__all__ = ["WordNet", "sense_phrase"]

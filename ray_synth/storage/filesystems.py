@@ -41,7 +41,7 @@ CREDENTIALS = {
     "AZURE_CLIENT_SECRET)",
 }
 SAME = {"gcs": "gs", "abfss": "abfs"}
-# Errors of a mounted file system that another try may mend; a full or read-only disk is not mended so.
+# Errors of a mounted file system that another try may fix; a full or read-only disk is not fixed so.
 PASSING = {
     errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.EPIPE,
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH,
@@ -184,7 +184,7 @@ def refuse_secrets(uri: str) -> str:
 
 
 def storage_problem(error: BaseException, uri: str = "") -> str | None:
-    """What a storage's error means and what mends it; None where it is none of the usual ones."""
+    """What a storage's error means and what fixes it; None where it is none of the usual ones."""
     text = str(error)
     kind = SAME.get(scheme := uri.partition("://")[0].lower(), scheme)
     if not uri:
@@ -216,7 +216,7 @@ def _first(text: str) -> str:
 def patiently(work: Callable[[], T], *, remote: bool = True) -> T:
     """Do some input or output; a storage that does not answer is tried again for `PATIENCE_S`.
 
-    What waiting would not mend is raised at once: a full disk, a missing or broken file, a bucket that
+    What waiting would not fix is raised at once: a full disk, a missing or broken file, a bucket that
     is forbidden or does not exist.
 
     Args:

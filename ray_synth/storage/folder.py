@@ -87,11 +87,11 @@ class Folder:
         return Folder(f"{address.rstrip('/')}/{name}{mark}{options}")
 
     def check_readable(self) -> None:
-        """Ask for the folder. Raises UserError, with the mend, where its storage gives none."""
+        """Ask for the folder. Raises UserError, with the fix, where its storage gives none."""
         self._once("read", lambda: self.filesystem.get_file_info(self.path()))
 
     def check_writable(self) -> None:
-        """Write and delete a file. Raises UserError, with the mend, where that cannot be done."""
+        """Write and delete a file. Raises UserError, with the fix, where that cannot be done."""
 
         def work() -> None:
             temporary = self._temporary("writable")
