@@ -135,6 +135,3 @@ def corrupted_rows(
                     "kind": kind,
                     "severity": severity,
                 }
-
-
-__all__ = ["STRENGTHS", "check_kinds", "corrupt", "corrupted_rows"]

@@ -44,12 +44,10 @@ class Predictor:
         board: Any = None,
     ) -> None:
         import torch
-        from safetensors.torch import load
 
         from ray_synth.device import pick_device
-        from ray_synth.training import recipe
-        from ray_synth.training.augmentation import eval_transform
         from ray_synth.training.decoder import Decoder
+        from ray_synth.training.model_files import card_transform, load_model
 
         metrics.join(folder.uri)
         logs.forward(board, stage="evaluation")
@@ -61,26 +59,11 @@ class Predictor:
         for arm in arms:
             card = folder.read_json(f"models/{arm}.json")
             for bn in [bn for bn in card["bns"] if bn in bns or len(card["bns"]) == 1]:
-                model = recipe.build_model(
-                    card["model"],
-                    num_classes=len(card["class_names"]),
-                    model_kwargs=card["model_kwargs"],
-                    pretrained=card.get("pretrained", False),
-                )
-                if not card.get("pretrained"):
-                    weights = folder.read_bytes(f"models/{arm}.{bn}.safetensors")
-                    model.load_state_dict(load(weights))
                 name = arm if len(card["bns"]) == 1 else f"{arm}.{bn}"
                 if arm == "mixed" and card["bns"] == ["main"]:
                     name = "mixed.main"
-                self.models[name] = model.eval().to(self.device)
-            self.transform = eval_transform(
-                card["image_size"],
-                mean=card["mean"],
-                std=card["std"],
-                interpolation=card["interpolation"],
-                crop_pct=card["crop_pct"],
-            )
+                self.models[name] = load_model(folder, arm, bn, card).to(self.device)
+            self.transform = card_transform(card)
         self.decoder = Decoder(self.transform, max_pixels)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
 from ray_synth.meaning.candidates import TEMPLATES, with_article
+from ray_synth.meaning.ranking import unit_means
 from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -137,10 +138,11 @@ def measure_reference(
 
 def text_features(texts: Mapping[int, str], clip: ClipModel) -> dict[int, np.ndarray]:
     """class index -> (dim,) float32 of length 1: the average over the templates of its meaning."""
+    if not texts:
+        return {}
     order = sorted(texts)
     rows = clip.encode_texts([form.format(texts[index]) for index in order for form in TEMPLATES])
-    means = rows.reshape(len(order), len(TEMPLATES), -1).mean(axis=1) if order else rows
-    means /= np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
+    means = unit_means(rows.reshape(len(order), len(TEMPLATES), -1))
     return dict(zip(order, means, strict=True))
 
 

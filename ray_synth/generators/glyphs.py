@@ -131,6 +131,3 @@ def _settings(config: GenerationConfig) -> GlyphSettings:
     return parse_config(
         config.generator_kwargs, origin="generation.generator_kwargs", model=GlyphSettings
     )
-
-
-__all__ = ["GlyphGenerator", "font_files"]

@@ -112,6 +112,3 @@ class CachedLLM:
     def _key(self, prompt: FewShot, options: dict[str, Any]) -> bytes:
         what = [self.identity, prompt.as_text(), options]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).digest()
-
-
-__all__ = ["AnswerCache", "CachedLLM"]

@@ -177,6 +177,3 @@ def _locate(source: str) -> Path:
         if (place / "data.noun").is_file() or (place.suffix == ".zip" and place.is_file()):
             return place
     raise UserError(f"no WordNet in {source if source != 'wordnet' else 'its usual places'}: {FIX}")
-
-
-__all__ = ["WordNet", "sense_phrase"]

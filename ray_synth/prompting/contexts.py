@@ -341,17 +341,3 @@ def fit_prompt(
         if count_tokens(longer) <= max_tokens:
             prompt = longer
     return prompt
-
-
-__all__ = [
-    "Context",
-    "ContextResult",
-    "Pool",
-    "context_question",
-    "contextual_prompt",
-    "fit_prompt",
-    "load_pool",
-    "plain_prompt",
-    "subject",
-    "write_contexts",
-]

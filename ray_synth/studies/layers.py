@@ -42,11 +42,12 @@ def layer_rows(
         synthetic: encoded images.
     """
     from ray_synth.evaluation.domain_shift import bn_statistics, statistics_distance
+    from ray_synth.training.model_files import load_model
 
     card = arms.read_json(f"models/{digest}.json")
     given = (row["image"] for row in read_index(real))
     found = [
-        bn_statistics(load_model(arms, card, bn), _batches(card, images, max_pixels))
+        bn_statistics(load_model(arms, digest, bn, card), _batches(card, images, max_pixels))
         for bn, images in zip(bns, (given, iter(synthetic)), strict=True)
     ]
     return [
@@ -55,31 +56,12 @@ def layer_rows(
     ]
 
 
-def load_model(arms: Folder, card: dict[str, Any], bn: str) -> Any:
-    """A plain timm model in eval mode."""
-    from safetensors.torch import load
-
-    from ray_synth.training import recipe
-
-    model = recipe.build_model(
-        card["model"], num_classes=len(card["class_names"]), model_kwargs=card["model_kwargs"]
-    )
-    model.load_state_dict(load(arms.read_bytes(f"models/{card['arm']}.{bn}.safetensors")))
-    return model.eval()
-
-
 def _batches(card: dict[str, Any], images: Iterator[bytes], max_pixels: int) -> Iterator[Any]:
     """Batches as a test would see them."""
-    from ray_synth.training.augmentation import eval_transform
     from ray_synth.training.decoder import Decoder
+    from ray_synth.training.model_files import card_transform
 
-    transform = eval_transform(
-        card["image_size"],
-        mean=card["mean"],
-        std=card["std"],
-        interpolation=card["interpolation"],
-        crop_pct=card["crop_pct"],
-    )
+    transform = card_transform(card)
     decoder = Decoder(transform, max_pixels)
     rows = ({"image": image, "class_index": 0} for image in islice(images, MOST))
     items = (item for row in rows if (item := decoder.keep(row)) is not None)
@@ -155,4 +137,4 @@ def layer_figure(curves: dict[str, list[dict[str, Any]]]) -> Any:
     return figure
 
 
-__all__ = ["layer_figure", "layer_rows", "load_model", "measure_layers"]
+__all__ = ["layer_figure", "layer_rows", "measure_layers"]

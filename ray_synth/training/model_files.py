@@ -1,4 +1,4 @@
-"""Trained models as plain timm state dicts, and what there is to say about their training."""
+"""Trained models as files: plain timm state dicts, each with a card that says how it was trained."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 from ray_synth.training.job import TrainJob
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from ray_synth.storage.folder import Folder
+    from ray_synth.training.augmentation import ImageTransform
     from ray_synth.training.learner import Learner
 
 
@@ -56,3 +60,29 @@ def export_models(
         card["synthetic_arrived"] = synthetic.arrived
         card["synthetic_replayed"] = synthetic.replayed
     job.folder.write_json(f"models/{job.arm}.json", card)
+
+
+def load_model(folder: Folder, arm: str, bn: str, card: dict[str, Any]) -> nn.Module:
+    """A model as `export_models` wrote it, or with timm's weights if its card says so; in eval mode."""
+    from safetensors.torch import load
+
+    from ray_synth.training import recipe
+
+    pretrained = card.get("pretrained", False)
+    model = recipe.build_model(
+        card["model"],
+        num_classes=len(card["class_names"]),
+        model_kwargs=card["model_kwargs"],
+        pretrained=pretrained,
+    )
+    if not pretrained:
+        model.load_state_dict(load(folder.read_bytes(f"models/{arm}.{bn}.safetensors")))
+    return model.eval()
+
+
+def card_transform(card: dict[str, Any]) -> ImageTransform:
+    """How a test prepares images for the model of a card."""
+    from ray_synth.training.augmentation import eval_transform
+
+    names = ("mean", "std", "interpolation", "crop_pct")
+    return eval_transform(card["image_size"], **{name: card[name] for name in names})
