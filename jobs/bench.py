@@ -63,7 +63,8 @@ def generation(
     assert isinstance(size, int), "give a number: --set generation.batch_size=16"
     stock_dtype = torch.float16 if device.startswith("cuda") else torch.float32
     stock = _stock_pipeline(made, stock_dtype, device)
-    contenders = {"stock": partial(_stock_round, stock, made=made), **_ours(made, parts=parts)}
+    contenders: dict[str, Contender] = {"stock": partial(_stock_round, stock, made=made)}
+    contenders |= _ours(made, parts=parts)
     with connect(ClusterConfig(num_cpus=settings.cluster.num_cpus)):
         rates = _rates(contenders, rounds=rounds, images=batches * size)
     titles = {
