@@ -760,7 +760,8 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
         return redact(f"{dotted or model.__name__}: {message}{given}")
     # A recipe, or another part of a config, is validated on its own: its names lack the first parts.
-    retired = [name for name in RETIRED if f".{name}".endswith(f".{dotted}")]
+    part = model is not Config
+    retired = [n for n in RETIRED if n == dotted or (part and n.endswith(f".{dotted}"))]
     if retired:
         return f"{dotted}: removed; {RETIRED[retired[0]]}"
     section = _section_at(model, location[:-1])

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from ray_synth.config import parse_config
+from ray_synth.config import RETIRED, ClipConfig, LlmConfig, parse_config
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.service.app import Disambiguation, ServeConfig
 from ray_synth.service.clip_deployment import ClipDeployment
@@ -32,6 +32,8 @@ READ_AS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
     (ServeApplicationSchema, "autoscaling_policy"): AutoscalingPolicy,
     (ServeConfig, "autoscaling"): AutoscalingConfig,
 }
+# Where the same settings lie in the config of a run.
+SECTIONS: dict[type[BaseModel], str] = {LlmConfig: "meaning.llm", ClipConfig: "meaning.clip"}
 # Ray imports these while it validates; they need to exist on the cluster alone.
 IMPORTED = ("policy_function", "request_router_class")
 
@@ -136,7 +138,9 @@ def _wrong_keys(part: Part) -> Iterator[str]:
     for key in part.value:
         if key not in part.model.model_fields:
             dotted = f"{part.place}.{key}".removeprefix(".")
-            yield f"{dotted}: unknown key; {did_you_mean(key, part.model.model_fields)}"
+            gone = RETIRED.get(f"{SECTIONS.get(part.model, '')}.{key}")
+            hint = f"removed; {gone}" if gone else None
+            yield f"{dotted}: {hint or 'unknown key; ' + did_you_mean(key, part.model.model_fields)}"
     if part.model is ServeApplicationSchema and part.value.get("import_path") in MOVED_FROM:
         yield f"{part.place}.import_path: the app has moved: write {OUR_APP[0]}"
     deployments = part.value.get("deployments") if _is_ours(part) else None

@@ -135,6 +135,7 @@ def test_all_that_is_wrong_is_told_at_once():
         ({"args": {"llm": {"num_cpus": 0}}}, "args.llm.num_cpus: Input should be greater than 0"),
         ({"args": {"llm": {"backend": "openai"}}}, "args.llm: backend openai needs the model's"),
         ({"args": {"autoscaling": {"upscale_delay": 1}}}, "mean 'upscale_delay_s'"),
+        ({"args": {"llm": {"max_retries": 2}}}, "llm.max_retries: removed; "),
         ({"args": {"autoscaling": {"look_back_period_s": -1}}}, "look_back_period_s"),
         ({"args": []}, "applications.0.args"),
         ({"import_path": "x"}, "applications.0.import_path"),
