@@ -158,5 +158,5 @@ def test_class_names_come_from_a_text_file(tmp_path):
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"not at all")
-    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a Parquet file"):
         load_index(SourceConfig(format="parquet", path=str(tmp_path)))
