@@ -19,7 +19,7 @@ class Limits(Section):
 
     max_body_bytes: int = Field(32_000_000, ge=1)
     max_classes: int = Field(1000, ge=1)
-    max_images: int = Field(64, ge=1, description="a class")
+    max_images: int = Field(64, ge=1, description="per class")
     max_image_bytes: int = Field(10_000_000, ge=1)
     max_pixels: int = Field(50_000_000, ge=1)
     max_prompts: int = Field(200, ge=1)

@@ -189,7 +189,7 @@ def test_a_broken_cache_costs_no_answer(server, tmp_path):
 
 
 def test_settings_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="wants the model's name"):
+    with pytest.raises(ValueError, match="needs the model's name"):
         LlmConfig(backend="openai")
     with pytest.raises(ValueError, match="belong to backend: openai"):
         LlmConfig(base_url="http://x")
