@@ -59,7 +59,7 @@ def test_backends_are_read_as_settings_of_the_llm() -> None:
         ({"a": {}, "small": {"style": "prose"}}, r"backends.yaml, small:\s+style: .*'prose'"),
         ({"small": None}, r"backends.yaml, small:\s+LlmConfig: "),
         ({"small": "embedded"}, r"small:\s+LlmConfig: .*'embedded'"),
-        ({"small": {"backend": "openai"}}, "wants the model's name on the server"),
+        ({"small": {"backend": "openai"}}, "needs the model's name on the server"),
     ],
 )
 def test_what_is_wrong_with_a_backend_is_named(values: Any, says: str) -> None:
