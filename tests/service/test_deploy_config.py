@@ -159,7 +159,7 @@ def test_all_that_is_wrong_is_told_at_once():
 def test_a_wrong_value_is_refused_with_its_place(application, says):
     with pytest.raises(ValueError, match="config:") as error:
         check_serve_config(serve_config(**application))
-    assert isinstance(error.value, UserError), "the command line prints these without a traceback"
+    assert type(error.value) is UserError, "the command line prints these without a traceback"
     assert says in str(error.value)
 
 
