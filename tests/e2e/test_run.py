@@ -191,6 +191,7 @@ def test_killed_in_generation_it_continues_and_makes_each_row_once(tmp_path):
     assert len(planned_ids(folder)) == 64
 
 
+@pytest.mark.slow  # tests/pipeline/test_older_runs.py continues a killed training in the default suite
 def test_killed_in_training_it_continues_from_its_checkpoint(tmp_path):
     folder = tmp_path / "quickstart"
     settings = [*SMALL, *NO_LLM, "training.baseline=false", "training.steps=100"]
