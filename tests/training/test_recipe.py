@@ -202,7 +202,10 @@ def test_a_step_with_everything_together():
     ("settings", "says"),
     [
         ({"name": "local-dir:/no/such"}, "cannot be loaded .*training.model"),
-        ({"name": "resnet18", "checkpoint": "broken.safetensors"}, "not a complete safetensors file"),
+        (
+            {"name": "resnet18", "checkpoint": "broken.safetensors"},
+            "not a complete safetensors file",
+        ),
     ],
 )
 def test_what_timm_cannot_load_is_the_users_to_fix(tmp_path, monkeypatch, settings, says):
