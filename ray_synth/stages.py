@@ -34,6 +34,11 @@ class Stage:
     bars: tuple[str, ...]
     says: str
 
+    @property
+    def shown(self) -> str:
+        """What of it a person looks at first."""
+        return self.leaves[-1] if self.leaves else f"stages/{self.name}.json"
+
 
 TABLE = (
     Stage(
@@ -82,6 +87,11 @@ def up_to(until: str) -> tuple[str, ...]:
 def from_on(stage: str) -> tuple[str, ...]:
     """A stage and all that follow it, which are to be done again with it. Raises as `up_to`."""
     return STAGES[_place(stage) :]
+
+
+def stage_of(name: str) -> Stage:
+    """The stage of a name. Raises as `up_to`."""
+    return TABLE[_place(name)]
 
 
 def _place(name: str) -> int:

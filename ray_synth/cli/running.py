@@ -12,7 +12,7 @@ import typer
 
 from ray_synth.config import Config, load_config
 from ray_synth.errors import UserError
-from ray_synth.stages import REPORT, STAGES, times
+from ray_synth.stages import REPORT, STAGES, stage_of, times
 
 ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="a YAML file")]
 Overrides = Annotated[
@@ -29,14 +29,8 @@ Until = Annotated[
     str, typer.Option(help=f"stop after a stage: {', '.join(STAGES)}", metavar="STAGE")
 ]
 QUICKSTART = Path("jobs/configs/quickstart.yaml")
-# Verbs that stop early: the stage, what it leaves for people to look at, and what to say of it.
-SHORTER = {
-    "disambiguate": ("meaning", "meanings.json", "Resolve what each class name means, and stop."),
-    "plan": ("plan", "plan.parquet", "Write the prompts of all images, and stop."),
-    "generate": ("generation", "images", "Make all images of the plan, and stop."),
-    "train": ("training", "models", "Train the baseline and the mixed model, and stop."),
-    "report": (REPORT, "report/index.html", "Write the report of a finished run again."),
-}
+# Verbs that stop early, and after which stage.
+SHORTER = {"disambiguate": "meaning", "plan": "plan", "generate": "generation", "train": "training"}
 
 
 @contextmanager
@@ -69,7 +63,7 @@ def run(
     if until == REPORT:
         _print_results(settings, metrics)
     else:
-        _say_written(settings, f"stages/{until}.json")
+        _say_written(settings, stage_of(until).shown)
 
 
 def _print_results(settings: Config, metrics: dict[str, Any]) -> None:
@@ -110,13 +104,13 @@ def _stage_table(metrics: dict[str, Any]) -> Any:
     return table
 
 
-def _shorter(stage: str, leaves: str) -> Callable[..., None]:
+def _shorter(stage: str) -> Callable[..., None]:
     def verb(
         config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
     ) -> None:
         settings = load_config(config, overrides)
         _run(settings, stage, force_stage)
-        _say_written(settings, leaves)
+        _say_written(settings, stage_of(stage).shown)
 
     return verb
 
@@ -138,7 +132,7 @@ def evaluate(
         if checkpoint or pretrained or name:
             raise UserError("--checkpoint, --pretrained and --name go with --model")
         _run(settings, "evaluation", force_stage)
-        _say_written(settings, "stages/evaluation.json")
+        _say_written(settings, stage_of("evaluation").shown)
         return
     from rich.console import Console
 
@@ -182,11 +176,18 @@ def _say_written(settings: Config, name: str) -> None:
     typer.echo(f"wrote {runs_folder(settings.runs_dir).child(settings.name).address(name)}")
 
 
+def report(config: ConfigPath = QUICKSTART, overrides: Overrides = None) -> None:
+    """Write the report of a finished run again."""
+    settings = load_config(config, overrides)
+    _run(settings, REPORT, None)
+    _say_written(settings, "report/index.html")
+
+
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command, in the order of the stages."""
     app.command()(run)
-    for name, (stage, leaves, says) in SHORTER.items():
-        if name == "report":
-            app.command()(evaluate)
-        app.command(name, help=says)(_shorter(stage, leaves))
-    app.command()(study)
+    for name, stage in SHORTER.items():
+        said = stage_of(stage).says
+        app.command(name, help=f"{said[0].upper()}{said[1:]}, and stop.")(_shorter(stage))
+    for verb in (evaluate, report, study):
+        app.command()(verb)

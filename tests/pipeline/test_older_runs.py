@@ -13,6 +13,7 @@ import pytest
 from small_runs import SMALL, command, planned_ids, run, stored_ids
 
 from ray_synth.cli.command import main
+from ray_synth.stages import TABLE
 from ray_synth.storage.folder import Folder
 
 SETTINGS = [
@@ -50,6 +51,8 @@ def test_a_finished_run_is_shown_exported_and_reported(runs, tmp_path, capsys):
     status = json.loads(call(capsys, "status", str(folder), "--json"))
     assert status["verdict"] == "done"
     assert [stage["state"] for stage in status["stages"]] == ["done"] * 7
+    left = {name for stage in TABLE for name in stage.leaves} - {"checkpoints"}  # too large to keep
+    assert [name for name in sorted(left) if not (folder / name).exists()] == []
     call(capsys, "show", "--run", str(folder), "--out", str(tmp_path / "sheet.png"))
     said = call(capsys, "export", str(tmp_path / "data"), "--run", str(folder))
     assert "wrote 32 images of 2 classes" in said
