@@ -13,7 +13,10 @@ import pytest
 from small_runs import SMALL, command, planned_ids, run, stored_ids
 
 from ray_synth.cli.command import main
-from ray_synth.stages import TABLE
+from ray_synth.config import load_run_config
+from ray_synth.generators.registry import fingerprint
+from ray_synth.pipeline.records import StageRecords, adopt_older
+from ray_synth.stages import TABLE, stage_inputs
 from ray_synth.storage.folder import Folder
 
 SETTINGS = [
@@ -76,6 +79,26 @@ def test_a_finished_run_is_finished_for_the_same_command(runs):
     refused = run(command("run", runs, *SETTINGS, "name=finished", "training.optimizer.lr=1"))
     assert refused.returncode == 2
     assert "training.optimizer.lr: 0.003 -> 1" in refused.stderr
+
+
+def test_what_an_older_version_had_begun_keeps_its_name(runs):
+    """The folder of its checkpoints, and its scenes, are those that the new code looks for."""
+    for name, stage, token in (
+        ("killed-in-training", "training", "f8ec2559b36e"),
+        ("killed-in-plan", "plan", "09dba0e017ef"),
+    ):
+        folder = Folder(runs / name)
+        config = load_run_config(folder)
+        generator = fingerprint(config.generation)
+        adopt_older(folder, generator)
+        changed = config.model_copy(
+            update={"training": config.training.model_copy(update={"log_every": 1})}
+        )
+        assert StageRecords(folder, stage_inputs(changed, generator)).token(stage) == token
+        other = config.model_copy(update={"seed": 7})
+        assert StageRecords(folder, stage_inputs(other, generator)).token(stage) != token
+    assert (runs / "killed-in-training" / "checkpoints" / "mixed-f8ec2559b36e").is_dir()
+    assert Folder(runs / "killed-in-plan").read_json("contexts.json")["digest"] == "09dba0e017ef"
 
 
 def test_a_run_that_was_killed_in_training_goes_on_from_its_checkpoint(runs):
