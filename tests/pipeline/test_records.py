@@ -92,6 +92,16 @@ def test_settings_of_another_version_do_not_count_at_their_defaults():
     assert changed(before, mix) == ["prompting.mix.plain: None -> 1.0"]
 
 
+def test_a_test_set_whose_name_holds_dots_is_an_input_like_any_other(tmp_path):
+    def named(path: str) -> StageRecords:
+        return log(tmp_path, f"data.ood={{v2.0: {{format: imagefolder, path: {path}}}}}")
+
+    finish_all(named("a"))
+    named("a").check()
+    with pytest.raises(UserError, match=r"data\.ood\.v2\.0\.path: a -> b"):
+        named("b").check()
+
+
 def test_what_was_begun_keeps_its_name_while_its_inputs_stay(tmp_path):
     token = log(tmp_path).token("training")
     assert log(tmp_path, "training.log_every=7").token("training") == token
