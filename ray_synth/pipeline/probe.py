@@ -272,8 +272,9 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
 
     from ray_synth.data.dataset import read_index
     from ray_synth.training.decoder import Decoder
-    from ray_synth.training.feed import CachedFeed, LiveFeed
+    from ray_synth.training.feed import CachedFeed
     from ray_synth.training.learner import Learner
+    from ray_synth.training.live_feed import LiveFeed
 
     job, calls = settings["job"], settings["calls"]
     config, device = job.config, ray.train.torch.get_device()
@@ -284,11 +285,11 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
         rows = list(read_index(job.real))
         real = CachedFeed(rows, decoder, batch_size=config.num_real, seed=0)
         few = lambda step: step < STEPS  # noqa: E731
-        first, found["step_real"] = _steps(learner, [real], few)
+        first, found["step_real"] = _steps(learner, [real], decoder, few)
         found["first"] = first - found["step_real"]
         learner = Learner(replace(job, num_synthetic=1), device, 0, 1)
         others = CachedFeed(rows, decoder, batch_size=config.num_synth, seed=1)
-        _, found["step_mixed"] = _steps(learner, [real, others], few)
+        _, found["step_mixed"] = _steps(learner, [real, others], decoder, few)
         if calls:
             seen: list[tuple[float, int]] = []
             blocks = _arriving(ray.train.get_dataset_shard("synthetic"), seen)
@@ -300,7 +301,7 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
                 seed=0,
             )
             on = lambda step: step < SETTLE + 1 or not live.ended  # noqa: E731
-            _, found["step_beside"] = _steps(learner, [real, live], on)
+            _, found["step_beside"] = _steps(learner, [real, live], decoder, on)
             found["make_beside"] = pace(seen, calls)
     finally:
         decoder.close()
@@ -318,11 +319,13 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
     return {**found, "ended": time.time()}
 
 
-def _steps(learner: Any, feeds: list[Any], on: Callable[[int], bool]) -> tuple[float, float]:
+def _steps(
+    learner: Any, feeds: list[Any], decoder: Any, on: Callable[[int], bool]
+) -> tuple[float, float]:
     """When the first step was done, and seconds of each once the prefetcher holds none from before."""
     from ray_synth.training.prefetch import Prefetcher
 
-    prefetcher = Prefetcher(feeds, start=0, finish=learner.finish, device=learner.device)
+    prefetcher = Prefetcher(feeds, decoder, start=0, finish=learner.finish, device=learner.device)
     step = 0
     try:
         while on(step):

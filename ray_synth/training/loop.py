@@ -54,7 +54,9 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     )
     first = history["step"] * config.accumulate_steps
     feeds = open_feeds(job, decoder, rank=rank, world_size=world_size, first=first)
-    prefetcher = Prefetcher(feeds, start=first, finish=learner.finish, device=learner.device)
+    prefetcher = Prefetcher(
+        feeds, decoder, start=first, finish=learner.finish, device=learner.device
+    )
     meter = Meter(job, feeds, prefetcher, rank=rank, start=history["step"])
     try:
         error = _train(learner, history, decoder, prefetcher, meter)

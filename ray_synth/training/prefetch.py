@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ray_synth.training.decoder import Batch
+from ray_synth.training.decoder import Batch, Decoder
 from ray_synth.training.feed import Feed
 
 DEPTH = 3  # batches
@@ -45,12 +45,14 @@ class Prefetcher:
     def __init__(
         self,
         feeds: list[Feed],
+        decoder: Decoder,
         *,
         start: int,
         finish: Finish | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.feeds, self.finish, self.device = feeds, finish, torch.device(device)
+        self.feeds, self.decoder = feeds, decoder
+        self.finish, self.device = finish, torch.device(device)
         self.waited = 0.0
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._queue: queue.Queue[Prepared | BaseException] = queue.Queue(maxsize=DEPTH)
@@ -61,7 +63,7 @@ class Prefetcher:
     def _run(self, number: int) -> None:
         try:
             while not self._stop.is_set():
-                parts = [feed.batch(number) for feed in self.feeds]
+                parts = [self.decoder.batch(*feed.draw(number)) for feed in self.feeds]
                 with torch.cuda.stream(self._stream) if self._stream else nullcontext():
                     self._put(self._prepare(parts, number))
                 number += 1

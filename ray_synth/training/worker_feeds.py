@@ -10,12 +10,11 @@ from ray_synth.training.decoder import Decoder, Row
 from ray_synth.training.feed import (
     CachedFeed,
     Feed,
-    LiveFeed,
-    LockstepFeed,
     StreamedFeed,
     derived_seed,
 )
 from ray_synth.training.job import TrainJob
+from ray_synth.training.live_feed import LiveFeed, LockstepFeed
 
 
 def open_feeds(

@@ -12,15 +12,14 @@ from hypothesis import strategies as st
 
 from ray_synth.data.images import encode_array
 from ray_synth.training.augmentation import train_transform
-from ray_synth.training.decoder import Decoder
+from ray_synth.training.decoder import Batch, Decoder
 from ray_synth.training.feed import (
     CachedFeed,
-    LiveFeed,
-    LockstepFeed,
     StreamedFeed,
     derived_seed,
     epoch_order,
 )
+from ray_synth.training.live_feed import LiveFeed, LockstepFeed
 from ray_synth.training.prefetch import Prefetcher
 
 
@@ -37,8 +36,12 @@ def decoder(augment="none") -> Decoder:
     return Decoder(train_transform(4, augment))
 
 
+def batch_of(feed, step: int) -> Batch:
+    return feed.decoder.batch(*feed.draw(step))
+
+
 def labels(feed, steps) -> list[int]:
-    return [label for step in range(steps) for label in feed.batch(step)[1].tolist()]
+    return [label for step in range(steps) for label in batch_of(feed, step)[1].tolist()]
 
 
 @settings(max_examples=50, deadline=None)
@@ -87,12 +90,12 @@ def test_cached_ranks_share_an_epoch_and_resume_by_step_alone():
     again = CachedFeed(
         (row(i) for i in range(12)), decoder(), batch_size=3, seed=1, rank=0, world_size=2
     )
-    assert again.batch(17)[1].tolist() == feeds[0].batch(17)[1].tolist()
+    assert batch_of(again, 17)[1].tolist() == batch_of(feeds[0], 17)[1].tolist()
 
 
 @pytest.mark.parametrize("augment", ["none", {"crop_scale": [0.5, 1.0]}])
 def test_images_arrive_as_uint8_of_the_model_size(augment):
-    batch = CachedFeed([row(7)], decoder(augment), batch_size=2, seed=0).batch(0)
+    batch = batch_of(CachedFeed([row(7)], decoder(augment), batch_size=2, seed=0), 0)
     images, found = batch.images, batch.labels
     assert images.shape == (2, 3, 4, 4)
     assert images.dtype == torch.uint8
@@ -155,16 +158,16 @@ def test_live_uses_fresh_images_first_then_replays_without_waiting():
     feed = LiveFeed(stream, decoder(), batch_size=4, warmup=4, capacity=100, seed=0)
     stream.release(6)
     wait_for(lambda: feed.arrived == 6)
-    assert feed.batch(0)[1].tolist() == [0, 1, 2, 3]
-    second = feed.batch(1)[1].tolist()
+    assert batch_of(feed, 0)[1].tolist() == [0, 1, 2, 3]
+    second = batch_of(feed, 1)[1].tolist()
     assert second[:2] == [4, 5]
     assert set(second[2:]) <= set(range(6))
     assert feed.replayed == 2
     for step in range(2, 50):  # nothing new comes, and nothing waits
-        assert set(feed.batch(step)[1].tolist()) <= set(range(6))
+        assert set(batch_of(feed, step)[1].tolist()) <= set(range(6))
     stream.release(3)
     wait_for(lambda: feed.arrived == 9)
-    assert feed.batch(50)[1].tolist()[:3] == [6, 7, 8]
+    assert batch_of(feed, 50)[1].tolist()[:3] == [6, 7, 8]
     feed.close()
 
 
@@ -173,7 +176,7 @@ def test_live_waits_for_its_warm_up_only():
     feed = LiveFeed(stream, decoder(), batch_size=2, warmup=4, capacity=10, seed=0)
     stream.release(3)
     done = []
-    thread = threading.Thread(target=lambda: done.append(feed.batch(0)), daemon=True)
+    thread = threading.Thread(target=lambda: done.append(batch_of(feed, 0)), daemon=True)
     thread.start()
     thread.join(0.2)
     assert not done
@@ -189,7 +192,7 @@ def test_live_every_image_is_used_and_the_reservoir_is_bounded():
     )
     found, most = set(), 0
     for step in range(60):
-        found |= set(feed.batch(step).labels.tolist())
+        found |= set(batch_of(feed, step).labels.tolist())
         most = max(most, len(feed.images))
         time.sleep(0.002)
     assert found == set(range(200))
@@ -202,7 +205,7 @@ def test_live_spills_to_a_file_what_memory_does_not_hold():
         images, decoder(), batch_size=10, warmup=100, capacity=100, seed=0, memory_bytes=20 * 48
     )
     for step in range(30):
-        batch = feed.batch(step)
+        batch = batch_of(feed, step)
         for image, label in zip(batch.images, batch.labels, strict=True):
             assert (image == label.item()).all()
     assert feed.images.held_bytes == 20 * 48
@@ -221,10 +224,10 @@ def test_live_passes_over_rejected_images_and_tells_of_a_broken_stream():
 
     feed = LiveFeed(broken(), decoder(), batch_size=1, warmup=5, capacity=9, seed=0)
     with pytest.raises(RuntimeError, match="generator is gone"):
-        feed.batch(0)
+        batch_of(feed, 0)
     feed = LiveFeed([], decoder(), batch_size=1, warmup=5, capacity=9, seed=0)
     with pytest.raises(ValueError, match="no synthetic image"):
-        feed.batch(0)
+        batch_of(feed, 0)
 
 
 def test_lockstep_keeps_plan_order_and_resumes_in_it():
@@ -239,18 +242,18 @@ def test_lockstep_keeps_plan_order_and_resumes_in_it():
 def test_prefetching_joins_domains_in_order_and_measures_waiting():
     real = CachedFeed([row(1)], decoder(), batch_size=3, seed=0)
     synthetic = CachedFeed([row(9)], decoder(), batch_size=2, seed=0)
-    feed = Prefetcher([real, synthetic], start=0)
+    feed = Prefetcher([real, synthetic], decoder(), start=0)
     batch = feed.next()
     assert batch.labels.tolist() == [1, 1, 1, 9, 9]
     assert batch.images.shape == (5, 3, 4, 4)
     feed.close()
 
     class Late(CachedFeed):
-        def batch(self, step):
+        def draw(self, step):
             time.sleep(0.1)
-            return super().batch(step)
+            return super().draw(step)
 
-    slow = Prefetcher([Late([row(1)], decoder(), batch_size=1, seed=0)], start=0)
+    slow = Prefetcher([Late([row(1)], decoder(), batch_size=1, seed=0)], decoder(), start=0)
     for _ in range(3):
         slow.next()
     assert slow.waited > 0.15
@@ -259,10 +262,10 @@ def test_prefetching_joins_domains_in_order_and_measures_waiting():
 
 def test_an_error_in_a_feed_reaches_the_training_thread():
     class Broken(CachedFeed):
-        def batch(self, step):
+        def draw(self, step):
             raise OSError("disk gone")
 
-    feed = Prefetcher([Broken([row(1)], decoder(), batch_size=1, seed=0)], start=0)
+    feed = Prefetcher([Broken([row(1)], decoder(), batch_size=1, seed=0)], decoder(), start=0)
     with pytest.raises(OSError, match="disk gone"):
         feed.next()
 
@@ -276,7 +279,7 @@ def test_reservoir_replays_are_spread_over_classes():
         capacity=99,
         seed=0,
     )
-    feed.batch(0)
+    batch_of(feed, 0)
     counts = Counter(labels(feed, 20))  # 37 images of class 0, one of each other
     assert min(counts.values()) > 150
 
@@ -293,7 +296,7 @@ def test_random_crops_are_a_function_of_seed_and_step_in_any_number_of_processes
     def batches(workers: int) -> list[torch.Tensor]:
         d = Decoder(train_transform(16, CROPS), workers=workers)
         feed = CachedFeed((noisy(i) for i in range(6)), d, batch_size=4, seed=3)
-        found = [feed.batch(step).images for step in (5, 6)]
+        found = [batch_of(feed, step).images for step in (5, 6)]
         d.close()
         return found
 
@@ -309,12 +312,12 @@ def test_a_corrupt_image_in_mid_epoch_is_set_aside_and_another_takes_its_place()
     bad = {"image": b"broken", "class_index": 5, "sample_id": "bad"}
     feed = CachedFeed([noisy(1), noisy(2), bad], d, batch_size=3, seed=0)
     for step in range(5):
-        batch = feed.batch(step)
+        batch = batch_of(feed, step)
         assert set(batch.labels.tolist()) <= {1, 2}
         assert "bad" not in batch.names
     assert d.corrupt == ["bad"]
     with pytest.raises(ValueError, match="no image of a whole batch could be decoded"):
-        CachedFeed([bad], d, batch_size=2, seed=0).batch(0)
+        batch_of(CachedFeed([bad], d, batch_size=2, seed=0), 0)
 
 
 def test_a_label_out_of_range_is_an_error_that_names_the_image():
