@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = [
     ROOT,
-    *(ROOT / "tests" / name for name in ("", "generation", "cluster", "serve", "training")),
+    *(ROOT / "tests" / name for name in ("", "generation", "cluster", "service", "training")),
 ]
 OBJECT_STORE = 100 * 2**20  # bytes per node
 
