@@ -32,6 +32,7 @@ from ray_synth.pipeline.run import Run
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.stages import up_to
+from ray_synth.storage.journal import Journal
 
 log = logging.getLogger("ray_synth")
 GUIDES_PER_CLASS = 16  # real images that take turns in image-to-image generation
@@ -100,11 +101,8 @@ def inspect_data(run: Run) -> dict[str, Any]:
 def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
     """One entry of meanings.json per class, kept as each is resolved."""
     config, folder, names = run.config, run.folder, run.train.class_names
-    entries: dict[str, Any] = {}
-    token = run.records.token("meaning")
-    if folder.exists("meanings.partial.json"):
-        saved = folder.read_json("meanings.partial.json")
-        entries = saved["entries"] if saved["digest"] == token else {}
+    journal = Journal(folder, "meanings", run.records.token("meaning"))
+    entries = journal.entries()
     if config.meaning.enabled:
         few = select(run.train, config.meaning.num_images, config.seed)
         images = images_by_class(few)
@@ -113,12 +111,12 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
             for entry in service.resolve_all(todo, seed=config.seed):
                 entries[entry["class_name"]] = entry
                 _tell_refused(entry["class_name"], entry["num_refused"])
-                folder.write_json("meanings.partial.json", {"digest": token, "entries": entries})
+                journal.add(entry["class_name"], entry)
                 bar.advance()
     else:
         entries = {name: {"class_name": name, "choice": name} for name in names}
     folder.write_json("meanings.json", [entries[name] for name in names])
-    folder.delete("meanings.partial.json")
+    journal.clear()
     return {name: entry["choice"] for name, entry in entries.items()}
 
 
@@ -177,13 +175,17 @@ def _written_contexts(run: Run, service: Any, meanings: dict[str, str]) -> dict[
         contexts = saved["classes"] if saved["digest"] == token else {}
     if not asks_for_contexts(config):
         return contexts
+    journal = Journal(folder, "contexts", token)
+    contexts |= journal.entries()
     todo = {name: meaning for name, meaning in meanings.items() if name not in contexts}
     with Bar("contexts", len(meanings), "classes", done=len(contexts)) as bar:
         for name, entry in service.write_contexts_all(todo, seed=config.seed):
             contexts[name] = entry
             _tell_refused(name, entry["refused"])
-            folder.write_json("contexts.json", {"digest": token, "classes": contexts})
+            journal.add(name, entry)
             bar.advance()
+    folder.write_json("contexts.json", {"digest": token, "classes": contexts})
+    journal.clear()
     return contexts
 
 

@@ -219,6 +219,12 @@ class Folder:
         if self.exists(name):
             self._do(lambda: self.filesystem.delete_file(self.path(name)))
 
+    def remove_empty(self) -> None:
+        """Remove a local folder that holds nothing; object stores have no such folders."""
+        if self.is_local:
+            with suppress(OSError):
+                os.rmdir(self.path())
+
     def sweep(self) -> None:
         """Delete temporary files right inside that a killed writer left, `ABANDONED_S` ago or more."""
         if self.filesystem.type_name in APPEAR_WHOLE:

@@ -1,0 +1,45 @@
+"""Results of a long stage as they come: one small file each, until the stage writes its own file.
+
+A file that is written anew for each class would be written whole a thousand times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ray_synth.storage.folder import Folder
+
+AT_ONCE = 32  # files read or deleted
+
+
+class Journal:
+    """Values by key, in files of their own in `NAME.partial/`; those of another digest count for nothing.
+
+    Args:
+        digest: of the settings that the values depend on.
+    """
+
+    def __init__(self, folder: Folder, name: str, digest: str) -> None:
+        self.folder, self.digest = folder.child(f"{name}.partial"), digest
+
+    def entries(self) -> dict[str, Any]:
+        """What was added under this digest, by this process or an earlier one."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            kept = pool.map(self.folder.read_json, self._names())
+            return {item["key"]: item["value"] for item in kept}
+
+    def add(self, key: str, value: Any) -> None:
+        """Keep a value; it replaces an earlier one of its key."""
+        name = f"{self.digest}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        self.folder.write_json(name, {"key": key, "value": value})
+
+    def clear(self) -> None:
+        """Delete all files, of other digests too."""
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(self.folder.delete, self.folder.names(".json")))
+        self.folder.remove_empty()
+
+    def _names(self) -> list[str]:
+        return [n for n in self.folder.names(".json") if n.startswith(f"{self.digest}-")]
