@@ -50,14 +50,9 @@ def parts(runs: Path) -> int:
 
 
 def test_a_submitted_job_ends_with_its_exit_code(head, tmp_path):
-    result = ray_synth(
-        head,
-        "submit",
-        *small("run", tmp_path, *NO_LLM, "training.baseline=false", "training.steps=10"),
-    )
+    result = ray_synth(head, "submit", *small("plan", tmp_path, *NO_LLM))
     assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
-    assert (tmp_path / "quickstart" / "metrics.json").exists()
-    assert "Real + synthetic" in result.stdout
+    assert len(planned_ids(tmp_path / "quickstart")) == 64
     assert "uploads config/quickstart.yaml" in result.stderr
     failed = ray_synth(
         head, "submit",
@@ -67,6 +62,15 @@ def test_a_submitted_job_ends_with_its_exit_code(head, tmp_path):
     assert "note: data.test.path is a local path: /nonexistent must be there" in failed.stderr
     assert "error: no such folder: /nonexistent" in failed.stdout  # of the job
     assert "job quickstart-2: FAILED, exit code 2" in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_whole_run_is_submitted(head, tmp_path):
+    words = small("run", tmp_path, *NO_LLM, "training.baseline=false", "training.steps=10")
+    result = ray_synth(head, "submit", *words)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert (tmp_path / "quickstart" / "metrics.json").exists()
+    assert "Real + synthetic" in result.stdout
 
 
 @pytest.mark.slow
