@@ -40,7 +40,8 @@ def explain(error: BaseException) -> str | None:
             pending.insert(0, (current.__context__, False))
         failures = getattr(current, "worker_failures", None)
         inside = list(failures.values()) if isinstance(failures, dict) else []
-        inside += [getattr(current, "cause", None), current.__cause__]
+        inside += [getattr(current, name, None) for name in ("cause", "controller_failure")]
+        inside.append(current.__cause__)
         pending += [(item, is_cause) for item in inside]
     return None
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray_synth.config import GenerationConfig
+from ray_synth.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,10 +53,14 @@ def generate_all(
 
     Raises:
         RuntimeError: every row of a batch raises by itself, so it is not the rows that are bad.
+        UserError: so it is, and the generator calls it the user's mistake.
     """
     results = _halving(generator, rows)
     errors = [reason for image, reason in results if raised(image, reason)]
     if len(rows) > 1 and len(errors) == len(rows):
+        mistake = errors[0].removeprefix(f"{UserError.__name__}: ")
+        if mistake != errors[0]:
+            raise UserError(mistake)
         raise RuntimeError(f"the generator fails on all of {len(rows)} rows: {errors[0]}")
     return results
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from ray.train import UserCallback
 
+from ray_synth.errors import UserError
+
 
 class ConsecutiveFailures(UserCallback):
     """Ends a run after more than `most` failures with no checkpoint between them; -1: never.
@@ -29,6 +31,9 @@ class ConsecutiveFailures(UserCallback):
         # A node that went as announced is not a failure, and is reported at each look until its deadline.
         if any(_preempted(error) for error in worker_exceptions.values()):
             return
+        for error in worker_exceptions.values():
+            if (mistake := _mistake(error)) is not None:  # to try again would not fix it
+                raise UserError(str(mistake))
         self.failures += 1
         if 0 <= self.most < self.failures:
             rank, error = min(worker_exceptions.items())
@@ -41,3 +46,10 @@ class ConsecutiveFailures(UserCallback):
 def _preempted(error: Exception) -> bool:
     died = getattr(error, "health_check_failure", error)
     return getattr(died, "preempted", False)
+
+
+def _mistake(error: BaseException | None) -> UserError | None:
+    """The user's mistake that an error is, or comes from."""
+    while error is not None and not isinstance(error, UserError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return getattr(error, "cause", None) or error

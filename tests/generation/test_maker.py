@@ -10,6 +10,7 @@ from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig, QualityConfig
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts
 from ray_synth.generation.maker import GenerationJob, ImageMaker, attempt_seed, write_references
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
@@ -80,6 +81,15 @@ def test_a_generator_that_fails_on_every_row_stops_the_run(tmp_path):
     with pytest.raises(RuntimeError, match=r"fails on all of 4 rows: ValueError: this prompt"):
         made.chunk(0, 4, [])
     assert made.store.parts() == []
+    made = maker(tmp_path, plan_rows(4), config())
+
+    def refused(rows):
+        raise UserError("no endpoint at http://localhost:9")
+
+    made._load()
+    made._generator.generate = refused
+    with pytest.raises(UserError, match="^no endpoint at http://localhost:9$"):
+        made.chunk(0, 4, [])
 
 
 @pytest.mark.parametrize(

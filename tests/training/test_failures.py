@@ -4,6 +4,8 @@ import pytest
 from digits import train_digits
 from ray.exceptions import ActorDiedError
 
+from ray_synth.cli.explanation import explain
+from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
 from ray_synth.training.failures import ConsecutiveFailures
 
@@ -36,15 +38,23 @@ def test_announced_losses_of_nodes_are_no_failures():
         never.after_exception(None, BUG)
 
 
+def test_a_users_mistake_is_not_tried_again():
+    wrapped = RuntimeError("in Ray Data")
+    wrapped.__cause__ = UserError("no such folder: /pictures")
+    for error in (UserError("no such folder: /pictures"), wrapped):
+        with pytest.raises(UserError, match="^no such folder: /pictures$"):
+            ConsecutiveFailures(-1).after_exception(None, {0: RuntimeError("gloo"), 1: error})
+
+
 class Bug:
     """In the place of a progress board: raises at a step."""
 
-    def __init__(self, step: int) -> None:
-        self.step, self.put = step, self
+    def __init__(self, step: int, kind: type[Exception] = ValueError) -> None:
+        self.step, self.kind, self.put = step, kind, self
 
     def remote(self, name: str, step: int) -> None:
         if step == self.step:
-            raise ValueError(f"a bug at step {step}")
+            raise self.kind(f"a bug at step {step}")
 
 
 @pytest.mark.slow
@@ -56,3 +66,6 @@ def test_a_bug_that_comes_back_ends_training_and_says_what_it_was(local_ray, tmp
         train_digits(Folder(tmp_path), board=Bug(5), **settings)
     card = train_digits(Folder(tmp_path), **settings)
     assert [point["step"] for point in card["curve"]] == list(range(1, 9))
+    with pytest.raises(TrainingFailedError) as ended:
+        train_digits(Folder(tmp_path / "other"), board=Bug(5, UserError), **settings)
+    assert explain(ended.value) == "a bug at step 5"
