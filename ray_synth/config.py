@@ -472,6 +472,10 @@ class EvaluationConfig(Section):
     bns: list[Literal["main", "aux", "average"]] = result(
         ["main", "aux"], description="of a dual-BN model, tested one by one"
     )
+    dtype: Dtype = result(
+        "float32",
+        description="of the models in the test; auto: half where the device computes in it",
+    )
     num_actors: Positive = how(1)
     num_cpus: Annotated[float, Field(gt=0)] = how(1)
     num_gpus: Annotated[float, Field(ge=0)] = how(0)

@@ -111,11 +111,11 @@ class Decoder:
             )
         if not self.ready:
             return Item(row["image"], label, name)
-        try:
-            return Item(decode(row["image"], self.transform, self.max_pixels), label, name)
-        except UserError as error:
-            self._set_aside(name, str(error))
+        found = decode(row["image"], self.transform, self.max_pixels)
+        if isinstance(found, UserError):
+            self._set_aside(name, str(found))
             return None
+        return Item(found, label, name)
 
     def keep_all(self, rows: Iterable[Row]) -> list[Item]:
         return [item for row in rows if (item := self.keep(row)) is not None]
@@ -154,10 +154,15 @@ class Decoder:
                 waiting.append(some)
                 yield _task(some)
 
-        for images, errors in self._processes(tasks()):
-            yield self._whole(waiting.popleft(), images, errors)
+        processes = self._processes(tasks())
+        try:
+            for images, errors in processes:
+                yield self._whole(waiting.popleft(), images, errors)
+        finally:  # not when the last traceback that knows of them is collected
+            processes._shutdown_workers()
 
-    def _processes(self, tasks: Iterator[Task]) -> Iterator[tuple[Tensor, dict[int, str]]]:
+    def _processes(self, tasks: Iterator[Task]) -> Any:
+        """A DataLoader's iterator: pixels and errors as of `decode_all`, for each task in order."""
         import multiprocessing
 
         from torch.utils.data import DataLoader
@@ -232,18 +237,26 @@ def decode_all(
     errors: dict[int, str] = {}
     places = [at for at, form in enumerate(forms) if form is not None]
     for at, data in zip(places, read_all(f for f in forms if f is not None), strict=True):
-        try:
-            images[at] = decode(data, transform, max_pixels, seeds[at])
-        except UserError as error:
-            errors[at] = str(error)
+        found = decode(data, transform, max_pixels, seeds[at])
+        if isinstance(found, UserError):
+            errors[at] = str(found)
+        else:
+            images[at] = found
     return images, errors
 
 
 def decode(
     data: bytes, transform: ImageTransform, max_pixels: int, seed: int | None = None
-) -> Tensor:
-    """Encoded bytes to (3, size, size) uint8. Raises UserError where they are not an image."""
-    return transform.prepare(decode_image(data, max_pixels=max_pixels), seed)
+) -> Tensor | UserError:
+    """Encoded bytes to (3, size, size) uint8; why not, where they are not an image.
+
+    Only decoding says so: an error of the transform is a bug, and is raised as it is.
+    """
+    try:
+        image = decode_image(data, max_pixels=max_pixels)
+    except UserError as error:
+        return error
+    return transform.prepare(image, seed)
 
 
 def _task(draws: Sequence[Draw]) -> Task:
