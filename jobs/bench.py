@@ -157,6 +157,25 @@ def training_verb(
     _json("training", **figures)
 
 
+@app.command("feed")
+def feed_verb(
+    images: Annotated[int, typer.Option(help="JPEGs of 100 kB that are made for it")] = 1024,
+    policy: Annotated[str, typer.Option(help="of augmentation; see docs/training.md")] = "imagenet",
+    batch_size: Annotated[int, typer.Option(help="images per batch")] = 128,
+    batches: Annotated[int, typer.Option(help="batches per round")] = 12,
+    rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 3,
+    workers: Annotated[str, typer.Option(help="processes; default: 1 to all cores")] = "",
+) -> None:
+    """JPEGs to batches of 224 px: our feed, torch's DataLoader over timm's dataset, webdataset."""
+    from bench_decoding import feeds
+
+    cores = os.cpu_count() or 1
+    doubled = sorted({*(2**n for n in range(cores.bit_length()) if 2**n <= cores), cores})
+    numbers = [int(part) for part in workers.split(",")] if workers else doubled
+    shape = {"images": images, "policy": policy, "batch_size": batch_size, "batches": batches}
+    _json("feed", **feeds(**shape, rounds=rounds, workers=numbers))
+
+
 def _ours(made: GenerationConfig, *, parts: bool) -> dict[str, Contender]:
     """Our generator: alone, with each part of its speed path alone, and under Ray Data."""
     from ray_synth.generators.diffusion import DiffusionGenerator

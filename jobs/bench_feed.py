@@ -93,5 +93,5 @@ def _train(feed: str, seconds: float, steps: int, batch_size: int) -> dict[str, 
             max_pixels=10**6,
             num_synthetic=len(rows),
         )
-        run_training(job, generation, real=index, run_name=feed)
+        run_training(job, generation, run_name=feed)
         return folder.read_json(f"models/{feed}.json")

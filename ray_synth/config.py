@@ -397,11 +397,13 @@ class TrainingConfig(Section):
     warmup_images: Positive | None = result(None, description="live: default, two batches")
     memory_mb: Positive = how(
         8_192,
-        description="of images that a worker keeps; more real ones are streamed, more synthetic ones "
-        "lie in a temporary file",
+        description="of images that a worker keeps; more real ones are read as they are drawn, more "
+        "synthetic ones lie in a temporary file",
     )
-    decode_workers: Annotated[int, Field(ge=0)] = how(
-        0, description="processes per worker for random crops and RandAugment; 0: one thread"
+    decode_workers: Annotated[int, Field(ge=0)] | None = how(
+        None,
+        description="processes per worker that read, decode and crop; default: one less than num_cpus. "
+        "0: one thread",
     )
     checkpoint_every: Positive = how(500)
     log_every: Positive = how(10)
@@ -447,6 +449,12 @@ class TrainingConfig(Section):
         return images * 3 * self.image_size**2 <= self.memory_mb << 20
 
     @property
+    def decoders(self) -> int:
+        """Processes of each worker that decode."""
+        given = self.decode_workers
+        return max(0, int(self.num_cpus) - 1) if given is None else given
+
+    @property
     def num_real(self) -> int:
         """Real images in each worker's batch."""
         return round(self.batch_size * self.real_fraction)
@@ -463,6 +471,10 @@ class EvaluationConfig(Section):
     batch_size: Positive = how(256)
     bns: list[Literal["main", "aux", "average"]] = result(
         ["main", "aux"], description="of a dual-BN model, tested one by one"
+    )
+    dtype: Dtype = result(
+        "float32",
+        description="of the models in the test; auto: half where the device computes in it",
     )
     num_actors: Positive = how(1)
     num_cpus: Annotated[float, Field(gt=0)] = how(1)

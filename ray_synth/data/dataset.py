@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ import numpy as np
 from ray_synth.config import SourceConfig
 from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
-from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
+from ray_synth.data.places import Readable
+from ray_synth.data.sources import Shard, at_once, list_shards, read_labels, read_rows
 from ray_synth.errors import UserError, shortened
 
 if TYPE_CHECKING:
@@ -50,6 +52,13 @@ class Index:
     def take(self, rows: np.ndarray) -> Index:
         return replace(self, shard=self.shard[rows], row=self.row[rows], label=self.label[rows])
 
+    def locate(self, at: int) -> Readable:
+        """Where an image's bytes are read from; only where its shard is addressable."""
+        return self.shards[self.shard[at]].locate(int(self.row[at]))
+
+    def image_id(self, at: int) -> str:
+        return self.shards[self.shard[at]].image_id(int(self.row[at]))
+
     def counts(self) -> dict[str, int]:
         """Images of each class."""
         found = np.bincount(self.label, minlength=len(self.class_names))
@@ -82,7 +91,10 @@ def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None)
         UserError: a training class has no image, or none of the labels is a known class.
     """
     shards = list_shards(source)
-    labels = [read_labels(shard) for shard in shards]
+    if source.format == "parquet":  # the others have them already
+        labels = at_once(read_labels, shards)
+    else:
+        labels = [read_labels(shard) for shard in shards]
     flat = [label for part in labels for label in part]
     if not flat:
         raise UserError(f"{source.path or source.format} holds no images")
@@ -148,13 +160,17 @@ def select(index: Index, images_per_class: int | dict[str, int] | None, seed: in
             most[index.class_names.index(name)] = number
     else:
         most[:] = images_per_class
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(index))
-    rank = np.empty(len(index), dtype=np.int64)
-    for label in range(len(index.class_names)):
-        mine = order[index.label[order] == label]
-        rank[mine] = np.arange(len(mine))
-    return index.take(np.flatnonzero(rank < most[index.label]))
+    return index.take(np.flatnonzero(_turns(index, seed) < most[index.label]))
+
+
+def _turns(index: Index, seed: int) -> np.ndarray:
+    """(rows,) int64: when each image's turn is among those of its class, in an order by `seed`."""
+    order = np.random.default_rng(seed).permutation(len(index))
+    by_class = order[np.argsort(index.label[order], kind="stable")]
+    counts = np.bincount(index.label, minlength=len(index.class_names))
+    turns = np.empty(len(index), dtype=np.int64)
+    turns[by_class] = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return turns
 
 
 def hold_out(index: Index, images_per_class: int | None) -> tuple[Index, Index]:
@@ -174,27 +190,26 @@ def hold_out(index: Index, images_per_class: int | None) -> tuple[Index, Index]:
                 f"data.validation holds {images_per_class} images of each class out of training, and "
                 f"{name!r} has {count} in all: give a smaller number"
             )
-    held = select(index, images_per_class, HOLD_OUT_SEED)
-    places = np.stack([index.shard, index.row])
-    taken = {tuple(place) for place in np.stack([held.shard, held.row]).T.tolist()}
-    keep = [at for at, place in enumerate(places.T.tolist()) if tuple(place) not in taken]
-    return index.take(np.array(keep, dtype=np.int64)), held
+    held = _turns(index, HOLD_OUT_SEED) < images_per_class
+    return index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
 
 
 def tasks(index: Index) -> list[dict[str, Any]]:
-    """Units of reading: a shard with the rows and classes wanted from it."""
-    units = []
+    """Units of reading: a shard with the rows and classes wanted from it, in the order of both."""
     order = np.lexsort((index.row, index.shard))
-    for shard in np.unique(index.shard):
-        mine = order[index.shard[order] == shard]
-        for start in range(0, len(mine), ROWS_PER_TASK):
-            part = mine[start : start + ROWS_PER_TASK]
+    shard, row, label = index.shard[order], index.row[order], index.label[order]
+    first = np.flatnonzero(np.diff(shard, prepend=-1))
+    units = []
+    for start, stop in pairwise([*first.tolist(), len(order)]):
+        position = int(shard[start])
+        for at in range(start, stop, ROWS_PER_TASK):
+            part = slice(at, min(at + ROWS_PER_TASK, stop))
             units.append(
                 {
-                    "shard": index.shards[shard],
-                    "position": int(shard),
-                    "rows": index.row[part].tolist(),
-                    "labels": index.label[part].tolist(),
+                    "shard": index.shards[position],
+                    "position": position,
+                    "rows": row[part].tolist(),
+                    "labels": label[part].tolist(),
                 }
             )
     return units
@@ -247,21 +262,24 @@ def inspect(index: Index, *, max_pixels: int) -> list[dict[str, Any]]:
 
 def drop(index: Index, corrupt: list[dict[str, Any]]) -> Index:
     """The index without what `inspect` found."""
-    bad = {(item["shard"], item["row"]) for item in corrupt}
-    pairs = zip(index.shard.tolist(), index.row.tolist(), strict=True)
-    return index.take(np.array([i for i, pair in enumerate(pairs) if pair not in bad], np.int64))
+    if not corrupt:
+        return index
+    shard, row = np.array([(item["shard"], item["row"]) for item in corrupt], dtype=np.int64).T
+    width = max(index.row.max(initial=0), row.max()) + 1
+    bad = np.isin(index.shard * width + index.row, shard * width + row)
+    return index.take(np.flatnonzero(~bad))
 
 
 def to_ray(index: Index, *, test_set: str | None = None) -> ray.data.Dataset:
     """A lazily read Ray Dataset of `{image_id, image (encoded), class_index[, test_set]}`."""
-    import ray
+    import ray.cloudpickle as pickle
     import ray.data
 
-    units = tasks(index)
-    shared = ray.put(units)  # one copy per node, however many read tasks
+    # Each read task is given its own unit alone: a list of all would be read whole by each.
+    units = [{"unit": pickle.dumps(unit)} for unit in tasks(index)]
 
     def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for image in read_task(ray.get(shared)[row["id"]]):
+        for image in read_task(pickle.loads(row["unit"])):
             yield image if test_set is None else {**image, "test_set": test_set}
 
-    return ray.data.range(len(units), override_num_blocks=len(units)).flat_map(read)
+    return ray.data.from_items(units, override_num_blocks=len(units)).flat_map(read)

@@ -39,8 +39,8 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
             if width * height > max_pixels:
                 raise UserError(f"{width}x{height} is over the limit of {max_pixels:,} pixels")
             image.seek(0)
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -60,6 +60,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, rgba).convert("RGB")
+    if image.mode == "RGB":
+        image.load()  # not a copy
+        return image
     return image.convert("RGB")
 
 

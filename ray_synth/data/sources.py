@@ -6,10 +6,11 @@ tables), so that a source is indexed without reading its pictures. No Ray here.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -18,22 +19,82 @@ import pyarrow.parquet as pq
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
+from ray_synth.data.places import AT_ONCE, Place, Readable, read_all
+from ray_synth.data.tars import scan_tar
 from ray_synth.errors import UserError, shortened
 from ray_synth.storage.filesystems import open_uri
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A readable piece of a source: some files, a row group, a tar, or a range of rows."""
+    """A readable piece of a source: some files, a row group, a tar, or a range of rows.
+
+    Attributes:
+        members: of files in folders, columns `name` (below `place`) and `label`; of a tar,
+            `tars.MEMBERS`. Never a slice of more: it would be pickled whole.
+    """
 
     source: SourceConfig
     place: str
     start: int = 0
     stop: int = 0
-    files: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # (path, label)
+    members: pa.RecordBatch | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def addressable(self) -> bool:
+        """Whether one image can be read without the others around it."""
+        return self.source.format != "parquet"
+
+    def image_id(self, row: int) -> str:
+        """The name of a row, in logs and records."""
+        source = self.source
+        match source.format:
+            case "digits" | "uci_digits":
+                label = load_digits(source.format, source.split)[1][row]
+                return f"{source.format}/{source.split or 'test'}/{label}/{row}"
+            case "parquet":
+                return f"{self.place}#{self.start}:{row}"
+            case "huggingface":
+                return f"{self.place}#{self.start + row}"
+        assert self.members is not None
+        mark = "/" if source.format == "imagefolder" else "#"
+        return f"{self.place}{mark}{self.members['name'][row]}"
+
+    def locate(self, row: int) -> Readable:
+        """Where the encoded bytes of a row are read from; only of what is `addressable`."""
+        assert self.addressable, "a Parquet file gives whole row groups only"
+        source, members = self.source, self.members
+        if members is None:
+            return Cell(self, row)
+        if source.format == "imagefolder":
+            return Place(str(source.path), f"{self.place}/{members['name'][row]}")
+        stretch = members["offset"][row].as_py(), members["size"][row].as_py()
+        return Place(str(source.path), self.place, *stretch)
+
+
+class Cell(NamedTuple):
+    """A row of a set that a library holds: see `places.Readable`."""
+
+    shard: Shard
+    row: int
+
+    def read(self) -> bytes:
+        (found,) = read_rows(self.shard, [self.row])
+        return found[1]
+
+
+def at_once(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """The results of many waits for a storage, in order."""
+    items = list(items)
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(work, items))
 
 
 def list_shards(source: SourceConfig) -> list[Shard]:
@@ -51,7 +112,11 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         case "parquet":
             return _parquet_shards(source)
         case "webdataset":
-            return [Shard(source, path) for path in _matching(source, (".tar",))]
+            filesystem, _ = open_uri(str(source.path))
+            paths = _matching(source, (".tar",))
+            scanned = at_once(lambda path: scan_tar(filesystem, path, source), paths)
+            pairs = zip(paths, scanned, strict=True)
+            return [Shard(source, path, 0, len(found), found) for path, found in pairs]
         case "huggingface":
             count = len(_huggingface(source))
             starts = range(0, count, ROWS_PER_SHARD)
@@ -67,13 +132,12 @@ def read_labels(shard: Shard) -> list[str]:
     match source.format:
         case "digits" | "uci_digits":
             return load_digits(source.format, source.split)[1]
-        case "imagefolder":
-            return [label for _, label in shard.files]
+        case "imagefolder" | "webdataset":
+            assert shard.members is not None
+            return shard.members["label"].to_pylist()
         case "parquet":
             column = _row_group(shard, [source.label_column]).column(0)
             return [str(value) for value in column.to_pylist()]
-        case "webdataset":
-            return [label for _, _, label in _tar_rows(shard)]
         case "huggingface":
             return _huggingface_labels(shard)
     raise AssertionError(source.format)
@@ -84,33 +148,21 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
     source, wanted = shard.source, sorted(rows)
     match source.format:
         case "digits" | "uci_digits":
-            pixels, labels = load_digits(source.format, source.split)
+            pixels, _ = load_digits(source.format, source.split)
             for row in wanted:
-                name = f"{source.format}/{source.split or 'test'}/{labels[row]}/{row}"
-                yield name, encode_array(pixels[row])
-        case "imagefolder":
-            filesystem, _ = open_uri(str(source.path))
-            for row in wanted:
-                path = shard.files[row][0]
-                with filesystem.open_input_file(path) as file:
-                    yield path, file.read()
+                yield shard.image_id(row), encode_array(pixels[row])
+        case "imagefolder" | "webdataset":
+            found = read_all(shard.locate(row) for row in wanted)
+            yield from zip(map(shard.image_id, wanted), found, strict=True)
         case "parquet":
             column = _row_group(shard, [source.image_column]).column(0)
             for row in wanted:
-                yield (
-                    f"{shard.place}#{shard.start}:{row}",
-                    _image_bytes(column[row].as_py(), source),
-                )
-        case "webdataset":
-            keep = set(wanted)
-            for row, (key, data, _) in enumerate(_tar_rows(shard)):
-                if row in keep:
-                    yield f"{shard.place}#{key}", data
+                yield shard.image_id(row), _image_bytes(column[row].as_py(), source)
         case "huggingface":
             dataset = _huggingface(source)
             for row in wanted:
                 value = dataset[shard.start + row][source.image_column]
-                yield f"{shard.place}#{shard.start + row}", _image_bytes(value, source)
+                yield shard.image_id(row), _image_bytes(value, source)
 
 
 def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
@@ -144,16 +196,17 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
         raise UserError(f"no such folder: {source.path}")
     found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-    files: list[tuple[str, str]] = []
+    files: list[tuple[str, str]] = []  # (path below the root, label)
     folders: set[str] = set()
     for info in found:
-        parts = info.path[len(root) :].strip("/").split("/")
+        name = info.path[len(root) :].strip("/")
+        parts = name.split("/")
         if info.type == pafs.FileType.Directory and len(parts) == 1:
             folders.add(parts[0])
         elif info.is_file and len(parts) > 1 and parts[-1].lower().endswith(EXTENSIONS):
-            files.append((info.path, parts[0]))
+            files.append((name, parts[0]))
     folders = {name for name in folders if not name.startswith(".")}
-    files = sorted((path, label) for path, label in files if label in folders)
+    files = sorted((name, label) for name, label in files if label in folders)
     empty = sorted(folders - {label for _, label in files})
     if not folders:
         raise UserError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
@@ -162,17 +215,20 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
             f"no images in the class folder {source.path}/{shortened(empty, 1)}; add "
             f"images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
         )
-    chunks = range(0, len(files), FILES_PER_SHARD)
-    return [
-        Shard(source, root, s, s + FILES_PER_SHARD, tuple(files[s : s + FILES_PER_SHARD]))
-        for s in chunks
-    ]
+    parts = [files[s : s + FILES_PER_SHARD] for s in range(0, len(files), FILES_PER_SHARD)]
+    return [Shard(source, root, 0, len(part), _files(part)) for part in parts]
+
+
+def _files(files: list[tuple[str, str]]) -> pa.RecordBatch:
+    return pa.record_batch(
+        [pa.array(column) for column in zip(*files, strict=True)], ["name", "label"]
+    )
 
 
 def _parquet_shards(source: SourceConfig) -> list[Shard]:
-    shards = []
-    for path in _matching(source, (".parquet",)):
-        filesystem, _ = open_uri(str(source.path))
+    filesystem, _ = open_uri(str(source.path))
+
+    def groups(path: str) -> list[Shard]:
         try:
             file = pq.ParquetFile(path, filesystem=filesystem)
         except pa.ArrowInvalid as error:
@@ -181,8 +237,9 @@ def _parquet_shards(source: SourceConfig) -> list[Shard]:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise UserError(f"{path} has no column {column!r}; it has {names}")
-        shards += [Shard(source, path, group) for group in range(file.num_row_groups)]
-    return shards
+        return [Shard(source, path, group) for group in range(file.num_row_groups)]
+
+    return [s for shards in at_once(groups, _matching(source, (".parquet",))) for s in shards]
 
 
 def _row_group(shard: Shard, columns: list[str]) -> Any:
@@ -190,38 +247,19 @@ def _row_group(shard: Shard, columns: list[str]) -> Any:
     return pq.ParquetFile(shard.place, filesystem=filesystem).read_row_group(shard.start, columns)
 
 
-def _tar_rows(shard: Shard) -> Iterator[tuple[str, bytes, str]]:
-    """(key, image bytes, label) of a WebDataset tar; the label is in .cls, .txt or .json."""
-    import json
-
-    import webdataset
-
-    source = shard.source
-    filesystem, _ = open_uri(str(source.path))
-    with filesystem.open_input_stream(shard.place) as stream:
-        # Nothing is decoded by webdataset: its decoders would unpickle .pkl members.
-        opened = [{"url": shard.place, "stream": io.BufferedReader(stream)}]
-        entries = webdataset.tariterators.tar_file_expander(opened)
-        for sample in webdataset.tariterators.group_by_keys(entries):
-            image = next(
-                (v for k, v in sample.items() if f".{k}".lower().endswith(EXTENSIONS)), None
-            )
-            if image is None:
-                continue
-            if "json" in sample:
-                label = str(json.loads(sample["json"])[source.label_column])
-            else:
-                raw = sample.get("cls", sample.get("txt"))
-                if raw is None:
-                    raise UserError(
-                        f"{shard.place}: {sample['__key__']} has no .cls, .txt or .json"
-                    )
-                label = raw.decode().strip()
-            yield sample["__key__"], image, label
-
-
 def _huggingface(source: SourceConfig) -> Any:
     """A datasets.Dataset with undecoded images, from the hub or a local folder."""
+    return _opened_huggingface(source.model_dump_json(exclude={"class_map", "images_per_class"}))
+
+
+@lru_cache(maxsize=8)
+def _opened_huggingface(source_json: str) -> Any:
+    """Opened once per process; its rows lie in memory maps."""
+    source = SourceConfig.model_validate_json(source_json)
+    return _open_huggingface(source)
+
+
+def _open_huggingface(source: SourceConfig) -> Any:
     from pathlib import Path
 
     import datasets

@@ -1,13 +1,14 @@
 """Runs trained models over test sets through Ray Data; every image is counted exactly once.
 
-All models see the same decoded batch, so adding a model needs no second read.
+Images are decoded where they are read, on the CPUs of all nodes, while others are tested. All models see
+the same decoded batch, so adding a model needs no second read.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,27 @@ from ray_synth.monitoring import logs
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
+FEW = 5_000  # images that are decoded by the predictor: a task loads torch first, which takes 3 s
+Columns = dict[str, Any]
+
+
+def prepare(batch: Columns, *, card: dict[str, Any], max_pixels: int) -> Columns:
+    """Encoded images of a block to `pixels`, (n, 3, size, size) uint8, and `corrupt`, (n,) bool.
+
+    Args:
+        batch: columns of `to_ray`.
+        card: of the model that they are for.
+    """
+    from ray_synth.training.decoder import decode_all
+    from ray_synth.training.model_files import card_transform
+
+    count = len(batch["class_index"])
+    pixels, errors = decode_all(batch["image"], [0] * count, card_transform(card), max_pixels)
+    corrupt = np.zeros(count, dtype=bool)
+    corrupt[[*errors]] = True
+    pixels[corrupt] = 0
+    kept = {key: values for key, values in batch.items() if key != "image"}
+    return {**kept, "pixels": np.ascontiguousarray(pixels), "corrupt": corrupt}
 
 
 class Predictor:
@@ -30,7 +52,7 @@ class Predictor:
         folder: the run directory.
         arms: names of `models/<arm>.json`.
         allowed: test set -> class indices to choose among.
-        bns: which of a dual-BN model's exports are tested.
+        config: which of a dual-BN model's exports are tested, and in which precision.
         board: the progress board's handle.
     """
 
@@ -40,57 +62,57 @@ class Predictor:
         arms: list[str],
         max_pixels: int,
         allowed: dict[str, np.ndarray] | None = None,
-        bns: Sequence[str] = ("main", "aux"),
+        config: EvaluationConfig | None = None,
         board: Any = None,
     ) -> None:
         import torch
 
-        from ray_synth.device import pick_device
-        from ray_synth.training.decoder import Decoder
+        from ray_synth.device import pick_device, pick_dtype
         from ray_synth.training.model_files import card_transform, load_model
 
         metrics.join(folder.uri)
         logs.forward(board, stage="evaluation")
         self.allowed = allowed or {}
+        config = config or EvaluationConfig()
         self.device = pick_device("auto")
+        self.dtype = pick_dtype(config.dtype, self.device)
         if self.device == "cpu":
             torch.set_num_threads(os.cpu_count() or 1)
+        else:
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it anyway
         self.models: dict[str, Any] = {}
         for arm in arms:
             card = folder.read_json(f"models/{arm}.json")
-            for bn in [bn for bn in card["bns"] if bn in bns or len(card["bns"]) == 1]:
+            for bn in [bn for bn in card["bns"] if bn in config.bns or len(card["bns"]) == 1]:
                 name = arm if len(card["bns"]) == 1 else f"{arm}.{bn}"
                 if arm == "mixed" and card["bns"] == ["main"]:
                     name = "mixed.main"
                 self.models[name] = load_model(folder, arm, bn, card).to(self.device)
-            self.transform = card_transform(card)
-        self.decoder = Decoder(self.transform, max_pixels)
+        self.prepare = partial(prepare, card=card, max_pixels=max_pixels)
+        self.transform = card_transform(card)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    def __call__(self, batch: Columns) -> Columns:
         import torch
 
-        count = len(batch["class_index"])
-        items = [
-            self.decoder.keep({key: values[i] for key, values in batch.items()})
-            for i in range(count)
-        ]
-        good = [i for i, item in enumerate(items) if item is not None]
-        output: dict[str, Any] = {
-            "test_set": batch["test_set"],
-            "class_index": batch["class_index"],
-            "image_id": batch["image_id"],
-            "corrupt": np.array([item is None for item in items]),
-        }
+        if "pixels" not in batch:
+            batch = self.prepare(batch)
+        good = np.flatnonzero(~batch["corrupt"])
+        count = len(batch["corrupt"])
+        output = {name: batch[name] for name in ("test_set", "class_index", "image_id", "corrupt")}
         images = None
-        if good:
-            batch_of = self.decoder.batch([item for item in items if item is not None])
-            images = self.transform.batch(batch_of.images.to(self.device))
+        if len(good):
+            pixels = torch.from_numpy(batch["pixels"].take(good, axis=0)).to(self.device)
+            images = self.transform.batch(pixels)
+        half = self.dtype is not torch.float32
         for name, model in self.models.items():
             verdicts = np.zeros((count, len(VERDICT)))
             if images is not None:
-                with torch.inference_mode():
+                with (
+                    torch.inference_mode(),
+                    torch.autocast(self.device, self.dtype, enabled=half),
+                ):
                     logits = model(images).float().cpu().numpy()
-                verdicts[good] = self._judge(logits, batch, np.array(good))
+                verdicts[good] = self._judge(logits, batch, good)
             output[f"model/{name}"] = verdicts
         metrics.record("evaluated_images_total", count)
         return output
@@ -123,10 +145,21 @@ def evaluate(
     """
     import ray.data
 
+    total = sum(len(index) for index in test_sets.values())
+    card = folder.read_json(f"models/{arms[-1]}.json")
+    decode = partial(prepare, card=card, max_pixels=max_pixels)
+
+    def read(name: str, index: Index) -> Any:
+        images = to_ray(index, test_set=name)
+        if total <= FEW:
+            return images
+        # Ray Data makes one task of reading and decoding.
+        return images.map_batches(decode, batch_size=config.batch_size)
+
     for name, index in test_sets.items():
         warn_of_missing(name, index)
     allowed = {name: np.unique(index.label) for name, index in test_sets.items()}
-    datasets = [to_ray(index, test_set=name) for name, index in test_sets.items()]
+    datasets = [read(name, index) for name, index in test_sets.items()]
     images = datasets[0].union(*datasets[1:]) if datasets[1:] else datasets[0]
     stream = images.map_batches(
         Predictor,
@@ -135,7 +168,7 @@ def evaluate(
             "arms": arms,
             "max_pixels": max_pixels,
             "allowed": allowed,
-            "bns": config.bns,
+            "config": config,
             "board": board,
         },
         batch_size=config.batch_size,

@@ -280,31 +280,28 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
     config, device = job.config, ray.train.torch.get_device()
     found: dict[str, float] = {}
     learner = Learner(job, device, 0, 1)
-    decoder = Decoder(learner.transform, job.max_pixels, workers=config.decode_workers)
-    try:
-        rows = list(read_index(job.real))
-        real = CachedFeed(rows, decoder, batch_size=config.num_real, seed=0)
-        few = lambda step: step < STEPS  # noqa: E731
-        first, found["step_real"] = _steps(learner, [real], decoder, few)
-        found["first"] = first - found["step_real"]
-        learner = Learner(replace(job, num_synthetic=1), device, 0, 1)
-        others = CachedFeed(rows, decoder, batch_size=config.num_synth, seed=1)
-        _, found["step_mixed"] = _steps(learner, [real, others], decoder, few)
-        if calls:
-            seen: list[tuple[float, int]] = []
-            blocks = _arriving(ray.train.get_dataset_shard("synthetic"), seen)
-            live = LiveFeed(
-                (row for block in blocks for row in block.to_pylist()),
-                decoder,
-                batch_size=config.num_synth,
-                warmup=1,
-                seed=0,
-            )
-            on = lambda step: step < SETTLE + 1 or not live.ended  # noqa: E731
-            _, found["step_beside"] = _steps(learner, [real, live], decoder, on)
-            found["make_beside"] = pace(seen, calls)
-    finally:
-        decoder.close()
+    decoder = Decoder(learner.transform, job.max_pixels, workers=config.decoders)
+    rows = list(read_index(job.real))
+    real = CachedFeed(rows, decoder, batch_size=config.num_real, seed=0)
+    few = lambda step: step < STEPS  # noqa: E731
+    first, found["step_real"] = _steps(learner, [real], decoder, few)
+    found["first"] = first - found["step_real"]
+    learner = Learner(replace(job, num_synthetic=1), device, 0, 1)
+    others = CachedFeed(rows, decoder, batch_size=config.num_synth, seed=1)
+    _, found["step_mixed"] = _steps(learner, [real, others], decoder, few)
+    if calls:
+        seen: list[tuple[float, int]] = []
+        blocks = _arriving(ray.train.get_dataset_shard("synthetic"), seen)
+        live = LiveFeed(
+            (row for block in blocks for row in block.to_pylist()),
+            decoder,
+            batch_size=config.num_synth,
+            warmup=1,
+            seed=0,
+        )
+        on = lambda step: step < SETTLE + 1 or not live.ended  # noqa: E731
+        _, found["step_beside"] = _steps(learner, [real, live], decoder, on)
+        found["make_beside"] = pace(seen, calls)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
         learner.save(Path(place), {})

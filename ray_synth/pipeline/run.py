@@ -78,7 +78,7 @@ class Run:
             "class_names": self.train.class_names,
             "seed": self.config.seed,
             "folder": self.folder,
-            "real": self.train if training.fits_in_memory(len(self.train)) else None,
+            "real": self.train,
             "max_pixels": self.config.data.max_pixels,
         }
         return TrainJob(arm=arm, num_synthetic=num_synthetic, **{**own, **others})

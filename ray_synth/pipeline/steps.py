@@ -270,7 +270,6 @@ def train(run: Run, tracker: Any) -> dict[str, Any]:
             run_training(
                 job,
                 run.generation_job(board),
-                real=run.train,
                 run_name=f"{arm}-{run.records.token('training')}",
             )
         seconds[arm] = time.perf_counter() - started

@@ -88,11 +88,11 @@ def asks_for_contexts(config: Config) -> bool:
 
 
 def _streams(config: Config, sizes: Sizes) -> bool:
-    """Whether training reads through Ray Data, real images or synthetic ones."""
+    """Whether training reads synthetic images through Ray Data; real ones its workers read themselves."""
     training, synthetic = config.training, sizes.synthetic(config)
-    if training.feed != "stored" or sizes.real is None or synthetic is None:
+    if training.feed != "stored" or synthetic is None:
         return True
-    return not training.fits_in_memory(max(sizes.real, synthetic))
+    return not training.fits_in_memory(synthetic)
 
 
 def fewest(count: int | tuple[int, int]) -> int:

@@ -165,7 +165,7 @@ class Grid:
         short = is_short(job)
         options = {"num_cpus": training.num_cpus} if short else {"num_cpus": 0, "max_retries": 0}
         train = ray.remote(**options)(_run_training)
-        ray.get(train.remote(job, generation, run.train, trial.digest, short))
+        ray.get(train.remote(job, generation, trial.digest, short))
         log.info("trained %s, seed %d", trial.arm.label, trial.seed)
 
     def validate(self) -> None:
@@ -262,16 +262,16 @@ def is_short(job: TrainJob) -> bool:
         job.config.max_workers == 1
         and not job.config.num_gpus
         and job.steps <= SHORT_STEPS
-        and job.real is not None
+        and job.holds_real
         and (job.reads_store or not job.mixed)
     )
 
 
-def _run_training(job: Any, generation: Any, real: Index, run_name: str, short: bool) -> None:
+def _run_training(job: Any, generation: Any, run_name: str, short: bool) -> None:
     """The task that trains one trial; its checkpoints are of no use once it is done."""
     from ray_synth.training.trainer import run_training
 
-    run_training(job, generation, real=real, run_name=run_name, in_process=short)
+    run_training(job, generation, run_name=run_name, in_process=short)
     if short:
         return
     checkpoints = job.folder.child("checkpoints")

@@ -58,7 +58,7 @@ def layer_rows(
 
 def _batches(card: dict[str, Any], images: Iterator[bytes], max_pixels: int) -> Iterator[Any]:
     """Batches as a test would see them."""
-    from ray_synth.training.decoder import Decoder
+    from ray_synth.training.decoder import Decoder, Draw
     from ray_synth.training.model_files import card_transform
 
     transform = card_transform(card)
@@ -66,7 +66,7 @@ def _batches(card: dict[str, Any], images: Iterator[bytes], max_pixels: int) -> 
     rows = ({"image": image, "class_index": 0} for image in islice(images, MOST))
     items = (item for row in rows if (item := decoder.keep(row)) is not None)
     while batch := list(islice(items, BATCH)):
-        yield transform.batch(decoder.batch(batch).images)
+        yield transform.batch(decoder.batch(Draw(batch, 0)).images)
 
 
 def measure_layers(measured: Measured) -> list[Table]:

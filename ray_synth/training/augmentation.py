@@ -140,7 +140,7 @@ class ImageTransform:
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
         if seed is not None:
             _seed(seed)
-        return _pixels(self._drawn(image))
+        return torch.from_numpy(np.array(self._drawn(image))).permute(2, 0, 1)
 
     def batch(self, images: Tensor, seed: int | None = None) -> Tensor:
         """Augment and normalise (batch, 3, size, size) uint8; returns float32 on its device."""

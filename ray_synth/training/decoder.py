@@ -1,34 +1,47 @@
-"""Encoded images to batches of pixels, in a thread or in processes; corrupt ones are set aside.
+"""Draws of images to batches of pixels, here or in processes; corrupt images are set aside.
 
-In: rows `{image: encoded bytes, class_index, sample_id or image_id}`. Out: `Batch`.
+In: `Draw`s of items, one per domain. Out: one `Batch` for all of them, in their order.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ray_synth.data.images import decode_image
+from ray_synth.data.places import Readable, read_all
 from ray_synth.errors import UserError
-from ray_synth.training.augmentation import ImageTransform
+
+if TYPE_CHECKING:
+    from ray_synth.training.augmentation import ImageTransform
 
 log = logging.getLogger("ray_synth")
 Row = dict[str, Any]
+# What decoding processes have loaded when they start; the first takes 4 s, the others next to nothing.
+PRELOADED = ["ray_synth.training.decoder", "timm.data.transforms_factory", "pyarrow"]
+AHEAD = 2  # batches that each process has to do
 
 
 class Item(NamedTuple):
-    """One image as it is held in memory: pixels (3, size, size) uint8, or still encoded."""
+    """One image: pixels (3, size, size) uint8, encoded bytes, or where these are read from."""
 
-    form: Any
+    form: Tensor | bytes | Readable
     label: int
     name: str
+
+
+class Draw(NamedTuple):
+    """The images of one domain in a batch; `seed` decides their random crops and colours."""
+
+    items: list[Item]
+    seed: int
 
 
 class Batch(NamedTuple):
@@ -39,16 +52,33 @@ class Batch(NamedTuple):
     names: list[str]
 
 
-class Decoder:
-    """Rows to items to batches, in two halves.
+class Task(NamedTuple):
+    """What is sent to a process for one batch; one entry per image.
 
-    Where the transform draws nothing at random for a single image, images are kept as pixels and `keep`
-    does the work. Else they are kept encoded and cropped again at each draw: `batch` does the work, in
-    `workers` processes (0: in the calling thread). What is drawn is a function of the seed alone.
-    Corrupt images are counted and named once; a batch that meets one uses another image in its place.
+    Attributes:
+        forms: a place; the number of bytes, which then come next in `packed`; or None: already pixels.
+        seeds: of what is drawn for each image.
+        packed: encoded bytes one after the other, (total,) uint8 in shared memory.
+    """
+
+    forms: list[Readable | int | None]
+    seeds: list[int]
+    packed: Tensor
+
+
+class Decoder:
+    """Rows to items to batches.
+
+    Where the transform draws nothing at random for a single image, rows are kept as pixels and `keep`
+    does the work. Else they are kept encoded, or are places of an index, and cropped again at each
+    draw. What is drawn is a function of the seed alone. Corrupt images are counted and named once; a
+    batch that meets one uses another image of its domain in its place.
 
     Args:
         num_classes: labels must lie below; None: not checked.
+        workers: processes that read and decode, a whole batch each, for what is not pixels yet; 0: the
+            calling thread does.
+        pin: batches of processes come in page-locked memory, for a GPU.
     """
 
     def __init__(
@@ -58,13 +88,13 @@ class Decoder:
         *,
         num_classes: int | None = None,
         workers: int = 0,
+        pin: bool = False,
     ) -> None:
         self.ready = not transform.random
         self.transform, self.max_pixels = transform, max_pixels
         self.num_classes = num_classes
         self.corrupt: list[str] = []
-        self.workers = workers
-        self.pool = _pool(workers, transform, max_pixels) if workers and not self.ready else None
+        self.workers, self.pin = workers, pin
 
     def keep(self, row: Row) -> Item | None:
         """The form in which a row is held; None where it cannot be decoded.
@@ -81,98 +111,203 @@ class Decoder:
             )
         if not self.ready:
             return Item(row["image"], label, name)
-        try:
-            return Item(decode(row["image"], self.transform, self.max_pixels), label, name)
-        except UserError as error:
-            self._set_aside(name, error)
+        found = decode(row["image"], self.transform, self.max_pixels)
+        if isinstance(found, UserError):
+            self._set_aside(name, str(found))
             return None
+        return Item(found, label, name)
 
     def keep_all(self, rows: Iterable[Row]) -> list[Item]:
         return [item for row in rows if (item := self.keep(row)) is not None]
 
-    def batch(self, items: list[Item], seed: int = 0) -> Batch:
-        """The items' pixels; random crops and colours are drawn from `seed`.
+    def batch(self, *draws: Draw) -> Batch:
+        """The pixels of some draws, in their order; decoded here.
 
         Raises:
-            UserError: not one of them could be decoded.
+            UserError: not one image of a draw could be decoded.
         """
-        pixels = [item.form for item in items] if self.ready else self._draw(items, seed)
-        good = [at for at, image in enumerate(pixels) if image is not None]
-        if not good:
-            raise UserError(
-                "no image of a whole batch could be decoded, the last one: "
-                f"{items[-1].name}; check the images"
-            )
-        if len(good) < len(items):
-            places = [
-                at if pixels[at] is not None else good[at % len(good)] for at in range(len(items))
-            ]
-            pixels, items = [pixels[at] for at in places], [items[at] for at in places]
-        return Batch(
-            torch.stack([image for image in pixels if image is not None]),
-            torch.tensor([item.label for item in items], dtype=torch.int64),
-            [item.name for item in items],
+        items = [item for draw in draws for item in draw.items]
+        if all(isinstance(item.form, Tensor) for item in items):
+            return _batch(torch.stack([item.form for item in items]), items)  # type: ignore[misc]
+        forms = [None if isinstance(item.form, Tensor) else item.form for item in items]
+        return self._whole(
+            draws, *decode_all(forms, _seeds(draws), self.transform, self.max_pixels)
         )
 
-    def _draw(self, items: list[Item], seed: int) -> list[Tensor | None]:
-        seeds = np.random.SeedSequence(seed).generate_state(len(items)).tolist()
-        encoded = [item.form for item in items]
-        if self.pool is not None:
-            chunk = -(-len(items) // (2 * self.workers))
-            drawn = list(self.pool.map(_decode_in_process, encoded, seeds, chunksize=chunk))
-        else:
-            drawn = [
-                _attempt(data, self.transform, self.max_pixels, seed)
-                for data, seed in zip(encoded, seeds, strict=True)
-            ]
-        for item, found in zip(items, drawn, strict=True):
-            if isinstance(found, UserError):
-                self._set_aside(item.name, found)
-        return [None if isinstance(found, UserError) else torch.as_tensor(found) for found in drawn]
+    def batches(self, draws: Iterator[Sequence[Draw]]) -> Generator[Batch, None, None]:
+        """A batch for each of the draws, in their order; with processes, `AHEAD` for each of them.
 
-    def _set_aside(self, name: str, error: UserError) -> None:
+        Raises:
+            UserError: as `batch` does.
+        """
+        first = next(draws, ())
+        draws = chain([first] if first else [], draws)
+        pixels = all(isinstance(item.form, Tensor) for draw in first for item in draw.items)
+        if not self.workers or pixels:
+            for some in draws:
+                yield self.batch(*some)
+            return
+        waiting: deque[Sequence[Draw]] = deque()  # batches come back in the order of their tasks
+
+        def tasks() -> Iterator[Task]:
+            for some in draws:
+                waiting.append(some)
+                yield _task(some)
+
+        processes = self._processes(tasks())
+        try:
+            for images, errors in processes:
+                yield self._whole(waiting.popleft(), images, errors)
+        finally:  # not when the last traceback that knows of them is collected
+            processes._shutdown_workers()
+
+    def _processes(self, tasks: Iterator[Task]) -> Any:
+        """A DataLoader's iterator: pixels and errors as of `decode_all`, for each task in order."""
+        import multiprocessing
+
+        from torch.utils.data import DataLoader
+
+        # Not fork: the worker that calls has threads (Ray's, torch's), whose locks a child would inherit.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        loader: DataLoader[Any] = DataLoader(
+            _Tasks(self.transform, self.max_pixels),  # type: ignore[arg-type]
+            batch_sampler=tasks,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=AHEAD,
+            multiprocessing_context=context,
+            generator=torch.Generator(),  # else its seed is drawn from the state that training uses
+            pin_memory=self.pin,
+        )
+        return iter(loader)
+
+    def _whole(self, draws: Sequence[Draw], images: Tensor, errors: dict[int, str]) -> Batch:
+        """Add what was pixels, and put good images in the places of corrupt ones."""
+        items = [item for draw in draws for item in draw.items]
+        for at, item in enumerate(items):
+            if isinstance(item.form, Tensor):
+                images[at] = item.form
+        for at, error in errors.items():
+            self._set_aside(items[at].name, error)
+        if errors:
+            start = 0
+            for draw in draws:
+                _replace(images, items, range(start, start + len(draw.items)), errors)
+                start += len(draw.items)
+        return _batch(images, items)
+
+    def _set_aside(self, name: str, error: str) -> None:
         if name not in self.corrupt:
             self.corrupt.append(name)
             log.warning("set aside %s: %s", name, error, extra={"sample_id": name})
 
-    def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
+
+class _Tasks:
+    """What a decoding process does with a task; a map-style dataset whose indices are tasks."""
+
+    def __init__(self, transform: ImageTransform, max_pixels: int) -> None:
+        self.transform, self.max_pixels = transform, max_pixels
+
+    def __getitems__(self, task: Task) -> tuple[Tensor, dict[int, str]]:
+        packed, start = task.packed.numpy(), 0
+        forms: list[Readable | bytes | None] = []
+        for form in task.forms:
+            if isinstance(form, int):
+                forms.append(packed[start : start + form].tobytes())
+                start += form
+            else:
+                forms.append(form)
+        return decode_all(forms, task.seeds, self.transform, self.max_pixels)
+
+
+def decode_all(
+    forms: Sequence[bytes | Readable | None],
+    seeds: Sequence[int],
+    transform: ImageTransform,
+    max_pixels: int,
+) -> tuple[Tensor, dict[int, str]]:
+    """Read and decode images; those that are None are left out.
+
+    Returns:
+        (n, 3, size, size) uint8, of channels last; and why an image could not be decoded, by position.
+    """
+    size = transform.image_size
+    images = torch.empty(len(forms), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    errors: dict[int, str] = {}
+    places = [at for at, form in enumerate(forms) if form is not None]
+    for at, data in zip(places, read_all(f for f in forms if f is not None), strict=True):
+        found = decode(data, transform, max_pixels, seeds[at])
+        if isinstance(found, UserError):
+            errors[at] = str(found)
+        else:
+            images[at] = found
+    return images, errors
 
 
 def decode(
     data: bytes, transform: ImageTransform, max_pixels: int, seed: int | None = None
-) -> Tensor:
-    """Encoded bytes to (3, size, size) uint8. Raises UserError where they are not an image."""
-    return transform.prepare(decode_image(data, max_pixels=max_pixels), seed)
+) -> Tensor | UserError:
+    """Encoded bytes to (3, size, size) uint8; why not, where they are not an image.
 
-
-def _attempt(data: bytes, transform: ImageTransform, max_pixels: int, seed: int) -> Any:
+    Only decoding says so: an error of the transform is a bug, and is raised as it is.
+    """
     try:
-        return decode(data, transform, max_pixels, seed)
+        image = decode_image(data, max_pixels=max_pixels)
     except UserError as error:
         return error
+    return transform.prepare(image, seed)
 
 
-def _pool(workers: int, transform: ImageTransform, max_pixels: int) -> ProcessPoolExecutor:
-    # Not fork: the worker that calls has threads (Ray's, torch's), whose locks a child would inherit.
-    return ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_process,
-        initargs=(transform, max_pixels),
-    )
+def _task(draws: Sequence[Draw]) -> Task:
+    forms: list[Readable | int | None] = []
+    encoded: list[bytes] = []
+    for draw in draws:
+        for item in draw.items:
+            if isinstance(item.form, bytes):
+                encoded.append(item.form)
+                forms.append(len(item.form))
+            else:
+                forms.append(None if isinstance(item.form, Tensor) else item.form)
+    return Task(forms, _seeds(draws), _shared(encoded))
 
 
-_process: dict[str, Any] = {}
+def _shared(parts: list[bytes]) -> Tensor:
+    """Bytes one after the other in shared memory, copied once; (total,) uint8."""
+    total = sum(map(len, parts))
+    # As torch's own default_collate makes its batches.
+    storage = torch.UntypedStorage._new_shared(total) if total else torch.UntypedStorage(0)
+    packed = torch.tensor([], dtype=torch.uint8).set_(storage, 0, (total,))  # type: ignore[call-overload]
+    view, start = memoryview(packed.numpy()), 0
+    for part in parts:
+        view[start : start + len(part)] = part
+        start += len(part)
+    return packed
 
 
-def _start_process(transform: ImageTransform, max_pixels: int) -> None:
-    torch.set_num_threads(1)
-    _process.update(transform=transform, max_pixels=max_pixels)
+def _seeds(draws: Sequence[Draw]) -> list[int]:
+    """One for each image."""
+    found = (np.random.SeedSequence(draw.seed).generate_state(len(draw.items)) for draw in draws)
+    return np.concatenate(list(found)).tolist()
 
 
-def _decode_in_process(data: bytes, seed: int) -> Any:
-    found = _attempt(data, _process["transform"], _process["max_pixels"], seed)
-    # As an array: torch would send a tensor through shared memory, one file handle each.
-    return found if isinstance(found, UserError) else found.numpy()
+def _replace(images: Tensor, items: list[Item], domain: range, errors: dict[int, str]) -> None:
+    good = [at for at in domain if at not in errors]
+    if not good:
+        raise UserError(
+            "no image of a whole batch could be decoded, the last one: "
+            f"{items[domain[-1]].name}; check the images"
+        )
+    for at in domain:
+        if at in errors:
+            other = good[(at - domain.start) % len(good)]
+            images[at], items[at] = images[other], items[other]
+
+
+def _batch(images: Tensor, items: Sequence[Item]) -> Batch:
+    labels = torch.tensor([item.label for item in items], dtype=torch.int64)
+    return Batch(images, labels, [item.name for item in items])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -3,8 +3,9 @@
 Rows `{image: encoded bytes, class_index}` in; a `Draw` of items per step out, which the decoder makes
 pixels of. `draw` is called in the prefetcher's thread, never in the training thread.
 
-    CachedFeed    rows in memory, reshuffled each epoch: small real sets, finished small stores
-    StreamedFeed  an endless stream of epochs through a shuffle buffer: large sets
+    ShuffledFeed  images of a known set, reshuffled each epoch; only those that are drawn are read
+    CachedFeed    the same, of rows in memory: small real sets, finished small stores
+    StreamedFeed  an endless stream of epochs through a shuffle buffer: large stores
     LiveFeed      images that are still being made: fresh ones first, then replays; never waits
     LockstepFeed  images that are still being made: each used in order; waits for them
 
@@ -16,20 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from ray_synth.data.dataset import Index
 from ray_synth.errors import UserError
-from ray_synth.training.decoder import Decoder, Item, Row
+from ray_synth.training.decoder import Decoder, Draw, Item, Row
 from ray_synth.training.recipe import balanced_weights
-
-
-class Draw(NamedTuple):
-    """The images of one batch; `seed` decides their random crops and colours."""
-
-    items: list[Item]
-    seed: int
 
 
 class Feed(Protocol):
@@ -45,22 +40,59 @@ def derived_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-class CachedFeed:
-    """Rows in memory. Batch `step` is a function of (seed, step) alone, so resuming needs no state.
+class Images(Protocol):
+    """A set of known size; `labels` is (n,) int64."""
 
-    The epochs' orders are laid end to end and cut into batches; rank r of w takes every w-th.
+    labels: np.ndarray
+
+    def __getitem__(self, at: int) -> Item: ...
+
+
+class HeldImages:
+    """Rows in memory, in the form that the decoder keeps them in.
+
+    Raises:
+        UserError: none of them could be decoded.
+    """
+
+    def __init__(self, rows: Iterable[Row], decoder: Decoder) -> None:
+        self.items = decoder.keep_all(rows)
+        if not self.items:
+            raise UserError("no image to train on could be decoded")
+        self.labels = np.array([item.label for item in self.items])
+
+    def __getitem__(self, at: int) -> Item:
+        return self.items[at]
+
+
+class IndexedImages:
+    """Images of an index as the places that they are read from, when and where they are decoded."""
+
+    def __init__(self, index: Index) -> None:
+        self.index, self.labels = index, index.label
+
+    def __getitem__(self, at: int) -> Item:
+        index = self.index
+        return Item(index.locate(at), int(index.label[at]), index.image_id(at))
+
+
+class ShuffledFeed:
+    """Images of a known set. Batch `step` is a function of (seed, step) alone: resuming needs no state.
+
+    The epochs' orders are laid end to end and cut into global batches; of each, rank r of w takes every
+    w-th image from its r-th on.
 
     Args:
         balance: 0 draws each image once per epoch; 1 draws all classes equally often, so that images
             of rare classes come several times and of frequent ones not in every epoch.
-        repeats: each image is drawn this many times in a row, augmented differently each time
-            (repeated augmentation, arXiv 1901.09335).
+        repeats: each image is drawn this many times in a row, augmented differently each time, and so
+            on as many ranks where there are so many (repeated augmentation, arXiv 1901.09335, as timm's
+            RepeatAugSampler deals them out). An epoch of the order then takes as many times the steps.
     """
 
     def __init__(
         self,
-        rows: Iterable[Row],
-        decoder: Decoder,
+        images: Images,
         *,
         batch_size: int,
         seed: int,
@@ -69,24 +101,34 @@ class CachedFeed:
         balance: float = 0.0,
         repeats: int = 1,
     ) -> None:
-        self.items = decoder.keep_all(rows)
-        if not self.items:
-            raise UserError("no image to train on could be decoded")
-        self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
+        self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
-        labels = np.array([item.label for item in self.items])
+        labels = images.labels
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(labels, seed, epoch, balance))
 
+    def places(self, step: int) -> list[int]:
+        """Which images are drawn: positions in the set."""
+        count = self.batch_size * self.world_size
+        found = []
+        for number in range(step * count + self.rank, (step + 1) * count, self.world_size):
+            epoch, at = divmod(number // self.repeats, len(self.images.labels))
+            found.append(int(self._order(epoch)[at]))
+        return found
+
     def draw(self, step: int) -> Draw:
-        first = (step * self.world_size + self.rank) * self.batch_size
-        items = []
-        for number in range(first, first + self.batch_size):
-            epoch, at = divmod(number // self.repeats, len(self.items))
-            items.append(self.items[self._order(epoch)[at]])
+        items = [self.images[at] for at in self.places(step)]
         return Draw(items, derived_seed(self.seed, step, self.rank))
 
     def close(self) -> None:
         pass
+
+
+class CachedFeed(ShuffledFeed):
+    """Rows in memory, shuffled; options as of `ShuffledFeed`."""
+
+    def __init__(self, rows: Iterable[Row], decoder: Decoder, **options: Any) -> None:
+        super().__init__(HeldImages(rows, decoder), **options)
+        self.decoder = decoder
 
 
 def epoch_order(labels: np.ndarray, seed: int, epoch: int, balance: float = 0.0) -> np.ndarray:
@@ -94,23 +136,28 @@ def epoch_order(labels: np.ndarray, seed: int, epoch: int, balance: float = 0.0)
 
     Args:
         labels: (n,) class indices.
-        balance: see `CachedFeed`; with 0, a permutation.
+        balance: see `ShuffledFeed`; with 0, a permutation.
     """
     rng = np.random.default_rng((seed, epoch))
     count = len(labels)
     if balance == 0.0:
         return rng.permutation(count)
-    wanted = rng.choice(
-        np.arange(labels.max() + 1), count, p=balanced_weights(np.bincount(labels), balance)
-    )
+    counts = np.bincount(labels)
+    wanted = rng.choice(len(counts), count, p=balanced_weights(counts, balance))
     order = np.empty(count, dtype=np.int64)
+    images, places = _by_class(labels, len(counts)), _by_class(wanted, len(counts))
     for label in np.unique(wanted):
-        places = np.flatnonzero(wanted == label)
+        mine, to_fill = images[label], places[label]
         # Whole shuffles of the class one after the other: no image is far ahead of the others.
-        mine = np.flatnonzero(labels == label)
-        rounds = [rng.permutation(mine) for _ in range(-(-len(places) // len(mine)))]
-        order[places] = np.concatenate(rounds)[: len(places)]
+        rounds = [rng.permutation(mine) for _ in range(-(-len(to_fill) // len(mine)))]
+        order[to_fill] = np.concatenate(rounds)[: len(to_fill)]
     return order
+
+
+def _by_class(labels: np.ndarray, classes: int) -> list[np.ndarray]:
+    """For each class, the positions that have it, in increasing order."""
+    ends = np.cumsum(np.bincount(labels, minlength=classes))
+    return np.split(np.argsort(labels, kind="stable"), ends[:-1])
 
 
 class StreamedFeed:
@@ -119,7 +166,7 @@ class StreamedFeed:
     Args:
         epoch: gives the rows of one epoch, by its number.
         buffer: images the shuffle buffer holds.
-        repeats: see `CachedFeed`.
+        repeats: see `ShuffledFeed`.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ class TrainJob:
     Attributes:
         arm: names the files under `models/` and the curves; `mixed`, `real_only`, ...
         steps: optimizer steps; each sees the same number of real images in all arms.
-        real: the index of real training images, or None where they are streamed by Ray Data.
+        real: the index of real training images.
         num_synthetic: this many first rows of the run's plan are trained on; 0: real images alone.
         source: where the plan and its images lie, if not in `folder`.
         tracking: MLflow's uri and run id, or None.
@@ -36,7 +36,7 @@ class TrainJob:
     class_names: tuple[str, ...]
     seed: int
     folder: Folder
-    real: Index | None
+    real: Index
     max_pixels: int
     num_synthetic: int = 0
     source: Folder | None = None
@@ -61,6 +61,11 @@ class TrainJob:
     def read_plan(self) -> pa.Table:
         """The rows of the plan that are trained on."""
         return (self.source or self.folder).read_rows(PLAN_FILE, 0, self.num_synthetic)
+
+    @property
+    def holds_real(self) -> bool:
+        """Whether each worker holds the real images in memory, few as they are."""
+        return self.config.fits_in_memory(len(self.real))
 
     @property
     def reads_store(self) -> bool:

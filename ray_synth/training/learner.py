@@ -45,6 +45,9 @@ class Learner:
         self.rank, self.world_size = rank, world_size
         if device.type == "cpu":
             torch.set_num_threads(job.num_threads or os.cpu_count() or 1)
+        elif device.type == "cuda":  # as timm's own training: all batches have one shape
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
         torch.manual_seed(job.seed)
         self.model = _build(job, device, world_size)
         self.ema = recipe.build_ema(self.model, config.ema_decay) if config.ema_decay else None
@@ -61,7 +64,11 @@ class Learner:
             interpolation=self.data_config["interpolation"],
         )
         self.mixing = Mixing.of(config, len(job.class_names))
-        self._wrapped: Any = ray.train.torch.prepare_model(self.model, move_to_device=False)
+        self._wrapped: Any = ray.train.torch.prepare_model(
+            self.model,
+            move_to_device=False,
+            parallel_strategy_kwargs={"gradient_as_bucket_view": True},  # of DDP: one copy fewer
+        )
         self._forward: Any = torch.compile(self._wrapped) if config.compile else self._wrapped
         self.model.train()
 

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """The `train_loop_per_worker`; `settings` holds a TrainJob under `job`.
+    """The `train_loop_per_worker`; `settings` holds the reference of a TrainJob under `job`.
 
     Returns:
         `{"error": message}` where training had to stop for a reason that trying again would not
         fix (Ray Train would retry what is raised), else `{}`.
     """
+    import ray
     import ray.train
     import ray.train.torch
 
@@ -39,7 +40,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     from ray_synth.training.prefetch import Prefetcher
     from ray_synth.training.worker_feeds import open_feeds
 
-    job: TrainJob = settings["job"]
+    job: TrainJob = ray.get(settings["job"])
     metrics.join(job.folder.uri)
     logs.forward(job.board, stage="training", arm=job.arm)
     config, context = job.config, ray.train.get_context()
@@ -50,7 +51,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         learner.transform,
         job.max_pixels,
         num_classes=len(job.class_names),
-        workers=config.decode_workers,
+        workers=config.decoders,
+        pin=learner.device.type == "cuda",
     )
     first = history["step"] * config.accumulate_steps
     feeds = open_feeds(job, decoder, rank=rank, world_size=world_size, first=first)
@@ -62,7 +64,6 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         error = _train(learner, history, decoder, prefetcher, meter)
     finally:
         prefetcher.close()
-        decoder.close()
         meter.close()
     return {} if error is None else {"error": error}
 

@@ -1,7 +1,7 @@
 """Runs the feeds a few batches ahead of training, and measures what training waited for them.
 
-Decoding, the copy to the device and augmentation all happen in this thread; on a GPU in a stream of
-their own, beside the forward and backward passes.
+Draws, the copy to the device and augmentation happen in this thread, decoding here or in the decoder's
+processes; on a GPU in a stream of their own, beside the forward and backward passes.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ray_synth.training.decoder import Batch, Decoder
+from ray_synth.training.decoder import Batch, Decoder, Draw
 from ray_synth.training.feed import Feed
 
 DEPTH = 3  # batches
@@ -60,27 +61,34 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._run, args=(start,), daemon=True)
         self._thread.start()
 
-    def _run(self, number: int) -> None:
+    def _run(self, start: int) -> None:
+        batches = self.decoder.batches(self._draws(start))
         try:
-            while not self._stop.is_set():
-                parts = [self.decoder.batch(*feed.draw(number)) for feed in self.feeds]
+            for number in count(start):
+                batch = next(batches)
                 with torch.cuda.stream(self._stream) if self._stream else nullcontext():
-                    self._put(self._prepare(parts, number))
-                number += 1
+                    self._put(self._prepare(batch, number))
+                if self._stop.is_set():
+                    return
         except BaseException as error:
             self._put(error)
+        finally:
+            batches.close()  # the decoder's processes end
 
-    def _prepare(self, parts: list[Batch], number: int) -> Prepared:
-        images = torch.cat([part.images for part in parts])
-        labels = torch.cat([part.labels for part in parts])
+    def _draws(self, start: int) -> Iterator[list[Draw]]:
+        return ([feed.draw(number) for feed in self.feeds] for number in count(start))
+
+    def _prepare(self, batch: Batch, number: int) -> Prepared:
+        images, labels = batch.images, batch.labels
         if self._stream:
-            images, labels = images.pin_memory(), labels.pin_memory()
+            labels = labels.pin_memory()
+            images = images if images.is_pinned() else images.pin_memory()
         images = images.to(self.device, non_blocking=True)
         labels = targets = labels.to(self.device, non_blocking=True)
         if self.finish is not None:
             images, targets = self.finish(images, labels, number)
         ready = self._stream.record_event() if self._stream else None
-        return Prepared(images, labels, targets, [n for part in parts for n in part.names], ready)
+        return Prepared(images, labels, targets, batch.names, ready)
 
     def _put(self, item: Prepared | BaseException) -> None:
         while not self._stop.is_set():

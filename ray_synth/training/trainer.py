@@ -6,11 +6,12 @@ the plan and the store: what was generated is read back, not generated again.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ray_synth.cluster.signals import own_handlers
 from ray_synth.config import TrainingConfig
-from ray_synth.data.dataset import Index, to_ray
+from ray_synth.data.packing import addressable
 from ray_synth.errors import UserError
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.stream import image_stream, planned_parts
@@ -41,7 +42,6 @@ def run_training(
     job: TrainJob,
     generation: GenerationJob | None,
     *,
-    real: Index,
     run_name: str,
     in_process: bool = False,
 ) -> None:
@@ -54,27 +54,23 @@ def run_training(
     Raises:
         ray.train.TrainingFailedError: when the workers failed more than `max_failures` times without
             a new checkpoint between.
-        UserError: the loss was not finite; or the config asks for what a streamed set cannot give.
+        UserError: the loss was not finite.
     """
+    import ray
     import ray.train
     import ray.train.torch
 
     config = job.config
-    if job.real is None and config.class_balance:
-        raise UserError(
-            "training.class_balance draws from images held in memory, and the "
-            f"{len(real)} training images do not fit training.memory_mb {config.memory_mb}: raise "
-            "that, or set class_balance to 0"
-        )
+    if not job.holds_real:
+        job = replace(job, real=addressable(job.real, job.folder.child("real")))
     datasets: dict[str, Any] = {}
-    if job.real is None:
-        datasets["real"] = lambda: to_ray(real)
     if job.mixed and generation is not None:
         datasets.update(_synthetic(job, generation))
     options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
     trainer = ray.train.torch.TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
-        train_loop_config={"job": job},
+        # Once per node, not per worker: the index of a large set is a hundred megabytes.
+        train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=0 if in_process else config.num_workers,  # type: ignore[arg-type]
             use_gpu=config.num_gpus > 0,

@@ -10,6 +10,8 @@ from ray_synth.training.decoder import Decoder, Row
 from ray_synth.training.feed import (
     CachedFeed,
     Feed,
+    IndexedImages,
+    ShuffledFeed,
     StreamedFeed,
     derived_seed,
 )
@@ -38,13 +40,14 @@ class _WorkerFeeds:
 
     def real(self) -> Feed:
         job, config = self.job, self.config
-        repeats = config.repeated_augmentation
-        if job.real is None:
-            return self._streamed("real", config.num_real, job.seed, repeats=repeats)
-        rows = read_index(job.real)
-        return self._cached(
-            rows, config.num_real, job.seed, balance=config.class_balance, repeats=repeats
-        )
+        options: dict[str, Any] = {
+            "batch_size": config.num_real, "seed": job.seed,
+            "rank": self.rank, "world_size": self.world_size,
+            "balance": config.class_balance, "repeats": config.repeated_augmentation,
+        }  # fmt: skip
+        if job.holds_real:
+            return CachedFeed(read_index(job.real), self.decoder, **options)
+        return ShuffledFeed(IndexedImages(job.real), **options)
 
     def synthetic(self) -> Feed:
         job, config = self.job, self.config
@@ -52,7 +55,14 @@ class _WorkerFeeds:
             made = job.store.rows(job.read_plan(), ["image", "class_index", "accepted"])
             # The store lists parts in no meaningful order: sort, so that a seed names the batches.
             rows = sorted((r for r in made if r["accepted"]), key=lambda row: row["sample_id"])
-            return self._cached(rows, config.num_synth, job.seed + 1)
+            return CachedFeed(
+                rows,
+                self.decoder,
+                batch_size=config.num_synth,
+                seed=job.seed + 1,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
         if config.feed == "stored":
             return self._streamed("synthetic", config.num_synth, job.seed + 1)
         return self._lockstep() if config.feed == "lockstep" else self._live()
@@ -77,17 +87,6 @@ class _WorkerFeeds:
             warmup=min(config.warmup_images or 2 * config.num_synth, share),
             seed=derived_seed(job.seed, self.rank, self.first),
             memory_bytes=config.memory_mb << 20,
-        )
-
-    def _cached(self, rows: Any, batch_size: int, seed: int, **options: Any) -> CachedFeed:
-        return CachedFeed(
-            rows,
-            self.decoder,
-            batch_size=batch_size,
-            seed=seed,
-            rank=self.rank,
-            world_size=self.world_size,
-            **options,
         )
 
     def _streamed(self, name: str, batch_size: int, seed: int, **options: Any) -> StreamedFeed:

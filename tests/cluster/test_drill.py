@@ -188,7 +188,7 @@ def train(folder: Path, pace: Pace) -> list[dict[str, float]]:
         board=pace,
         num_threads=1,
     )
-    run_training(job, generation(folder), real=real, run_name="run")
+    run_training(job, generation(folder), run_name="run")
     return Folder(folder).read_json("models/mixed.json")["curve"]
 
 

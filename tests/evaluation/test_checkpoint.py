@@ -11,6 +11,7 @@ from ray_synth.cli.command import app
 from ray_synth.config import parse_config
 from ray_synth.data.dataset import load_index
 from ray_synth.data.images import decode_image
+from ray_synth.evaluation import predictor
 from ray_synth.evaluation.checkpoint import evaluate_checkpoint
 from ray_synth.evaluation.predictor import warn_of_missing
 from ray_synth.storage.folder import Folder
@@ -36,8 +37,13 @@ def saved(path, name="test_resnet", num_classes=2):
     return model
 
 
-def test_two_actors_and_odd_batches_count_each_image_once(local_ray, image_folder, tmp_path):
+@pytest.mark.parametrize("few", [predictor.FEW, 0], ids=["in the actor", "where they are read"])
+def test_two_actors_and_odd_batches_count_each_image_once(
+    few, local_ray, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(predictor, "FEW", few)
     model = saved(tmp_path / "mine.safetensors")
+    (image_folder / "dog" / "broken.jpg").write_bytes(b"no picture")
     results = evaluate_checkpoint(
         settings(image_folder),
         Folder(tmp_path / "out"),
@@ -53,6 +59,7 @@ def test_two_actors_and_odd_batches_count_each_image_once(local_ray, image_folde
         interpolation=data["interpolation"],
     )
     right = 0
+    (image_folder / "dog" / "broken.jpg").unlink()
     for label, name in enumerate(("cat", "dog")):
         for path in sorted((image_folder / name).iterdir()):
             pixels = transform.prepare(decode_image(path.read_bytes()))
@@ -62,7 +69,9 @@ def test_two_actors_and_odd_batches_count_each_image_once(local_ray, image_folde
     for result in results.values():
         assert result["images"] == 10
         assert result["top1"] == 10 * right
-    assert Folder(tmp_path / "out").read_json("mine.json")["results"]["other"]["images"] == 10
+    written = Folder(tmp_path / "out").read_json("mine.json")
+    assert written["results"]["other"]["images"] == 10
+    assert [name.rsplit("/", 1)[-1] for name in written["corrupt"]] == ["broken.jpg"] * 2
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(image_folder, tmp_path):

@@ -81,7 +81,7 @@ def train_digits(
         board=board,
         num_threads=1,
     )
-    run_training(job, made, real=index, run_name="run", in_process=in_process)
+    run_training(job, made, run_name="run", in_process=in_process)
     return folder.read_json("models/mixed.json")
 
 

@@ -37,7 +37,7 @@ def decoder(augment="none") -> Decoder:
 
 
 def batch_of(feed, step: int) -> Batch:
-    return feed.decoder.batch(*feed.draw(step))
+    return feed.decoder.batch(feed.draw(step))
 
 
 def labels(feed, steps) -> list[int]:
@@ -296,9 +296,7 @@ def test_random_crops_are_a_function_of_seed_and_step_in_any_number_of_processes
     def batches(workers: int) -> list[torch.Tensor]:
         d = Decoder(train_transform(16, CROPS), workers=workers)
         feed = CachedFeed((noisy(i) for i in range(6)), d, batch_size=4, seed=3)
-        found = [batch_of(feed, step).images for step in (5, 6)]
-        d.close()
-        return found
+        return [batch.images for batch in d.batches(iter([[feed.draw(5)], [feed.draw(6)]]))]
 
     alone, again, pooled = batches(0), batches(0), batches(2)
     assert not torch.equal(alone[0], alone[1])
