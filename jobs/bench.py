@@ -25,6 +25,7 @@ import typer
 from bench_device import device_name, dtype_name, wait_for
 from bench_scale import plan_rows, plans, scaling
 from bench_serving import serving
+from bench_storing import storing as stored_per_second
 
 from ray_synth.config import ClusterConfig, GenerationConfig, QualityConfig, load_config
 
@@ -47,8 +48,14 @@ def generation(
     batches: Annotated[int, typer.Option(help="batches per round")] = 6,
     rounds: Annotated[int, typer.Option(help="rounds of all contenders")] = 3,
     parts: Annotated[bool, typer.Option(help="also each part of the speed path alone")] = False,
+    storing: Annotated[
+        int, typer.Option(help="no model: encode and store ready images of this side")
+    ] = 0,
+    cores: Annotated[int, typer.Option(help="of the actor, with --storing")] = os.cpu_count() or 1,
 ) -> None:
     """Stock diffusers loop; our generator alone; our generator under Ray Data."""
+    if storing:
+        return _storing(storing, cores, rounds)
     import torch
 
     from ray_synth.cluster.connection import connect
@@ -100,6 +107,24 @@ def generation(
         dtype=dtype_name(dtype),
         device=device_name(device),
     )
+
+
+def _storing(size: int, cores: int, rounds: int) -> None:
+    """All that an actor does besides generating, in each format; the default one in the last line."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(rounds):
+        for image_format, images in (("webp", 320), ("png", 480), ("auto", 4_800)):
+            figures = stored_per_second(image_format, size, cores, images)
+            found.setdefault(image_format, []).append(figures)
+            print(
+                f"{figures['format']:<5} {size} px, {cores} cores: "
+                f"{figures['stored_images_per_second']:7.1f} images stored/s of one actor, "
+                f"{100 * figures['encode_share']:.0f}% of its time in encoding, "
+                f"{figures['kilobytes_per_image']:.0f} kB each",
+                flush=True,
+            )
+    ranked = sorted(found["auto"], key=lambda figures: figures["stored_images_per_second"])
+    _json("generation", **ranked[len(ranked) // 2])
 
 
 @app.command("serving")
@@ -290,7 +315,7 @@ def _ours_round(generator: Any, plan: list[dict[str, Any]], made: GenerationConf
     started = time.perf_counter()
     for at in range(0, len(plan), generator.batch_size):
         for image in generator.generate(plan[at : at + generator.batch_size]):
-            encode_image(image, image_format=made.image_format, quality=made.quality)
+            encode_image(image, **made.encoding)
     return len(plan) / (time.perf_counter() - started)
 
 

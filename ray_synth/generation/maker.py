@@ -1,6 +1,7 @@
 """The actor of the generator pool: chunks of the plan in, image rows out, each chunk kept as a part.
 
-Two chunks are at work at once: while one is on the device, the last one is judged, encoded and written.
+Two chunks are at work at once: while one is on the device, the last one is judged, encoded (in as many
+threads as the actor has CPUs: PIL releases the GIL) and written.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import logging
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -67,6 +70,7 @@ class ImageMaker:
         self._judge: Judge | None = None
         self._fingerprint = ""
         self._references: dict[str, bytes] = {}
+        self._encoders = ThreadPoolExecutor(max(1, int(job.config.num_cpus)))
         metrics.join(job.run.uri if job.run else "")
         logs.forward(job.board, stage="generation")
 
@@ -132,9 +136,12 @@ class ImageMaker:
                 "gpu_seconds": seconds / len(rows),
             }
         verdicts = self._judge_all(rows, [image for image, _ in results])
+        encoded = self._encode([image for image, _ in results])
         made = [
-            self._row({**row, **facts}, image, reason, verdict)
-            for row, (image, reason), verdict in zip(rows, results, verdicts, strict=True)
+            {**row, **facts, **self._judged(image, reason, verdict), "image": data}
+            for row, (image, reason), verdict, data in zip(
+                rows, results, verdicts, encoded, strict=True
+            )
         ]
         again = [
             row
@@ -143,22 +150,27 @@ class ImageMaker:
         ]
         return made, again
 
-    def _row(
-        self, row: Row, image: Image.Image | None, reason: str, verdict: Verdict | None
-    ) -> Row:
-        config = self.job.config
-        data = b""
-        if image is not None:
-            data = encode_image(image, image_format=config.image_format, quality=config.quality)
+    def _encode(self, images: list[Image.Image | None]) -> list[bytes]:
+        """The bytes of each image, empty where there is none."""
+        started = time.perf_counter()
+        encode = partial(encode_image, **self.job.config.encoding)
+        data = list(self._encoders.map(lambda image: encode(image) if image else b"", images))
+        if self.job.board is not None:
+            self.job.board.add_all.remote({"encode_seconds": time.perf_counter() - started})
+        return data
+
+    def _judged(
+        self, image: Image.Image | None, reason: str, verdict: Verdict | None
+    ) -> dict[str, Any]:
+        """What is known of an image besides its row and its bytes."""
         fault = verdict.reason if verdict and image is not None else ""
+        flagged = self.job.config.checks.policy == "flag"
         return {
-            **row,
-            "image": data,
             "width": image.width if image else 0,
             "height": image.height if image else 0,
             "clip_score": verdict.clip_score if verdict else None,
             "embedding": verdict.embedding if verdict else None,
-            "accepted": image is not None and (not fault or config.checks.policy == "flag"),
+            "accepted": image is not None and (not fault or flagged),
             "reject_reason": str(reason) or fault,
         }
 

@@ -85,15 +85,15 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
     image, reason = generate_all(generator, [inputs])[0]
     if image is None:
         raise UserError(f"{row['sample_id']} could not be made again: {reason}")
-    made = config.generation
-    data = encode_image(image, image_format=made.image_format, quality=made.quality)
+    encoding = config.generation.encoding
+    data = encode_image(image, **encoding)
     before, after = (np.asarray(decode_image(item)).astype(int) for item in (row["image"], data))
     gap = np.abs(before - after) if before.shape == after.shape else np.full(after.shape, 255)
     now = getattr(generator, "provenance", {})
     return Regenerated(
         row,
         data,
-        made.image_format,
+        encoding["image_format"],
         different=int((gap > 0).sum()),
         largest=int(gap.max()),
         elsewhere=[

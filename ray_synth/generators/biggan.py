@@ -153,7 +153,7 @@ class BigGanGenerator:
         for path in _files(settings.weights):
             with path.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        others = config.model_dump(include={"width", "height", "dtype", "image_format", "quality"})
+        others = config.model_dump(include={"width", "height", "dtype"}) | config.encoding
         kept = settings.model_dump(exclude={"weights"})
         return digest_settings(["biggan", digests, kept, others])
 

@@ -254,9 +254,10 @@ class DiffusionGenerator:
         settings = config.model_dump(
             include={
                 "scheduler", "dtype", "width", "height", "num_inference_steps", "guidance_scale",
-                "variant", "image_format", "quality",
+                "variant",
             }
         )  # fmt: skip
+        settings |= config.encoding
         if config.reference is not None:
             settings["strength"] = config.reference.strength
         folder = Path(model)

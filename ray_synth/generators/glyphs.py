@@ -111,7 +111,7 @@ class GlyphGenerator:
         """Of all that decides the pixels besides the row."""
         fonts = [path.name for path in font_files()]
         values: list[Any] = [_settings(config).model_dump(), config.width, config.height, fonts]
-        return digest_settings([*values, config.image_format, config.quality])
+        return digest_settings([*values, *config.encoding.values()])
 
 
 @functools.cache

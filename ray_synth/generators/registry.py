@@ -54,7 +54,7 @@ def fingerprint(config: GenerationConfig) -> str:
     """A short hex digest of all that decides an image's pixels besides its row."""
     own = getattr(generator_class(config.generator), "fingerprint", None)
     settings = config.model_dump(include={"generator", "generator_kwargs", "model", "revision"})
-    settings |= config.model_dump(include={"width", "height", "image_format", "quality"})
+    settings |= {"width": config.width, "height": config.height, **config.encoding}
     return digest_settings([own(config) if own else settings])
 
 

@@ -182,7 +182,7 @@ def image_bytes(config: Config) -> int:
     """Bytes per image's row, encoded, as photographs of the format take."""
     generation = config.generation
     pixels = generation.width * generation.height
-    return int(pixels * ENCODED[generation.image_format] + ROW)
+    return int(pixels * ENCODED[generation.encoding["image_format"]] + ROW)
 
 
 def disk_needs(config: Config, sizes: Sizes) -> tuple[int, int]:
