@@ -48,7 +48,9 @@ PARENTHESES = re.compile(r"\([^()]*\)?|\[[^\[\]]*\]?|\{[^{}]*\}?")
 QUOTES = re.compile(r"[\"“”„«»]|(?<!\w)['‘’]|['‘’](?!\w)")
 SENTENCE_END = re.compile(r"(?<=[^\W\d_]{2})[.!?](?:\s|$).*|[.!?]+\s*$", re.DOTALL)
 FORBIDDEN = re.compile(r"[\[\]{}()<>|\\`~^=@_*#\"“”]|://|:(?:\s|$)")
-
+# How models mark what they think before they answer (DeepSeek and Qwen, Mistral, Seed, Gemini).
+THOUGHT_BEGINS = re.compile(r"[<\[](?:seed:)?(?:think|thinking|thought)[>\]]", re.IGNORECASE)
+THOUGHT_ENDS = re.compile(r"[<\[]/(?:seed:)?(?:think|thinking|thought)[>\]]", re.IGNORECASE)
 
 FIELDS = ("foreground", "background", "lighting", "camera_angle")
 # What a phrase must speak of to pass for a light or a camera angle: small models wander off.
@@ -109,6 +111,16 @@ def parse_scene_phrases(text: str, field: str, subject: str) -> tuple[list[str],
     return list(kept.values()), refused
 
 
+def without_thinking(text: str) -> str:
+    """What follows a model's thinking; nothing, where it had not come to an end.
+
+    A template may have begun the thought, so that its end alone is in the text.
+    """
+    *thoughts, answer = THOUGHT_ENDS.split(text)
+    answer = THOUGHT_BEGINS.split(answer, maxsplit=1)[0]
+    return answer.lstrip() if thoughts else answer
+
+
 def clean_phrase(text: str) -> str:
     """A phrase fit for a prompt, or "" where none is left.
 
@@ -143,8 +155,7 @@ def _plain(text: str) -> str:
 
 def _body(text: str) -> str:
     """The answer without a reasoning block and without the fences of code blocks."""
-    text = re.sub(r"<think>.*?(</think>|$)", " ", _plain(text), flags=re.DOTALL)
-    return re.sub(r"^\s*```\w*\s*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"^\s*```\w*\s*$", "", without_thinking(_plain(text)), flags=re.MULTILINE)
 
 
 def _json(text: str) -> Any:

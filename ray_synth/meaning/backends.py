@@ -8,6 +8,7 @@ from ray_synth.config import LlmConfig
 from ray_synth.meaning.answer_cache import AnswerCache, CachedLLM
 from ray_synth.meaning.language_model import Llm
 from ray_synth.meaning.openai_llm import OpenAILLM
+from ray_synth.meaning.sampling import SAMPLER
 from ray_synth.meaning.transformers_llm import TransformersLLM
 
 
@@ -42,4 +43,5 @@ def load_llm(config: LlmConfig, *, num_threads: int | None = None) -> Llm:
     if config.cache_dir is None:
         return llm
     identity = config.model_dump(include={"backend", "model", "revision", "base_url", "structured"})
-    return CachedLLM(llm, AnswerCache(config.cache_dir), identity | {"style": llm.style})
+    sampled = {"sampler": SAMPLER} if config.backend == "transformers" else {}
+    return CachedLLM(llm, AnswerCache(config.cache_dir), identity | {"style": llm.style} | sampled)

