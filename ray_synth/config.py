@@ -308,10 +308,14 @@ class GenerationConfig(Section):
     )
     dtype: Dtype = result("auto")
     device: Device = how("auto")
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = result(512)
-    height: Annotated[int, Field(ge=8, multiple_of=8)] = result(512)
-    num_inference_steps: Positive = result(20)
-    guidance_scale: Annotated[float, Field(ge=0)] = result(7.5)
+    width: Annotated[int, Field(ge=8, multiple_of=8)] | None = result(
+        None, description="pixels; default: what the model was trained on"
+    )
+    height: Annotated[int, Field(ge=8, multiple_of=8)] | None = result(None)
+    num_inference_steps: Positive | None = result(None, description="default: the model family's")
+    guidance_scale: Annotated[float, Field(ge=0)] | None = result(
+        None, description="default: the model family's"
+    )
     reference: ReferenceConfig | None = result(None, description="guide by real images")
     batch_size: Positive | Literal["auto"] = how(
         16, description="images at a time; 'auto' probes the device's memory"
