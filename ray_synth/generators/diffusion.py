@@ -59,7 +59,8 @@ class DiffusionGenerator:
 
     Attributes:
         family: what the model needs.
-        batch_size: 1 where embeddings are as long as their prompt; halved where memory is short.
+        alone: whether each image has a call of its own, as its text's length decides the shapes.
+        batch_size: 1 for such; halved where memory is short.
         compiled: whether it runs compiled.
         provenance: what made the images, for their rows.
 
@@ -89,7 +90,8 @@ class DiffusionGenerator:
         self._encoder = self._prompt_encoder()
         self._cache_prompts = cache_prompts
         # A large model fills a GPU with one image.
-        self.batch_size = 1 if self._encoder.varies else config.batch_size
+        self.alone = self.family.alone or self._encoder.varies
+        self.batch_size = 1 if self.alone else config.batch_size
         self.compiled = False
         if config.compile is True or (config.compile == "auto" and self.device.startswith("cuda")):
             self._compile()
@@ -149,7 +151,7 @@ class DiffusionGenerator:
         padded = rows + [rows[-1]] * (self.batch_size - len(rows))
         with torch.inference_mode():
             output = self.pipeline(**self._arguments(padded))
-            pixels = _to_uint8(output.images)[: len(rows)]
+            pixels = _to_uint8(output[0])[: len(rows)]  # `images`, or in Kandinsky 5 `image`
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(rows)
         return [
             Failure("the pipeline's safety checker flagged it") if flag else Image.fromarray(image)
@@ -203,7 +205,8 @@ class DiffusionGenerator:
         if channels_last:
             for name in ("unet", "vae"):
                 part = getattr(pipeline, name, None)
-                if part is not None:
+                # Autoencoders made from those of videos (Qwen-Image) have weights of five dimensions.
+                if part is not None and all(weights.ndim < 5 for weights in part.parameters()):
                     part.to(memory_format=torch.channels_last)
 
     def _compile(self) -> None:
@@ -216,7 +219,7 @@ class DiffusionGenerator:
         """
         import torch
 
-        undo = compile_parts(self.pipeline, dynamic=self._encoder.varies)
+        undo = compile_parts(self.pipeline, dynamic=self.alone)
         facts = [self.config.model_dump_json(exclude={"pool"}), self.device, torch.__version__]
         try:
             first_on_this_node("|".join(facts), self._warm_up)

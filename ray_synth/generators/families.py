@@ -36,6 +36,8 @@ class Family:
         sizes: the only (width, height) that it makes; empty: any.
         context: tokens that its text encoder reads; 0: what the call or the tokenizer says.
         template: tokens of those that the pipeline writes itself.
+        alone: its denoiser cuts a batch's text to the longest prompt, so that each prompt needs a call
+            of its own. (Where embeddings are as long as their prompt that is found out without.)
         float16: whether its activations stay within float16; else it is run in bfloat16.
         licence: of the weights, as their card names it.
     """
@@ -52,6 +54,7 @@ class Family:
     sizes: tuple[tuple[int, int], ...] = ()
     context: int = 0
     template: int = 0
+    alone: bool = False
     float16: bool = True
     licence: str = ""
 
@@ -105,8 +108,9 @@ SANA = Family(
     "Sana", 20, 4.5, multiple=32, context=300, template=2, float16=False, licence="NVIDIA's own"
 )
 LUMINA2 = Family(
-    "Lumina Image 2", 30, 4.0, multiple=16, context=256, template=50, float16=False, licence=APACHE
-)
+    "Lumina Image 2", 30, 4.0, multiple=16, context=256, template=50, alone=True, float16=False,
+    licence=APACHE,
+)  # fmt: skip
 QWEN = Family(
     "Qwen-Image", 50, 4.0, carries="true_cfg_scale", multiple=16, context=512, template=6,
     float16=False, licence=APACHE,
