@@ -60,9 +60,10 @@ def generation(
 
     from ray_synth.cluster.connection import connect
     from ray_synth.device import pick_device, pick_dtype
+    from ray_synth.generators.registry import filled
 
     settings = load_config(config, overrides)
-    made = settings.generation.model_copy(update={"checks": QualityConfig(policy="off")})
+    made = filled(settings.generation).model_copy(update={"checks": QualityConfig(policy="off")})
     device = pick_device(made.device)
     dtype = pick_dtype(made.dtype, device)
     torch.set_num_threads(made.num_threads or os.cpu_count() or 1)
@@ -284,7 +285,7 @@ def _stock_pipeline(made: GenerationConfig, dtype: Any, device: str) -> Any:
     """The pipeline as diffusers' documentation loads it."""
     import diffusers
 
-    from ray_synth.generators.diffusion import resolve_model
+    from ray_synth.generators.loading import resolve_model
 
     diffusers.utils.logging.disable_progress_bar()
     pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ray_synth.config import ClusterConfig, GenerationConfig, PoolConfig, QualityConfig
+from ray_synth.generators.protocol import plugin_size
 
 PATIENCE = 40  # batches per actor that may pass while the last actors start
 
@@ -24,7 +25,7 @@ class Sleeper:
 
     def __init__(self, config: GenerationConfig) -> None:
         self.seconds = config.generator_kwargs["seconds"]
-        self.image = Image.new("RGB", (config.width, config.height), "gray")
+        self.image = Image.new("RGB", plugin_size(config), "gray")
         self.provenance = {"pid": os.getpid()}
 
     def generate(self, rows: list[dict[str, Any]]) -> list[Image.Image]:

@@ -309,10 +309,14 @@ class GenerationConfig(Section):
     )
     dtype: Dtype = result("auto")
     device: Device = how("auto")
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = result(512)
-    height: Annotated[int, Field(ge=8, multiple_of=8)] = result(512)
-    num_inference_steps: Positive = result(20)
-    guidance_scale: Annotated[float, Field(ge=0)] = result(7.5)
+    width: Annotated[int, Field(ge=8, multiple_of=8)] | None = result(
+        None, description="pixels; default: what the model was trained on"
+    )
+    height: Annotated[int, Field(ge=8, multiple_of=8)] | None = result(None)
+    num_inference_steps: Positive | None = result(None, description="default: the model family's")
+    guidance_scale: Annotated[float, Field(ge=0)] | None = result(
+        None, description="default: the model family's"
+    )
     reference: ReferenceConfig | None = result(None, description="guide by real images")
     batch_size: Positive | Literal["auto"] = how(
         16, description="images at a time; 'auto' probes the device's memory"
@@ -343,7 +347,8 @@ class GenerationConfig(Section):
         """
         chosen: str = self.image_format
         if chosen == "auto":
-            chosen = "png" if max(self.width, self.height) <= SMALL_SIDE else "jpeg"
+            side = max(self.width or 0, self.height or 0)
+            chosen = "png" if 0 < side <= SMALL_SIDE else "jpeg"
         # PNG has no quality; the number only keeps the digests of runs that were begun with it.
         return {"image_format": chosen, "quality": 95 if chosen == "png" else self.quality}
 

@@ -31,19 +31,26 @@ def pick_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def pick_dtype(dtype: str, device: str) -> Any:
+def pick_dtype(dtype: str, device: str, *, gpu: str = "bfloat16", overflows: bool = False) -> Any:
     """A torch dtype; `auto` is half precision where the device computes in it, else float32.
 
-    CPUs without bfloat16 instructions run it about 4 times slower than float32 (measured).
+    GPUs without bfloat16 of their own (below compute capability 8: T4, V100) emulate it, many times
+    slower than float16. CPUs without bfloat16 instructions run it about 4 times slower than float32
+    (measured).
+
+    Args:
+        gpu: which of the two halves a GPU that has both is to compute in.
+        overflows: activations leave float16's range, so that it is bfloat16 even where it is slow.
     """
     import torch
 
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if overflows or (native and gpu == "bfloat16") else torch.float16
     if device == "mps":
-        return torch.float16
+        return torch.bfloat16 if overflows else torch.float16
     return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
 
 

@@ -115,7 +115,7 @@ def settled(job: GenerationJob) -> GenerationJob:
     By the whole plan and once for a store: what is left after an interruption is made as the rest was.
     """
     from ray_synth.generation.batch_size import find_batch_size
-    from ray_synth.generators.diffusion import wants_compile
+    from ray_synth.generators.compilation import wants_compile
 
     config = job.config
     changes = {

@@ -17,7 +17,7 @@ from pydantic import Field
 from ray_synth.config import GenerationConfig, Section, parse_config
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.errors import UserError, first_line, nearest
-from ray_synth.generators.protocol import Row, digest_settings
+from ray_synth.generators.protocol import Row, digest_settings, plugin_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +57,7 @@ class BigGanGenerator:
 
         self.check(config)
         self.settings = _settings(config)
-        self.size = (config.width, config.height)
+        self.size = plugin_size(config)
         self.batch_size = config.batch_size if isinstance(config.batch_size, int) else 16
         if config.num_threads and not torch.cuda.is_available():
             torch.set_num_threads(config.num_threads)
@@ -153,7 +153,8 @@ class BigGanGenerator:
         for path in _files(settings.weights):
             with path.open("rb") as file:
                 digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-        others = config.model_dump(include={"width", "height", "dtype"}) | config.encoding
+        others = config.model_dump(include={"dtype"}) | config.encoding
+        others["width"], others["height"] = plugin_size(config)
         kept = settings.model_dump(exclude={"weights"})
         return digest_settings(["biggan", digests, kept, others])
 

@@ -6,12 +6,11 @@ so an image is the same to the bit whatever batch it was in.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,53 +18,50 @@ import numpy as np
 
 from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
-from ray_synth.errors import UserError, did_you_mean, first_line
-from ray_synth.generators.protocol import Failure, Row, digest_settings
+from ray_synth.errors import UserError
+from ray_synth.generators.compilation import compile_parts, first_on_this_node
+from ray_synth.generators.families import guidance_argument
+from ray_synth.generators.loading import (
+    find_scheduler,
+    load_pipeline,
+    read_index,
+    remote_code,
+    resolve_model,
+)
+from ray_synth.generators.protocol import Failure, Row
+from ray_synth.generators.settings import (
+    check_size,
+    family_of,
+    filled,
+    fingerprint,
+    prompt_tokens,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ray_synth.generators.prompt_encoder import PromptEncoder
+
 log = logging.getLogger("ray_synth")
 # Eight take as long as two alone (embedded model on a CPU: 15 ms, and 7 ms for one).
 PROMPTS_AT_ONCE = 8
-# A compiled pipeline costs one to two minutes at each actor's start, and saves a third of the time
-# after it (docs/generation.md): below this many images a GPU actor it does not pay.
-COMPILE_PAYS = 2_000
-DENOISERS = ("unet", "transformer")
-
-
-def resolve_model(model: str) -> str:
-    """A model name from the config as diffusers takes it: a folder or a hub id.
-
-    Raises:
-        UserError: it looks like a folder but does not exist, or holds no diffusers pipeline.
-    """
-    if model == "embedded":
-        from ray_synth.embedded import sd_folder
-
-        return str(sd_folder())
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json")
-        return str(folder)
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(
-            f"unknown generator {model!r}: no such folder, and a hub id looks like owner/name; "
-            "generation.model takes 'embedded', a diffusers folder, or a hub id"
-        )
-    return model
+WARM_UP_STEPS = 2  # the first and a later one: all shapes that a denoiser is given
 
 
 class DiffusionGenerator:
     """A loaded diffusers pipeline, text-to-image or (with `reference`) image-to-image.
 
     Args:
-        config: the generation section, with a batch size that is a number; `compile` that is "auto"
-            is off (the caller knows how many images there are: `wants_compile`).
+        config: the generation section, with a batch size that is a number. What it leaves open of
+            steps, guidance and size is the family's. `compile` that is "auto" is for GPUs (the caller
+            knows how many images there are: `wants_compile`).
         channels_last, cache_prompts: parts of the speed path, off for benchmarks alone.
 
     Attributes:
+        family: what the model needs.
+        alone: whether each image has a call of its own, as its text's length decides the shapes.
+        batch_size: 1 for such; halved where memory is short.
+        compiled: whether it runs compiled.
         provenance: what made the images, for their rows.
 
     Raises:
@@ -78,25 +74,37 @@ class DiffusionGenerator:
         import torch
 
         assert isinstance(config.batch_size, int), "batch_size 'auto' is resolved by the stream"
-        self.config = config
+        self.family = family_of(config)
+        self.config = filled(config)
         if not torch.cuda.is_available():
             torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.device = pick_device(config.device)
-        self.dtype = pick_dtype(config.dtype, self.device)
-        self.batch_size = config.batch_size
+        self.dtype = pick_dtype(config.dtype, self.device, overflows=not self.family.float16)
         self.pipeline = load_pipeline(config, self.dtype)
         if config.reference is not None:
             from ray_synth.generators.image_to_image import image_to_image
 
             self.pipeline = image_to_image(self.pipeline)
         self._place(channels_last)
-        self._encoder = None
-        if cache_prompts:
-            from ray_synth.generators.prompt_encoder import PromptEncoder
-
-            self._encoder = PromptEncoder(self.pipeline, chunk=PROMPTS_AT_ONCE)
-        if config.compile is True:
+        self._call = inspect.signature(type(self.pipeline).__call__).parameters
+        self._encoder = self._prompt_encoder()
+        self._cache_prompts = cache_prompts
+        # A large model fills a GPU with one image.
+        self.alone = self.family.alone or self._encoder.varies
+        self.batch_size = 1 if self.alone else config.batch_size
+        self.compiled = False
+        if config.compile is True or (config.compile == "auto" and self.device.startswith("cuda")):
             self._compile()
+
+    def _prompt_encoder(self) -> PromptEncoder:
+        from ray_synth.generators.prompt_encoder import PromptEncoder
+
+        return PromptEncoder(
+            self.pipeline,
+            chunk=PROMPTS_AT_ONCE,
+            context=self.family.context,
+            guided_above=self.family.guided_above,
+        )
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -112,7 +120,7 @@ class DiffusionGenerator:
             "strength": config.reference.strength if config.reference else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
-            "compile": config.compile is True,
+            "compile": self.compiled,
             "device": torch.cuda.get_device_name() if on_gpu else self.device,
             "num_threads": None if on_gpu else torch.get_num_threads(),
             "torch": torch.__version__,
@@ -143,7 +151,7 @@ class DiffusionGenerator:
         padded = rows + [rows[-1]] * (self.batch_size - len(rows))
         with torch.inference_mode():
             output = self.pipeline(**self._arguments(padded))
-            pixels = _to_uint8(output.images)[: len(rows)]
+            pixels = _to_uint8(output[0])[: len(rows)]  # `images`, or in Kandinsky 5 `image`
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(rows)
         return [
             Failure("the pipeline's safety checker flagged it") if flag else Image.fromarray(image)
@@ -154,30 +162,33 @@ class DiffusionGenerator:
         import torch
 
         config = self.config
+        assert config.guidance_scale is not None
         prompts = [_text(row, "prompt") for row in rows]
         negative = [_text(row, "negative_prompt") for row in rows]
         arguments: dict[str, Any] = {
             "generator": [torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
             "num_inference_steps": config.num_inference_steps,
-            "guidance_scale": config.guidance_scale,
             "output_type": "pt",
+            **self._guidance(config.guidance_scale),
+            **self._encoder.arguments(
+                prompts, negative, config.guidance_scale, embedded=self._cache_prompts
+            ),
         }
-        if self._encoder is not None:
-            arguments |= self._encoder.arguments(prompts, negative, config.guidance_scale)
-        else:
-            arguments["prompt"] = prompts
-            if config.guidance_scale > 1 and any(negative):
-                arguments["negative_prompt"] = negative
         if config.reference is None:
             arguments |= {"width": config.width, "height": config.height}
         else:
             from ray_synth.generators.image_to_image import reference_arguments
 
             arguments |= reference_arguments(self.pipeline, rows, config)
-        taken = inspect.signature(type(self.pipeline).__call__).parameters
-        if "guidance_scale" not in taken and "true_cfg_scale" in taken:
-            arguments["true_cfg_scale"] = config.guidance_scale
-        return {name: value for name, value in arguments.items() if name in taken}
+        return {name: value for name, value in arguments.items() if name in self._call}
+
+    def _guidance(self, scale: float) -> dict[str, float]:
+        """The argument that guidance goes by in this pipeline, where it takes any."""
+        denoiser = getattr(self.pipeline, "transformer", None)
+        carries = guidance_argument(self._call)
+        if carries == "true_cfg_scale" and getattr(denoiser, "config", {}).get("guidance_embeds"):
+            return {"guidance_scale": scale, carries: 1.0}  # a distilled one has it as an input
+        return {carries: scale} if carries else {}
 
     def _place(self, channels_last: bool) -> None:
         """Onto the device, or left to diffusers where it is spread or offloaded."""
@@ -194,37 +205,52 @@ class DiffusionGenerator:
         if channels_last:
             for name in ("unet", "vae"):
                 part = getattr(pipeline, name, None)
-                if part is not None:
+                # Autoencoders made from those of videos (Qwen-Image) have weights of five dimensions.
+                if part is not None and all(weights.ndim < 5 for weights in part.parameters()):
                     part.to(memory_format=torch.channels_last)
 
     def _compile(self) -> None:
         """torch.compile of the denoiser and the decoder, for the one shape that batches have.
 
-        The first actor of a node compiles; the others wait, and read what it left on disk.
+        Warmed up here by two steps; where memory is short, with smaller batches, as in `generate`.
+
+        Raises:
+            UserError: it fails, and the config insists on it.
         """
         import torch
 
+        undo = compile_parts(self.pipeline, dynamic=self.alone)
+        facts = [self.config.model_dump_json(exclude={"pool"}), self.device, torch.__version__]
+        try:
+            first_on_this_node("|".join(facts), self._warm_up)
+            self.compiled = True
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            what = f"torch.compile of {self.config.model!r} failed ({type(error).__name__}: "
+            what += f"{str(error)[:300]})"
+            if self.config.compile is True:
+                raise UserError(
+                    f"{what}; set generation.compile: false, or install a C++ compiler"
+                ) from None
+            undo()
+            log.warning("%s: its images are made without", what)
+
+    def _warm_up(self) -> None:
+        """A batch of as few steps as there can be."""
         from ray_synth.data.images import encode_array
 
-        with _one_at_a_time("compile"):
-            for name in DENOISERS:
-                part = getattr(self.pipeline, name, None)
-                if part is not None:
-                    part.compile(dynamic=False)
-            vae = getattr(self.pipeline, "vae", None)
-            if vae is not None:
-                vae.decode = torch.compile(vae.decode, dynamic=False)
-            gray = encode_array(np.full((8, 8, 3), 127, np.uint8))
-            blank = {"prompt": "", "negative_prompt": "", "seed": 0, "reference_image": gray}
-            try:
-                self._batch([blank])
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise UserError(
-                    f"torch.compile of {self.config.model!r} failed ({type(error).__name__}: "
-                    f"{str(error)[:300]}); set generation.compile: false, or install a C++ compiler"
-                ) from None
+        config = self.config
+        strength = config.reference.strength if config.reference else 1.0
+        gray = encode_array(np.full((8, 8, 3), 127, np.uint8))
+        blank = {"prompt": "", "negative_prompt": "", "seed": 0, "reference_image": gray}
+        self.config = config.model_copy(
+            update={"num_inference_steps": math.ceil(WARM_UP_STEPS / strength)}
+        )
+        try:
+            self.generate([blank])
+        finally:
+            self.config = config
 
     @staticmethod
     def check(config: GenerationConfig) -> None:
@@ -232,9 +258,10 @@ class DiffusionGenerator:
 
         Raises:
             UserError: neither a diffusers folder nor a hub id that this machine can reach; a
-                checkpoint with code of its own; an unknown scheduler; too small a strength.
+                checkpoint with code of its own; an unknown scheduler; a size that the model does not
+                make; too small a strength.
         """
-        index = _read_index(config)
+        index = read_index(config)
         code = remote_code(index, Path(resolve_model(config.model)))
         if code and not config.trust_remote_code:
             raise UserError(
@@ -243,131 +270,28 @@ class DiffusionGenerator:
             )
         if config.scheduler:
             find_scheduler(config.scheduler)
+        config = filled(config)
+        check_size(config)
         if config.reference:
             from ray_synth.generators.image_to_image import reference_steps
 
+            assert config.num_inference_steps is not None
             reference_steps(config.num_inference_steps, config.reference.strength)
 
     @staticmethod
+    def filled(config: GenerationConfig) -> GenerationConfig:
+        """The config with what it leaves open as its model's family has it."""
+        return filled(config)
+
+    @staticmethod
     def fingerprint(config: GenerationConfig) -> str:
-        model = resolve_model(config.model)
-        settings = config.model_dump(
-            include={
-                "scheduler", "dtype", "width", "height", "num_inference_steps", "guidance_scale",
-                "variant",
-            }
-        )  # fmt: skip
-        settings |= config.encoding
-        if config.reference is not None:
-            settings["strength"] = config.reference.strength
-        folder = Path(model)
-        identity = _folder_digest(folder) if folder.is_dir() else [model, config.revision]
-        return digest_settings([identity, settings])
+        """A short hex digest of the weights and of all settings that decide the pixels."""
+        return fingerprint(config)
 
     @staticmethod
     def prompt_tokens(config: GenerationConfig) -> tuple[Callable[[str], int], int]:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_model(config.model), subfolder="tokenizer", revision=config.revision
-        )
-        limit = min(int(tokenizer.model_max_length), 300)  # T5's own limit is none
-        return lambda text: len(tokenizer(text, truncation=False)["input_ids"]), limit
-
-
-def wants_compile(config: GenerationConfig, *, num_images: int, on_gpu: bool) -> bool:
-    """`generation.compile` with "auto" resolved, for an actor that makes `num_images`."""
-    if config.compile == "auto":
-        return on_gpu and num_images >= COMPILE_PAYS
-    return config.compile
-
-
-def find_scheduler(name: str) -> Any:
-    """The diffusers scheduler class. Raises UserError with the nearest names."""
-    import diffusers
-
-    found = getattr(diffusers, name, None)
-    if isinstance(found, type) and hasattr(found, "set_timesteps"):
-        return found
-    known = [n for n in dir(diffusers) if n.endswith(("Scheduler", "Inverse")) and n[0].isupper()]
-    hint = did_you_mean(name, known, most=3)
-    raise UserError(f"diffusers has no scheduler {name!r} (generation.scheduler): {hint}")
-
-
-def remote_code(index: dict[str, Any], folder: Path) -> str:
-    """The names of the Python modules that a pipeline's index asks for; empty where it has none."""
-    named = index.get("_class_name")
-    modules = {str(named[0])} if isinstance(named, (list, tuple)) else set()
-    for part, value in index.items():
-        if isinstance(value, (list, tuple)) and value and part != "_class_name":
-            modules |= {f"{part}/{value[0]}"} & {
-                f"{part}/{file.stem}" for file in (folder / part).glob("*.py")
-            }
-    return ", ".join(sorted(modules))
-
-
-def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
-    """The pipeline, in memory, with the scheduler of the config.
-
-    Raises:
-        UserError: it cannot be loaded; says why.
-    """
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    model = resolve_model(config.model)
-    arguments: dict[str, Any] = {
-        "dtype": dtype,
-        "use_safetensors": True,
-        "revision": config.revision,
-        "variant": config.variant,
-    }
-    if config.num_gpus > 1:
-        arguments["device_map"] = "balanced"
-    if config.trust_remote_code:
-        arguments["trust_remote_code"] = True
-    try:
-        try:
-            pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(model, **arguments)
-        except ValueError:  # a pipeline class that the auto class does not list
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **arguments)
-    except Exception as error:
-        raise UserError(
-            f"cannot load the generator {config.model!r} ({first_line(error)}); "
-            "give a diffusers folder, or a hub id that this machine can reach"
-        ) from None
-    if config.scheduler:
-        scheduler = find_scheduler(config.scheduler)
-        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    return pipeline
-
-
-def _read_index(config: GenerationConfig) -> dict[str, Any]:
-    from diffusers import DiffusionPipeline
-
-    model = resolve_model(config.model)
-    try:
-        return dict(DiffusionPipeline.load_config(model, revision=config.revision))
-    except Exception as error:
-        where = "its model_index.json" if Path(model).is_dir() else "the hub"
-        raise UserError(
-            f"unknown generator {config.model!r}: {where} gave {type(error).__name__}; "
-            "generation.model takes 'embedded', a diffusers folder, or a hub id that this machine "
-            "can reach"
-        ) from None
-
-
-def _folder_digest(folder: Path) -> str:
-    """Configs by content; weights by name, size and header, so that it is quick for any size."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".safetensors", ".txt", ".model"):
-            with path.open("rb") as file:
-                head = file.read(1 << 20)
-            digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}".encode() + head)
-    return digest.hexdigest()[:16]
+        """How the text encoder counts, and its context length."""
+        return prompt_tokens(config)
 
 
 def _to_uint8(images: Any) -> np.ndarray:
@@ -384,15 +308,3 @@ def _text(row: Row, key: str) -> str:
     if not isinstance(row[key], str):
         raise ValueError(f"{key} is {row[key]!r}, not a text")
     return row[key]
-
-
-@contextmanager
-def _one_at_a_time(what: str) -> Iterator[None]:
-    """One process of this node at a time."""
-    import tempfile
-
-    from filelock import FileLock
-
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    with FileLock(Path(tempfile.gettempdir()) / f"ray-synth-{user}-{what}.lock"):
-        yield

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, parse_config
 from ray_synth.errors import UserError
-from ray_synth.generators.protocol import Row, digest_settings
+from ray_synth.generators.protocol import Row, digest_settings, plugin_size
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +45,7 @@ class GlyphGenerator:
 
     def __init__(self, config: GenerationConfig) -> None:
         self.settings = _settings(config)
-        self.size = (config.width, config.height)
+        self.size = plugin_size(config)
         self.fonts = font_files()
         self.provenance = {"library": "Pillow", "fonts": len(self.fonts), "dtype": "uint8"}
 
@@ -110,7 +110,7 @@ class GlyphGenerator:
     def fingerprint(config: GenerationConfig) -> str:
         """Of all that decides the pixels besides the row."""
         fonts = [path.name for path in font_files()]
-        values: list[Any] = [_settings(config).model_dump(), config.width, config.height, fonts]
+        values: list[Any] = [_settings(config).model_dump(), *plugin_size(config), fonts]
         return digest_settings([*values, *config.encoding.values()])
 
 

@@ -74,12 +74,15 @@ def reference_arguments(
     Args:
         pipeline: from `image_to_image`.
         rows: plan rows; `reference_image` is the encoded bytes of a real image.
-        config: with `reference` set.
+        config: with `reference` set, and nothing left open.
 
     Raises:
         UserError: a row has no readable reference, or the strength is less than one step.
     """
     assert config.reference is not None
+    assert config.num_inference_steps is not None
+    assert config.width is not None
+    assert config.height is not None
     reference_steps(config.num_inference_steps, config.reference.strength)
     size = {"width": config.width, "height": config.height}
     images = prepare_references((decode_image(row["reference_image"]) for row in rows), **size)

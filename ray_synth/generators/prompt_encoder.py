@@ -2,6 +2,11 @@
 
 In: a loaded diffusers pipeline and prompts. Out: keyword arguments for its call, embeddings where its
 family is known and plain strings where it is not.
+
+Families with a language model for their text encoder (Qwen-Image, Z-Image, Kandinsky 5) have
+embeddings as long as their prompt. In a batch they are padded to its longest prompt: pixels would depend
+on the other prompts, and each length would be compiled anew. Such families get strings, one at a time:
+see `text_varies`.
 """
 
 from __future__ import annotations
@@ -9,7 +14,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray_synth")
 Encoded = dict[str, "Tensor"]
 
+SHORT, LONG = (
+    "a cat",
+    "a photo of a large red cat that sits on a small chair beside the window " * 3,
+)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 DIMENSIONS = {"prompt_embeds": 3, "pooled_prompt_embeds": 2, "prompt_attention_mask": 2}
 _EMBEDS = frozenset({"prompt_embeds"})
@@ -56,19 +66,37 @@ class PromptEncoder:
         capacity: distinct texts kept, on the pipeline's device. Two bytes per number make one 0.1 MB
             in Stable Diffusion 1.5, 0.3 MB in SDXL, 2.7 MB in SD 3, and 4 MB in Flux.
         chunk: texts per forward pass. 1 wastes nothing; more is faster where many prompts are new.
+        context: tokens that the text encoder reads; 0: the default of the pipeline's call.
+        guided_above: the guidance scale above which the pipeline makes a second, negative pass.
+
+    Attributes:
+        varies: whether embeddings are as long as their prompt, so that each needs a call of its own.
 
     Raises:
         ValueError: `capacity` or `chunk` is below 1.
     """
 
-    def __init__(self, pipeline: Any, *, capacity: int = 256, chunk: int = 1) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        capacity: int = 256,
+        chunk: int = 1,
+        context: int = 0,
+        guided_above: float = 1.0,
+    ) -> None:
         if capacity < 1 or chunk < 1:
             raise ValueError(f"capacity {capacity} and chunk {chunk} must be at least 1")
         self.pipeline = pipeline
         self.capacity = capacity
         self.chunk = chunk
-        self._returns = returned_names(pipeline)
+        self.guided_above = guided_above
         self._call = inspect.signature(type(pipeline).__call__).parameters
+        self._lengths = {"max_sequence_length": context} if context else {}
+        self._returns = returned_names(pipeline)
+        self.varies = self._varies()
+        if self.varies:
+            self._returns = None
         self._kept: OrderedDict[tuple[bool, str], Encoded] = OrderedDict()
         self._warned = False
 
@@ -78,21 +106,27 @@ class PromptEncoder:
         return self._returns is not None
 
     def arguments(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str], guidance_scale: float
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str],
+        guidance_scale: float,
+        *,
+        embedded: bool = True,
     ) -> dict[str, Any]:
         """Keyword arguments for `pipeline(**arguments)`, without the guidance scale itself.
 
         Args:
             prompts: one per image.
-            negative_prompts: one per image. They matter where guidance_scale > 1 alone. In embeddings
-                "" is no negative prompt, which SDXL has as zeros; where strings are passed, it is "".
-            guidance_scale: above 1, the pipeline makes a second, negative pass.
+            negative_prompts: one per image. They matter with guidance alone. In embeddings "" is no
+                negative prompt, which SDXL has as zeros; where strings are passed, it is "".
+            guidance_scale: above `guided_above`, the pipeline makes a second, negative pass.
+            embedded: False for strings in every family.
 
         Returns:
             Embeddings with n rows, on the pipeline's device; or lists of n strings.
         """
-        guided = guidance_scale > 1
-        if self._returns is None:
+        guided = guidance_scale > self.guided_above
+        if self._returns is None or not embedded:
             return self._strings(prompts, negative_prompts, guided)
         takes_negative = "negative_prompt_embeds" in self._returns and (
             "negative_prompt_embeds" in self._call
@@ -117,10 +151,26 @@ class PromptEncoder:
     def _strings(
         self, prompts: Sequence[str], negative_prompts: Sequence[str], guided: bool
     ) -> dict[str, Any]:
-        arguments = {"prompt": list(prompts)}
+        arguments: dict[str, Any] = {"prompt": list(prompts)}
         if guided and "negative_prompt" in self._call:
             arguments["negative_prompt"] = list(negative_prompts)
-        return arguments
+        elif guided and any(negative_prompts):
+            self._warn("takes no negative prompts: they are left out")
+        return arguments | {n: v for n, v in self._lengths.items() if n in self._call}
+
+    def _varies(self) -> bool:
+        """Whether a long prompt has another shape than a short one; no where it cannot be asked."""
+        if not hasattr(self.pipeline, "encode_prompt"):
+            return False
+        try:
+            return _shapes(self._ask([SHORT], negative=False)) != _shapes(
+                self._ask([LONG], negative=False)
+            )
+        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            log.info(
+                "%s cannot be asked for a prompt alone: %s", type(self.pipeline).__name__, error
+            )
+            return False
 
     def _encoded(self, texts: Sequence[str], *, negative: bool) -> list[Encoded]:
         """The embeddings of each text, each with one row."""
@@ -151,26 +201,7 @@ class PromptEncoder:
 
         assert self._returns is not None
         padded = texts + [texts[-1]] * (self.chunk - len(texts))
-        given: dict[str, Any] = {
-            "prompt": padded,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": negative,
-            "device": self.pipeline._execution_device,
-        }
-        if negative:
-            given["negative_prompt"] = (
-                self._call["negative_prompt"].default if texts == [""] else padded
-            )
-        encode = inspect.signature(self.pipeline.encode_prompt).parameters
-        for name in encode.keys() - given.keys() - set(self._returns):
-            # Defaults differ between the two (clean_caption, max_sequence_length): the call's hold.
-            if name in self._call and name != "kwargs":
-                given[name] = self._call[name].default
-            elif encode[name].default is inspect.Parameter.empty and name != "kwargs":
-                given[name] = None
-        given = {name: value for name, value in given.items() if name in encode}
-        with torch.no_grad():
-            returned = self.pipeline.encode_prompt(**given)
+        returned = self._ask(padded, negative=negative, none=negative and texts == [""])
         if not isinstance(returned, tuple) or len(returned) != len(self._returns):
             raise _UnknownFamily("it returns another number of things")
         named = {
@@ -189,6 +220,35 @@ class PromptEncoder:
             {name: value[row : row + 1].clone() for name, value in named.items()}
             for row in range(len(texts))
         ]
+
+    def _ask(self, texts: list[str], *, negative: bool, none: bool = False) -> Any:
+        """What `encode_prompt` returns for texts, or as negative prompts for them.
+
+        Args:
+            none: the negative prompts are the pipeline's own for none.
+        """
+        import torch
+
+        given: dict[str, Any] = {
+            "prompt": list(texts),  # some pipelines write into it
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": negative,
+            "device": self.pipeline._execution_device,
+        }
+        if negative:
+            given["negative_prompt"] = self._call["negative_prompt"].default if none else texts
+        encode = inspect.signature(self.pipeline.encode_prompt).parameters
+        for name in encode.keys() - given.keys() - set(self._returns or ()):
+            # Defaults differ between the two (clean_caption, max_sequence_length): the call's hold.
+            if name in self._lengths:
+                given[name] = self._lengths[name]
+            elif name in self._call and name != "kwargs":
+                given[name] = self._call[name].default
+            elif encode[name].default is inspect.Parameter.empty and name != "kwargs":
+                given[name] = None
+        given = {name: value for name, value in given.items() if name in encode}
+        with torch.no_grad(), _silent():
+            return self.pipeline.encode_prompt(**given)
 
     def _warn(self, what: str) -> None:
         if not self._warned:
@@ -235,6 +295,34 @@ def returned_names(pipeline: Any) -> tuple[str, ...] | None:
         if ("embeds" in name or "mask" in name) and "prompt" in name and "negative" not in name
     )
     return RETURNS.get((takes, "negative_prompt" in inspect.signature(encode).parameters))
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    """The shapes of all tensors in nested tuples, lists and mappings, in order."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [tuple(value.shape)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return (
+        [shape for item in value for shape in _shapes(item)]
+        if isinstance(value, tuple | list)
+        else []
+    )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without diffusers' word on each prompt that CLIP cuts at 77 tokens while T5 reads it whole."""
+    from diffusers.utils import logging as diffusers_logging
+
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
 
 
 def _is_diffusers(function: Any) -> bool:

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Row = dict[str, Any]
+# What a plug-in is given where the config leaves it open.
+PLUGIN: dict[str, Any] = {
+    "width": 512,
+    "height": 512,
+    "num_inference_steps": 20,
+    "guidance_scale": 7.5,
+}
 
 
 class Failure(str):
@@ -27,7 +34,8 @@ class ImageGenerator(Protocol):
     """A loaded generator, in one process.
 
     A class may have, besides: `check(config)` (raises UserError before a cluster is started),
-    `fingerprint(config) -> str` (of all that decides the pixels besides the row), and
+    `filled(config) -> config` (its own size, steps and guidance for what is None; else 512 x 512, 20
+    and 7.5), `fingerprint(config) -> str` (of all that decides the pixels besides the row), and
     `prompt_tokens(config) -> (count, limit)`.
     """
 
@@ -80,6 +88,11 @@ def _halving(generator: ImageGenerator, rows: list[Row]) -> list[tuple[Image.Ima
 def raised(image: Image.Image | None, reason: str) -> bool:
     """Whether a row of `generate_all` made its generator raise; another seed would not help it."""
     return image is None and not isinstance(reason, Failure)
+
+
+def plugin_size(config: GenerationConfig) -> tuple[int, int]:
+    """(width, height) for a plug-in."""
+    return config.width or PLUGIN["width"], config.height or PLUGIN["height"]
 
 
 def provenance(generator: ImageGenerator, config: GenerationConfig, digest: str) -> str:

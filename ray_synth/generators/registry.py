@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from collections.abc import Callable
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
-from ray_synth.generators.protocol import ImageGenerator, digest_settings
+from ray_synth.generators.protocol import PLUGIN, ImageGenerator, digest_settings
 
+log = logging.getLogger("ray_synth")
 GROUP = "ray_synth.generators"
 
 
@@ -50,9 +52,38 @@ def check_generator(config: GenerationConfig) -> None:
         check(config)
 
 
+def filled(config: GenerationConfig) -> GenerationConfig:
+    """The config with steps, guidance and size set, where it leaves them to the generator.
+
+    Raises:
+        UserError: no such generator, or its model cannot be read.
+    """
+    own = getattr(generator_class(config.generator), "filled", None)
+    if own is not None:
+        return own(config)
+    open_ = {name: value for name, value in PLUGIN.items() if getattr(config, name) is None}
+    return config.model_copy(update=open_) if open_ else config
+
+
+def advise(config: GenerationConfig, negative_prompt: str) -> None:
+    """Log what is unwise in a config for its generator, before anything is spent."""
+    if config.generator == "diffusers":
+        from ray_synth.generators.settings import advice, family_of
+
+        family, now = family_of(config), filled(config)
+        log.info(
+            "generator: %s (licence: %s), %d steps, guidance %g, %d x %d",
+            family.name, family.licence or "see its card", now.num_inference_steps,
+            now.guidance_scale, now.width, now.height,
+        )  # fmt: skip
+        for line in advice(config, negative_prompt):
+            log.warning("%s", line)
+
+
 def fingerprint(config: GenerationConfig) -> str:
     """A short hex digest of all that decides an image's pixels besides its row."""
     own = getattr(generator_class(config.generator), "fingerprint", None)
+    config = filled(config)
     settings = config.model_dump(include={"generator", "generator_kwargs", "model", "revision"})
     settings |= {"width": config.width, "height": config.height, **config.encoding}
     return digest_settings([own(config) if own else settings])

@@ -124,14 +124,14 @@ def _generation_jobs(
     from ray_synth.generation.maker import GenerationJob
     from ray_synth.generation.store import ImageStore
     from ray_synth.generation.stream import settled
-    from ray_synth.generators.diffusion import wants_compile
+    from ray_synth.generators.compilation import wants_compile
     from ray_synth.prompting.plan_file import PlanTable
 
     config: Config = run.config
     generation = config.generation
     share = (run.sizes.synthetic(config) or 0) // generation.pool.max_size
     compiled = wants_compile(generation, num_images=share, on_gpu=generation.num_gpus > 0)
-    one = {"reference": None, "pool": PoolConfig(), "compile": compiled}
+    one = {"reference": None, "pool": PoolConfig(), "compile": False}
     job = settled(
         GenerationJob(
             generation.model_copy(update=one),
@@ -141,6 +141,7 @@ def _generation_jobs(
             config.meaning.clip,
         )
     )
+    job = replace(job, config=job.config.model_copy(update={"compile": compiled}))
     rows = BATCHES * int(job.config.batch_size)
     plan = _plan(run, 2 * rows, contexts)
     halves = [PlanTable(plan.slice(at, rows)) for at in (0, rows)]

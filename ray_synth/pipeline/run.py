@@ -19,7 +19,7 @@ from ray_synth.data.dataset import (
 )
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
-from ray_synth.generators.registry import check_generator, fingerprint
+from ray_synth.generators.registry import advise, check_generator, filled, fingerprint
 from ray_synth.pipeline.records import StageRecords, adopt_older
 from ray_synth.preflight.demands import Sizes
 from ray_synth.prompting.plan_file import PlanFile
@@ -123,10 +123,12 @@ def check_run(config: Config, force_stage: str | None = None) -> Run:
     runs = runs_folder(config.runs_dir)
     folder = runs.child(config.name)
     folder.check_readable()
+    config = config.model_copy(update={"generation": filled(config.generation)})
     records = StageRecords(folder, stage_inputs(config, fingerprint(config.generation)))
     records.check(force_stage)
     if records.record("generation") is None:
         check_generator(config.generation)
+        advise(config.generation, config.prompting.negative_prompt)
     if records.record("plan") is None:
         prompt_limit(config)
     if records.record("training") is None:

@@ -22,7 +22,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ray_synth.config import Config, TrainingConfig
+from ray_synth.config import Config, GenerationConfig, TrainingConfig
+from ray_synth.errors import UserError
+from ray_synth.generators.registry import filled
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, fewest
 from ray_synth.preflight.reach import GIB, Reach
 from ray_synth.stages import STAGES
@@ -181,8 +183,17 @@ def bytes_in_flight(config: Config) -> int:
 def image_bytes(config: Config) -> int:
     """Bytes per image's row, encoded, as photographs of the format take."""
     generation = config.generation
-    pixels = generation.width * generation.height
+    pixels = _pixels(generation)
     return int(pixels * ENCODED[generation.encoding["image_format"]] + ROW)
+
+
+def _pixels(generation: GenerationConfig) -> int:
+    """Of an image; of most models' where the one that is named cannot be read from here."""
+    try:
+        generation = filled(generation)
+    except UserError:
+        return 1024 * 1024
+    return (generation.width or 1024) * (generation.height or 1024)
 
 
 def disk_needs(config: Config, sizes: Sizes) -> tuple[int, int]:
@@ -227,7 +238,7 @@ def memory_needs(config: Config) -> list[Need]:
     if generation.generator == "diffusers" and not generation.offload:
         weights = _weights(generation.model, generation.revision, size)
     batch = generation.batch_size if isinstance(generation.batch_size, int) else 1
-    pixels = generation.width * generation.height
+    pixels = _pixels(generation)
     decoded = batch * VAE_TENSORS * _vae_channels(generation.model) * pixels * size
     base = 0 if generation.num_gpus else PROCESS_WITH_CLIP
     likely = weights + (decoded if generation.generator == "diffusers" else 0) + base

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from ray_synth.config import Config, GenerationConfig, parse_config
-from ray_synth.generators.registry import fingerprint
+from ray_synth.generators.registry import filled, fingerprint
 from ray_synth.stages import stage_inputs
 
 REAL_ONLY = "real_only"
@@ -122,6 +122,7 @@ def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = No
     if multiplier:
         values["prompting"]["multiplier"] = multiplier
     config = parse_config(values, origin=f"arm {arm.name}")
+    config = config.model_copy(update={"generation": filled(config.generation)})
     if arm.scale:
         return config
     training = config.training

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ray_synth.config import Config
 from ray_synth.errors import UserError, did_you_mean
+from ray_synth.generators.registry import filled
 from ray_synth.studies.arm import REAL_ONLY, Arm
 
 IMBALANCE = 20.0  # largest over smallest class of the long-tailed sets
@@ -233,7 +234,10 @@ def _other_style(config: Config) -> dict[str, dict[str, Any]]:
 
 def _other_steps(config: Config) -> dict[str, dict[str, Any]]:
     """The config's own generator with fewer and more steps, and with stronger guidance."""
-    steps, scale = config.generation.num_inference_steps, config.generation.guidance_scale
+    generation = filled(config.generation)
+    steps, scale = generation.num_inference_steps, generation.guidance_scale
+    assert steps is not None
+    assert scale is not None
     more = {
         f"{number} step{'s' * (number > 1)}": {"num_inference_steps": number}
         for number in (max(1, steps // 4), 2 * steps)

@@ -266,7 +266,7 @@ def sd3(folder: Path) -> Path:
     return _save(pipeline, folder)
 
 
-def flux(folder: Path) -> Path:
+def flux(folder: Path, *, guidance_embeds: bool = True) -> Path:
     """Flux: CLIP for the pooled text and T5 for the rest; distilled guidance."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
@@ -288,10 +288,15 @@ def flux(folder: Path) -> Path:
             joint_attention_dim=WIDTH,
             pooled_projection_dim=WIDTH,
             axes_dims_rope=(4, 4, 8),
-            guidance_embeds=True,
+            guidance_embeds=guidance_embeds,
         ),
     )
     return _save(pipeline, folder)
+
+
+def flux_schnell(folder: Path) -> Path:
+    """FLUX.1 [schnell]: few steps, and no input for guidance."""
+    return flux(folder, guidance_embeds=False)
 
 
 def pixart_sigma(folder: Path) -> Path:
@@ -328,10 +333,11 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "sdxl-turbo": sdxl_turbo,
     "sd3": sd3,
     "flux": flux,
+    "flux-schnell": flux_schnell,
     "pixart-sigma": pixart_sigma,
 }
 # What each family is asked for in tests: real checkpoints of these kinds take no guidance.
-GUIDANCE = {"sdxl-turbo": 0.0}
+GUIDANCE = {"sdxl-turbo": 0.0, "flux-schnell": 0.0}
 
 
 def load(name: str, folder: Path) -> Any:

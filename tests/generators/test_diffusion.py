@@ -8,7 +8,9 @@ import torch
 from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig
-from ray_synth.generators.diffusion import DiffusionGenerator, resolve_model, wants_compile
+from ray_synth.generators.compilation import wants_compile
+from ray_synth.generators.diffusion import DiffusionGenerator
+from ray_synth.generators.loading import resolve_model
 from ray_synth.generators.protocol import generate_all
 from ray_synth.generators.registry import check_generator, fingerprint, prompt_tokens
 

@@ -109,8 +109,8 @@ def count_texts(pipeline):
 
 def test_each_distinct_text_is_encoded_once(loaded):
     pipeline = loaded("sd15")
-    passes = count_texts(pipeline)
     encoder = PromptEncoder(pipeline)
+    passes = count_texts(pipeline)
     encoder.arguments(["a", "b", "a", "a"], [""] * 4, 1.0)
     assert passes == [1, 1]
     encoder.arguments(["b", "a"], ["", ""], 1.0)

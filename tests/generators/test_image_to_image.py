@@ -1,4 +1,4 @@
-"""Every family makes images through the generator, and from real images of the class."""
+"""Every family makes images from real images of the class; what a safety checker flags is no image."""
 
 import numpy as np
 import pytest
@@ -44,19 +44,6 @@ def config_of(model, **settings):
 
 def pixels(image):
     return np.asarray(image).astype(int)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_makes_images_of_its_rows_alone(tmp_path, name):
-    folder = FAMILIES[name](tmp_path / name)
-    generator = DiffusionGenerator(config_of(folder, guidance_scale=GUIDANCE.get(name, 4.0)))
-    rows = [{**row, "negative_prompt": "red"} for row in plan_rows(3)]
-    made = generator.generate(rows)
-    assert [np.asarray(image).shape for image in made] == [(64, 64, 3)] * 3
-    assert min(pixels(image).std() for image in made) > 5
-    again = generator.generate(rows[::-1])[::-1]
-    for one, other in zip(made, again, strict=True):
-        np.testing.assert_array_equal(pixels(one), pixels(other))
 
 
 def test_what_a_safety_checker_flags_is_a_failure(tmp_path):

@@ -1,0 +1,113 @@
+"""From the model that a config names to a diffusers pipeline in memory.
+
+In: a folder or a hub id. Out: its index, and the pipeline; or a UserError that says what is wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray_synth.config import GenerationConfig
+from ray_synth.errors import UserError, did_you_mean, first_line
+
+
+def resolve_model(model: str) -> str:
+    """A model name from the config as diffusers takes it: a folder or a hub id.
+
+    Raises:
+        UserError: it looks like a folder but does not exist, or holds no diffusers pipeline.
+    """
+    if model == "embedded":
+        from ray_synth.embedded import sd_folder
+
+        return str(sd_folder())
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{model} is not a diffusers pipeline: it has no model_index.json")
+        return str(folder)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(
+            f"unknown generator {model!r}: no such folder, and a hub id looks like owner/name; "
+            "generation.model takes 'embedded', a diffusers folder, or a hub id"
+        )
+    return model
+
+
+def read_index(config: GenerationConfig) -> dict[str, Any]:
+    """A pipeline's model_index.json. Raises UserError where it cannot be read."""
+    from diffusers import DiffusionPipeline
+
+    model = resolve_model(config.model)
+    try:
+        return dict(DiffusionPipeline.load_config(model, revision=config.revision))
+    except Exception as error:
+        where = "its model_index.json" if Path(model).is_dir() else "the hub"
+        raise UserError(
+            f"unknown generator {config.model!r}: {where} gave {type(error).__name__}; "
+            "generation.model takes 'embedded', a diffusers folder, or a hub id that this machine "
+            "can reach"
+        ) from None
+
+
+def find_scheduler(name: str) -> Any:
+    """The diffusers scheduler class. Raises UserError with the nearest names."""
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if isinstance(found, type) and hasattr(found, "set_timesteps"):
+        return found
+    known = [n for n in dir(diffusers) if n.endswith(("Scheduler", "Inverse")) and n[0].isupper()]
+    hint = did_you_mean(name, known, most=3)
+    raise UserError(f"diffusers has no scheduler {name!r} (generation.scheduler): {hint}")
+
+
+def remote_code(index: dict[str, Any], folder: Path) -> str:
+    """The names of the Python modules that a pipeline's index asks for; empty where it has none."""
+    named = index.get("_class_name")
+    modules = {str(named[0])} if isinstance(named, (list, tuple)) else set()
+    for part, value in index.items():
+        if isinstance(value, (list, tuple)) and value and part != "_class_name":
+            modules |= {f"{part}/{value[0]}"} & {
+                f"{part}/{file.stem}" for file in (folder / part).glob("*.py")
+            }
+    return ", ".join(sorted(modules))
+
+
+def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
+    """The pipeline, in memory, with the scheduler of the config.
+
+    Raises:
+        UserError: it cannot be loaded; says why.
+    """
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    model = resolve_model(config.model)
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "revision": config.revision,
+        "variant": config.variant,
+    }
+    if config.num_gpus > 1:
+        arguments["device_map"] = "balanced"
+    if config.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    try:
+        try:
+            pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(model, **arguments)
+        except ValueError:  # a pipeline class that the auto class does not list
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **arguments)
+    except Exception as error:
+        raise UserError(
+            f"cannot load the generator {config.model!r} ({first_line(error)}); "
+            "give a diffusers folder, or a hub id that this machine can reach"
+        ) from None
+    if config.scheduler:
+        scheduler = find_scheduler(config.scheduler)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    return pipeline
