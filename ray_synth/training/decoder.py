@@ -81,11 +81,11 @@ class Decoder:
             )
         if not self.ready:
             return Item(row["image"], label, name)
-        try:
-            return Item(decode(row["image"], self.transform, self.max_pixels), label, name)
-        except UserError as error:
-            self._set_aside(name, error)
+        found = decode(row["image"], self.transform, self.max_pixels)
+        if isinstance(found, UserError):
+            self._set_aside(name, found)
             return None
+        return Item(found, label, name)
 
     def keep_all(self, rows: Iterable[Row]) -> list[Item]:
         return [item for row in rows if (item := self.keep(row)) is not None]
@@ -122,7 +122,7 @@ class Decoder:
             drawn = list(self.pool.map(_decode_in_process, encoded, seeds, chunksize=chunk))
         else:
             drawn = [
-                _attempt(data, self.transform, self.max_pixels, seed)
+                decode(data, self.transform, self.max_pixels, seed)
                 for data, seed in zip(encoded, seeds, strict=True)
             ]
         for item, found in zip(items, drawn, strict=True):
@@ -142,16 +142,16 @@ class Decoder:
 
 def decode(
     data: bytes, transform: ImageTransform, max_pixels: int, seed: int | None = None
-) -> Tensor:
-    """Encoded bytes to (3, size, size) uint8. Raises UserError where they are not an image."""
-    return transform.prepare(decode_image(data, max_pixels=max_pixels), seed)
+) -> Tensor | UserError:
+    """Encoded bytes to (3, size, size) uint8; why not, where they are not an image.
 
-
-def _attempt(data: bytes, transform: ImageTransform, max_pixels: int, seed: int) -> Any:
+    Only decoding says so: an error of the transform is a bug, and is raised as it is.
+    """
     try:
-        return decode(data, transform, max_pixels, seed)
+        image = decode_image(data, max_pixels=max_pixels)
     except UserError as error:
         return error
+    return transform.prepare(image, seed)
 
 
 def _pool(workers: int, transform: ImageTransform, max_pixels: int) -> ProcessPoolExecutor:
@@ -173,6 +173,6 @@ def _start_process(transform: ImageTransform, max_pixels: int) -> None:
 
 
 def _decode_in_process(data: bytes, seed: int) -> Any:
-    found = _attempt(data, _process["transform"], _process["max_pixels"], seed)
+    found = decode(data, _process["transform"], _process["max_pixels"], seed)
     # As an array: torch would send a tensor through shared memory, one file handle each.
     return found if isinstance(found, UserError) else found.numpy()
