@@ -164,7 +164,9 @@ def _build(job: TrainJob, device: torch.device, world_size: int) -> nn.Module:
         convert_dual_bn(model, layer_norm=config.dual_layer_norm)
     if config.sync_bn and world_size > 1:
         if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            from timm.layers import convert_sync_batchnorm
+
+            model = convert_sync_batchnorm(model)  # torch's would drop timm's activations
         else:
             log.warning("training.sync_bn needs GPUs: each worker keeps its own BN statistics")
-    return model.to(device).to(memory_format=torch.channels_last)
+    return model.to(device=device, memory_format=torch.channels_last)
