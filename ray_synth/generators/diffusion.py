@@ -79,9 +79,9 @@ class DiffusionGenerator:
 
         assert isinstance(config.batch_size, int), "batch_size 'auto' is resolved by the stream"
         self.config = config
-        if not torch.cuda.is_available():
-            torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.device = pick_device(config.device)
+        if not self.device.startswith("cuda"):
+            torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.batch_size = config.batch_size
         self.pipeline = load_pipeline(config, self.dtype)
