@@ -61,6 +61,7 @@ class Learner:
             interpolation=self.data_config["interpolation"],
         )
         self.mixing = Mixing.of(config, len(job.class_names))
+        self.loss = recipe.build_loss(config)
         self._wrapped: Any = ray.train.torch.prepare_model(self.model, move_to_device=False)
         self._forward: Any = torch.compile(self._wrapped) if config.compile else self._wrapped
         self.model.train()
@@ -132,7 +133,7 @@ class Learner:
             with torch.autocast(self.device.type, self.dtype, enabled=half):
                 logits = self._forward(batch.images)
             loss, loss_real, loss_synth = recipe.mixed_loss(
-                logits.float(), batch.targets, num_real, weight, self.config.label_smoothing
+                logits.float(), batch.targets, num_real, weight, self.loss
             )
             self.scaler.scale(loss / parts).backward()
         with torch.no_grad():
