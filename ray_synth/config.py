@@ -379,7 +379,7 @@ class TrainingConfig(Section):
     pretrained: bool = result(False)
     checkpoint: str | None = result(None, description="a local safetensors file to start from")
     image_size: Positive = result(224)
-    test_image_size: Positive | None = result(None, description="default: image_size")
+    eval_image_size: Positive | None = result(None, description="default: image_size")
     augment: str | dict[str, Any] = result("imagenet", description="a policy, or its settings")
     mixup: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")
     cutmix: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")

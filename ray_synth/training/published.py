@@ -59,7 +59,7 @@ def recipe_alone(training: TrainingConfig) -> TrainingConfig:
     """
     assert training.recipe is not None
     recipe = load_recipe(training.recipe)
-    for key in ("model", "image_size", "test_image_size"):
+    for key in ("model", "image_size", "eval_image_size"):
         own = recipe.get(key, TrainingConfig.model_fields[key].get_default())
         if getattr(training, key) != own:
             raise UserError(
