@@ -33,6 +33,13 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 SMALL_SIDE = 128  # pixels: pictures no larger are kept as PNG where the format is "auto"
 RECIPES = Path(__file__).parent / "training" / "recipes"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+# training.baseline -> the arms that are trained on real images alone.
+BASELINES: dict[str, tuple[str, ...]] = {
+    "matched": ("real_only",),
+    "recipe": ("recipe",),
+    "both": ("real_only", "recipe"),
+    "none": (),
+}
 
 
 def _in_order(value: int | tuple[int, int]) -> int | tuple[int, int]:
@@ -101,6 +108,16 @@ RETIRED: dict[str, str] = {
     "cluster.max_reach.node_cpus": "max_reach: a list of node types, {count, num_cpus, num_gpus} each",
     "cluster.max_reach.node_gpus": "max_reach: a list of node types, {count, num_cpus, num_gpus} each",
 }
+
+
+# Values of earlier versions, by dotted name -> what each is called now.
+RENAMED: dict[str, dict[Any, Any]] = {"training.baseline": {True: "matched", False: "none"}}
+
+
+def of_today(key: str, value: Any) -> Any:
+    """A setting's value in today's words; values of earlier versions are still read."""
+    named = RENAMED.get(key, {})
+    return named.get(value, value) if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -383,6 +400,7 @@ class TrainingConfig(Section):
     pretrained: bool = result(False)
     checkpoint: str | None = result(None, description="a local safetensors file to start from")
     image_size: Positive = result(224)
+    eval_image_size: Positive | None = result(None, description="default: image_size")
     augment: str | dict[str, Any] = result("imagenet", description="a policy, or its settings")
     mixup: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")
     cutmix: Annotated[float, Field(ge=0)] = result(0.0, description="alpha, within one domain")
@@ -407,6 +425,12 @@ class TrainingConfig(Section):
         0.0, description="draw classes by their counts (0) to equally often (1)"
     )
     label_smoothing: Fraction = result(0.0)
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = result("cross_entropy")
+    target_threshold: Annotated[float, Field(ge=0, lt=1)] | None = result(
+        None,
+        description="binary_cross_entropy: a mixed image is wholly of each class that has more of it "
+        "than this; default: in part",
+    )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = result(
         None, description="test an exponential moving average of the weights"
     )
@@ -414,7 +438,14 @@ class TrainingConfig(Section):
     dtype: Dtype = result("auto")
     compile: bool = result(False, description="torch.compile of the classifier")
     sync_bn: bool = result(False, description="BN statistics over all workers (on GPUs)")
-    baseline: bool = result(True, description="also train on real images alone, same recipe")
+    baseline: Literal["matched", "recipe", "both", "none"] = result(
+        "matched",
+        description="also train on real images alone: as many per step in as many steps as beside "
+        "synthetic ones (matched), or the recipe at its own batch, rates and epochs (recipe)",
+    )
+    recipe_batch: Positive | None = result(
+        None, description="images per step that the recipe's rates are made for"
+    )
     warmup_images: Positive | None = result(None, description="live: default, two batches")
     memory_mb: Positive = how(
         8_192,
@@ -437,6 +468,11 @@ class TrainingConfig(Section):
         3, description="failures without a new checkpoint between; -1: any number"
     )
 
+    @field_validator("baseline", mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, baseline: Any) -> Any:
+        return of_today("training.baseline", baseline)
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
@@ -448,12 +484,26 @@ class TrainingConfig(Section):
             )
         if self.min_workers > self.max_workers:
             raise UserError(f"num_workers must be [fewest, most], got {self.num_workers}")
+        if self.target_threshold is not None and self.loss != "binary_cross_entropy":
+            raise UserError("target_threshold belongs to loss: binary_cross_entropy")
+        if self.target_threshold == 0 and self.label_smoothing:
+            raise UserError(
+                "label_smoothing gives every class a part of each image, and target_threshold 0 would "
+                "make it wholly of each: set one of them otherwise"
+            )
+        if "recipe" in self.baselines and not self.recipe:
+            raise UserError(f"baseline {self.baseline} needs a training.recipe")
         if (self.mixup or self.cutmix) and (self.num_real % 2 or self.num_synth % 2):
             raise UserError(
                 f"mixup and cutmix pair the images of a domain: {self.num_real} real and "
                 f"{self.num_synth} synthetic images per batch must both be even"
             )
         return self
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The arms that are trained on real images alone."""
+        return BASELINES[self.baseline]
 
     @property
     def min_workers(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ray_synth.errors import UserError
 
 
 def pick_device(device: str) -> str:
-    """A torch device; `auto` is cuda, else mps, else cpu.
+    """A torch device; `auto` is cuda, else mps, else cpu. In Ray's workers it is cuda only where Ray gave
+    a GPU: `num_gpus: 0` is the CPU.
 
     Raises:
         UserError: this process does not see the device.
@@ -26,9 +28,23 @@ def pick_device(device: str) -> str:
                 "auto`, and num_gpus where Ray is to give one"
             )
         return device
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and ray_gave_gpu() is not False:
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def ray_gave_gpu() -> bool | None:
+    """Whether Ray gave this task, actor or replica a GPU; None outside of Ray's workers.
+
+    CUDA does not tell: without a GPU of its own a worker of Ray sees all of the node's, uncounted.
+    """
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    if context.worker.mode != ray.WORKER_MODE:
+        return None
+    return bool(context.get_accelerator_ids().get("GPU"))
 
 
 def pick_dtype(dtype: str, device: str, *, gpu: str = "bfloat16", overflows: bool = False) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ray_synth.config import Config, changes_result, default_of, flatten
+from ray_synth.config import Config, changes_result, default_of, flatten, of_today
 from ray_synth.errors import UserError, did_you_mean
 
 
@@ -154,4 +154,4 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _value(inputs: dict[str, Any], key: str) -> Any:
-    return inputs[key] if key in inputs else default_of(key)
+    return of_today(key, inputs[key]) if key in inputs else default_of(key)

@@ -12,7 +12,7 @@ import numpy as np
 
 VERDICT = ("top1", "top5", "confidence", "nll")
 BINS = 15  # of the calibration error, as in Guo et al. (arXiv 1706.04599)
-BASELINE = "real_only"
+BASELINES = ("real_only", "recipe")  # the first that was trained is what gains are over
 
 
 def judge(logits: np.ndarray, labels: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
@@ -50,7 +50,7 @@ def judge(logits: np.ndarray, labels: np.ndarray, allowed: np.ndarray | None = N
 
 
 class Tally:
-    """Sums by (model, test set): of each class, of each calibration bin, and against the baseline."""
+    """Sums by (model, test set): of each class, of each calibration bin, and against the baselines."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -64,19 +64,19 @@ class Tally:
         self, test_set: str, labels: np.ndarray, verdicts: Mapping[str, np.ndarray]
     ) -> None:
         """Add all models' verdicts on one batch of images."""
-        base = verdicts.get(BASELINE)
+        bases = {name: verdicts[name] for name in BASELINES if name in verdicts}
         for model, found in verdicts.items():
             sums = self._sums.setdefault((model, test_set), _Sums(self.num_classes))
-            sums.add(labels, found, base)
+            sums.add(labels, found, {} if model in bases else bases)
 
     def results(self, class_names: Iterable[str]) -> dict[tuple[str, str], dict[str, Any]]:
-        """For each (model, test set): top1, top5, intervals, calibration, classes, and the gain."""
+        """For each (model, test set): top1, top5, intervals, calibration, classes, and the gains.
+
+        `gain` is over the first of `BASELINES` that was trained, which it names as `over`; where both
+        were, `gain_over_recipe` is over the other.
+        """
         names = list(class_names)
-        found = {key: sums.summary(names) for key, sums in self._sums.items()}
-        for (model, _), result in found.items():
-            if model == BASELINE:
-                result.pop("gain", None)
-        return found
+        return {key: sums.summary(names) for key, sums in self._sums.items()}
 
 
 class _Sums:
@@ -86,9 +86,10 @@ class _Sums:
         self.classes = np.zeros((num_classes, 3), dtype=np.int64)  # images, top-1, top-5
         self.bins = np.zeros((BINS, 3))  # images, confidence, top-1
         self.nll = 0.0
-        self.pairs: np.ndarray | None = None  # only this model right, only the baseline
+        # baseline -> only this model right, only the baseline
+        self.pairs: dict[str, np.ndarray] = {}
 
-    def add(self, labels: np.ndarray, found: np.ndarray, base: np.ndarray | None) -> None:
+    def add(self, labels: np.ndarray, found: np.ndarray, bases: Mapping[str, np.ndarray]) -> None:
         top1, top5, confidence, nll = found.T
         ones = np.ones(len(labels))
         rows = np.column_stack([ones, top1, top5]).astype(np.int64)
@@ -96,10 +97,11 @@ class _Sums:
         places = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         np.add.at(self.bins, places, np.column_stack([ones, confidence, top1]))
         self.nll += float(nll.sum())
-        if base is not None:
-            mine, theirs = top1.astype(bool), base[:, 0].astype(bool)
+        mine = top1.astype(bool)
+        for name, base in bases.items():
+            theirs = base[:, 0].astype(bool)
             pairs = np.array([(mine & ~theirs).sum(), (~mine & theirs).sum()])
-            self.pairs = pairs if self.pairs is None else self.pairs + pairs
+            self.pairs[name] = self.pairs.get(name, 0) + pairs
 
     def summary(self, names: list[str]) -> dict[str, Any]:
         images, top1, top5 = (int(total) for total in self.classes.sum(axis=0))
@@ -126,8 +128,10 @@ class _Sums:
                 name: int(row[0]) for name, row in zip(names, self.classes, strict=True) if row[0]
             },
         }
-        if self.pairs is not None:
-            result["gain"] = paired_gain(int(self.pairs[0]), int(self.pairs[1]), images)
+        for name, (only_after, only_before) in self.pairs.items():
+            gain = paired_gain(int(only_after), int(only_before), images)
+            key = "gain" if "gain" not in result else f"gain_over_{name}"
+            result[key] = {**gain, "over": name}
         return result
 
 

@@ -70,43 +70,40 @@ def measure(config: GenerationConfig) -> dict[str, Any]:
     """Peak bytes for batches of one and of four, and the bytes that one actor may use."""
     import torch
 
+    from ray_synth.device import pick_device
     from ray_synth.generators.registry import generator_class
 
+    on_gpu = pick_device(config.device).startswith("cuda")
     row = {"prompt": "a photo", "negative_prompt": "", "seed": 0, "class_name": "", "meaning": ""}
     used = {}
     for name, size in (("one", 1), ("four", 4)):
         probed = config.model_copy(update={"batch_size": size, "compile": False, "reference": None})
         generator = generator_class(config.generator)(probed)
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         generator.generate([{**row, "class_index": 0}] * size)
-        used[name] = _peak_bytes()
+        used[name] = _peak_bytes(on_gpu)
         del generator
-    return {**used, "available": _available_bytes(config), "kind": _kind()}
+    kind = torch.cuda.get_device_name() if on_gpu else "cpu"
+    return {**used, "available": _available_bytes(config, on_gpu), "kind": kind}
 
 
-def _peak_bytes() -> int:
+def _peak_bytes(on_gpu: bool) -> int:
     import resource
 
     import torch
 
-    if torch.cuda.is_available():
+    if on_gpu:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _available_bytes(config: GenerationConfig) -> int:
+def _available_bytes(config: GenerationConfig, on_gpu: bool) -> int:
     import psutil
     import torch
 
-    if torch.cuda.is_available():
+    if on_gpu:
         total = torch.cuda.mem_get_info()[1]
         return int(total * min(1.0, config.num_gpus or 1.0))
     return psutil.virtual_memory().available // config.pool.max_size
-
-
-def _kind() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

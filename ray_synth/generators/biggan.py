@@ -59,9 +59,9 @@ class BigGanGenerator:
         self.settings = _settings(config)
         self.size = plugin_size(config)
         self.batch_size = config.batch_size if isinstance(config.batch_size, int) else 16
-        if config.num_threads and not torch.cuda.is_available():
-            torch.set_num_threads(config.num_threads)
         self.device = pick_device(config.device)
+        if config.num_threads and not self.device.startswith("cuda"):
+            torch.set_num_threads(config.num_threads)
         dtype = "float32" if config.dtype == "auto" else config.dtype
         self.dtype = pick_dtype(dtype, self.device)
         self.model = _load(self.settings.weights).to(self.device, self.dtype)

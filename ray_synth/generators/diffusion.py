@@ -76,9 +76,9 @@ class DiffusionGenerator:
         assert isinstance(config.batch_size, int), "batch_size 'auto' is resolved by the stream"
         self.family = family_of(config)
         self.config = filled(config)
-        if not torch.cuda.is_available():
-            torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.device = pick_device(config.device)
+        if not self.device.startswith("cuda"):
+            torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.dtype = pick_dtype(config.dtype, self.device, overflows=not self.family.float16)
         self.pipeline = load_pipeline(config, self.dtype)
         if config.reference is not None:

@@ -183,7 +183,7 @@ class Tracker:
         from ray_synth.monitoring.mlflow_model import log_model
 
         saved = self.folder.read_json("mlflow.json")
-        for arm in ("real_only", "mixed"):
+        for arm in ("real_only", "recipe", "mixed"):
             if arm in saved.get("models", {}) or not self.folder.exists(f"models/{arm}.json"):
                 continue
             with self.quietly("models"):

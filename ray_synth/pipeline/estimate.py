@@ -16,6 +16,7 @@ from ray_synth.config import Config
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, demands
 from ray_synth.stages import STAGES
 from ray_synth.training.job import total_steps
+from ray_synth.training.published import recipe_alone
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ def estimate(
     crowd = training.max_workers if shared else 1  # workers that share the cores
     once = m.train_start + m.train_end + (steps // training.checkpoint_every) * m.save
     batches = steps * training.accumulate_steps * crowd
-    alone = (once + batches * m.step_real) if training.baseline else 0.0
+    alone = sum(
+        once + crowd * _real_batches(config, arm, sizes.real) * m.step_real
+        for arm in training.baselines
+    )
     mixed = batches * m.step_mixed
     if training.feed == "stored":
         found |= {"generation": made, "training": alone + once + mixed}
@@ -118,12 +122,20 @@ def estimate(
         found["training"] = alone + once + m.make_start + beside
         found["generation"] = m.make_start + left if left else 0.0
     models = len(config.evaluation.bns) if training.dual_bn else 1
-    models += training.baseline
+    models += len(training.baselines)
     testers = 1 if shared else config.evaluation.num_actors
     tested = sum(sizes.tests.values()) * models * m.test / testers
     found["evaluation"] = m.test_start + tested
     seconds = {stage: found[stage] for stage in STAGES if stage in stages}
     return priced(config, sizes, {**seconds, "around": m.around})
+
+
+def _real_batches(config: Config, arm: str, images: int) -> float:
+    """Batches of one worker in a baseline, in batches of as many real images as the probe took."""
+    training = config.training
+    alone = recipe_alone(training) if arm == "recipe" else training
+    steps = total_steps(alone, images) * alone.accumulate_steps
+    return steps * alone.num_real / training.num_real
 
 
 def _beside(

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray_synth
 from ray_synth.cluster.connection import runs_folder
-from ray_synth.config import Config
+from ray_synth.config import Config, TrainingConfig
 from ray_synth.data.dataset import (
     Index,
     hold_out,
@@ -27,6 +27,7 @@ from ray_synth.prompting.plan_settings import prompt_limit
 from ray_synth.stages import stage_inputs, up_to
 from ray_synth.storage.folder import Folder
 from ray_synth.training.job import TrainJob, total_steps
+from ray_synth.training.published import recipe_alone
 from ray_synth.training.trainer import check_recipe
 
 VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "mlflow")
@@ -66,12 +67,17 @@ class Run:
 
     @property
     def arms(self) -> list[str]:
-        """What is trained: the real-only baseline, where it is asked for, and the mixed model."""
-        return [*(["real_only"] if self.config.training.baseline else []), "mixed"]
+        """What is trained: the baselines that are asked for, and the mixed model."""
+        return [*self.config.training.baselines, "mixed"]
+
+    def arm_config(self, arm: str) -> TrainingConfig:
+        """How an arm is trained."""
+        training = self.config.training
+        return recipe_alone(training) if arm == "recipe" else training
 
     def train_job(self, arm: str, *, num_synthetic: int, **others: Any) -> TrainJob:
         """What a training worker is told of an arm; `others` are fields of `TrainJob` that differ."""
-        training = others.get("config", self.config.training)
+        training = others.get("config") or self.arm_config(arm)
         own = {
             "config": training,
             "steps": total_steps(training, len(self.train)),

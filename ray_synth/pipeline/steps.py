@@ -247,7 +247,7 @@ def generate(run: Run) -> dict[str, Any]:
 
 
 def train(run: Run, tracker: Any) -> dict[str, Any]:
-    """Train the real-only baseline and the mixed model; the latter while images are being made."""
+    """Train the baselines and the mixed model; the latter while images are being made."""
     from ray_synth.generation.cost import cost_note
     from ray_synth.training.trainer import run_training
 

@@ -201,7 +201,7 @@ def disk_needs(config: Config, sizes: Sizes) -> tuple[int, int]:
     training, synthetic = config.training, sizes.synthetic(config) or 0
     images = synthetic * image_bytes(config)
     parameters, _ = classifier_size(training.model, _frozen(training), sizes.classes or 1000)
-    arms = 1 + training.baseline
+    arms = 1 + len(training.baselines)
     kept = arms * 3 * (4 * parameters + _state_bytes(training, parameters))
     exported = 4 * parameters * (3 if training.dual_bn else 1) * arms
     return images, synthetic * 400 + kept + exported

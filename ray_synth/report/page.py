@@ -16,13 +16,21 @@ from ray_synth.data.images import encode_image
 from ray_synth.errors import UserError, duration
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
-from ray_synth.report.table import comparison_rows, signed, test_set_label, test_sets
+from ray_synth.report.table import (
+    BASELINES,
+    baseline_of,
+    comparison_rows,
+    signed,
+    test_set_label,
+    test_sets,
+)
 from ray_synth.stages import times
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.secrets import redact
+from ray_synth.training.published import published_result
 
 PAGE = "report/index.html"
-ARMS = ("real_only", "mixed")
+ARMS = {"real_only": "Real only", "recipe": "Published recipe", "mixed": "Mixed"}
 MAIN_BN = ("", "main BN")  # how rows of comparison_rows name it
 CLASSES_SHOWN = (
     20  # in the contact sheet, in the meanings before the fold, and per end of a ranking
@@ -99,7 +107,9 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "rows": rows,
         "test_sets": test_sets(rows),
         "headlines": headlines(rows),
-        "has_baseline": any(row["model"] == "Real only" for row in rows),
+        "baseline": BASELINES.get(baseline_of(metrics) or ""),
+        "published": published(config, metrics, len(entries)),
+        "arm_labels": ARMS,
         "kinds": kinds_of(examples),
         "classes": example_classes(examples),
         "num_classes": len(entries) or len({row["class_index"] for row in examples}),
@@ -124,14 +134,14 @@ def read_run(folder: Folder) -> dict[str, Any]:
 
 
 def headlines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per test set: the mixed model (main BN) against the real-only one, and the other BN beside.
+    """Per test set: the mixed model (main BN) against the baseline, and the other BN beside.
 
     Without a baseline there is no gain; then `before` and `gain` are None.
     """
-    main = next((row for row in rows if row["model"] != "Real only" and row["bn"] in MAIN_BN), None)
+    main = next((row for row in rows if not row["baseline"] and row["bn"] in MAIN_BN), None)
     if main is None:
         return []
-    before = next((row for row in rows if row["model"] == "Real only"), None)
+    before = next((row for row in rows if row["baseline"]), None)
     aux = next((row for row in rows if row["bn"] == "auxiliary BN"), None)
     return [
         {
@@ -144,6 +154,17 @@ def headlines(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for name, result in main["results"].items()
     ]
+
+
+def published(
+    config: dict[str, Any], metrics: dict[str, Any], num_classes: int
+) -> tuple[float, str, float | None] | None:
+    """Top-1 that the recipe's authors report, where, and what the run's baseline has, if any."""
+    found = published_result(config.get("training") or {}, num_classes)
+    if found is None:
+        return None
+    own = _dig(metrics, f"{baseline_of(metrics)}.in_domain.top1")
+    return found.top1, found.source, own
 
 
 def example_classes(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -233,7 +254,10 @@ def class_gains(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for row in rows
         if row["bn"] in MAIN_BN and "in_domain" in row["results"]
     }
-    before, after = by_model.get("Real only", {}), by_model.get("Real + synthetic", {})
+    before = next(
+        (by_model[row["model"]] for row in rows if row["baseline"] and row["model"] in by_model), {}
+    )
+    after = by_model.get("Real + synthetic", {})
     both = [
         {
             "name": name,

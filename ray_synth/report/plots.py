@@ -37,11 +37,13 @@ class Line:
 
 LOSS = (
     Line("real_only", "loss_real", "real only", "real_only", "--"),
+    Line("recipe", "loss_real", "published recipe", "real_only", ":"),
     Line("mixed", "loss_real", "mixed, on real images", "mixed"),
     Line("mixed", "loss_synth", "mixed, on synthetic images", "synth"),
 )
 ACCURACY = (
     Line("real_only", "train_top1_real", "real only", "real_only", "--"),
+    Line("recipe", "train_top1_real", "published recipe", "real_only", ":"),
     Line("mixed", "train_top1_real", "mixed, on real images", "mixed"),
     Line("mixed", "train_top1_synth", "mixed, on synthetic images", "synth"),
 )
@@ -51,7 +53,7 @@ def loss_plot(curves: dict[str, list[dict[str, Any]]], *, dark: bool = False) ->
     """Training loss by step, as a data URI; None where no arm has a curve.
 
     Args:
-        curves: arm (real_only, mixed) -> its `curve` of models/<arm>.json.
+        curves: arm (real_only, recipe, mixed) -> its `curve` of models/<arm>.json.
     """
     return _plot(curves, LOSS, title="Training loss", scale=1, dark=dark)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from ray_synth.config import read_run_config
+from ray_synth.config import BASELINES, of_today, read_run_config
 from ray_synth.errors import UserError, duration
 from ray_synth.generation.cost import reason_label
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
@@ -247,7 +247,8 @@ def read_images(folder: Folder) -> Images:
 def _arms(folder: Folder, config: dict[str, Any]) -> dict[str, tuple[int | None, float]]:
     """Arm -> its last step on record (None where its model is finished), and since when."""
     training = config.get("training") or {}
-    names = (["real_only"] if training.get("baseline", True) else []) + ["mixed"]
+    baseline = of_today("training.baseline", training.get("baseline", "matched"))
+    names = [*BASELINES[baseline], "mixed"]
     models = files(folder.child("models"))
     checkpoints = folder.child("checkpoints")
     found: dict[str, tuple[int | None, float]] = {}

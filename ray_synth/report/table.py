@@ -12,8 +12,21 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 IN_DOMAIN = "in_domain"
+# Baseline -> what a gain over it is a gain over, for people.
+BASELINES = {
+    "real_only": (
+        "real only (matched baseline)",
+        "The baseline is matched: the same recipe with the same number of real images in each of the "
+        "same number of steps, without synthetic ones.",
+    ),
+    "recipe": (
+        "the published recipe (baseline: recipe)",
+        "The baseline is the published recipe on real images alone: its own batch, rates and epochs.",
+    ),
+}
 MODELS = (
     (("real_only",), "Real only", ""),
+    (("recipe",), "Published recipe", ""),
     (("mixed", "main"), "Real + synthetic", "main BN"),
     (("mixed", "aux"), "Real + synthetic", "auxiliary BN"),
     (("mixed", "average"), "Real + synthetic", "average of both BNs"),
@@ -30,10 +43,12 @@ def comparison_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Rows of `model`, `bn` (empty where there is one set of statistics only), `label`, `results`
-        (test set -> its entry of metrics.json, in domain first) and `gains` (test set -> `gain`
-        over the real-only model; no entry where there is nothing to compare with).
+        (test set -> its entry of metrics.json, in domain first), `baseline` (whether it is one),
+        `gains` (test set -> `gain` over the first baseline; no entry where there is nothing to compare
+        with) and `more_gains` (over the published recipe, where a matched baseline is there as well).
     """
-    baseline = _by_test_set(metrics.get("real_only"))
+    over = baseline_of(metrics)
+    baseline = _by_test_set(metrics.get(over)) if over else {}
     mixed = metrics.get("mixed") or {}
     has_aux = bool(mixed.get("aux") or mixed.get("average"))
     rows = []
@@ -48,11 +63,26 @@ def comparison_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
         gains = {
             name: result.get("gain") or gain(result, baseline[name])
             for name, result in results.items()
-            if path[0] != "real_only" and name in baseline
+            if path[0] not in BASELINES and name in baseline
         }
-        label = f"{model}, {bn}" if bn else model
-        rows.append({"model": model, "bn": bn, "label": label, "results": results, "gains": gains})
+        more = {n: r["gain_over_recipe"] for n, r in results.items() if "gain_over_recipe" in r}
+        rows.append(
+            {
+                "model": model,
+                "bn": bn,
+                "label": f"{model}, {bn}" if bn else model,
+                "baseline": path[0] in BASELINES,
+                "results": results,
+                "gains": gains,
+                "more_gains": more,
+            }
+        )
     return rows
+
+
+def baseline_of(metrics: dict[str, Any]) -> str | None:
+    """The baseline that gains are over: the matched one, else the published recipe; None without any."""
+    return next((name for name in BASELINES if metrics.get(name)), None)
 
 
 def test_sets(rows: list[dict[str, Any]]) -> list[str]:
@@ -97,29 +127,37 @@ def comparison_table(metrics: dict[str, Any]) -> Table:
 
     rows = comparison_rows(metrics)
     names = test_sets(rows)
-    table = Table(title=Text(f"{metrics.get('run', 'run')}: top-1 % [95% interval]"))
+    over = baseline_of(metrics)
+    gains = f"\ngains over {BASELINES[over][0]}" if over else ""
+    table = Table(title=Text(f"{metrics.get('run', 'run')}: top-1 % [95% interval]{gains}"))
     table.add_column("model")
     for name in names:
         images = max(row["results"][name]["images"] for row in rows if name in row["results"])
         # Text, not str: a test set's name is the user's, and may hold rich's markup.
         table.add_column(Text(f"{test_set_label(name)}\n{images:,} images"), justify="right")
     for row in rows:
-        cells = [_cell(row["results"].get(name), row["gains"].get(name)) for name in names]
+        cells = [
+            _cell(*(row[part].get(name) for part in ("results", "gains", "more_gains")))
+            for name in names
+        ]
         table.add_row(Text(row["label"]), *cells, end_section=True)
     return table
 
 
-def _cell(result: dict[str, Any] | None, found: dict[str, Any] | None) -> Any:
+def _cell(
+    result: dict[str, Any] | None, found: dict[str, Any] | None, more: dict[str, Any] | None
+) -> Any:
     from rich.text import Text
 
     if result is None:
         return Text("–")
     low, high = result["top1_interval"]
     text = Text(f"{result['top1']:.1f} [{low:.1f}, {high:.1f}]\ntop-5 {result['top5']:.1f}")
-    if found:
-        colour = {"gain": "green", "loss": "red", "unclear": "default"}[found["verdict"]]
-        span = ", ".join(signed(end) for end in found["interval"])
-        text.append(f"\n{signed(found['top1'])} [{span}]", style=colour)
+    for one, over in ((found, ""), (more, " over the recipe")):
+        if one:
+            colour = {"gain": "green", "loss": "red", "unclear": "default"}[one["verdict"]]
+            span = ", ".join(signed(end) for end in one["interval"])
+            text.append(f"\n{signed(one['top1'])} [{span}]{over}", style=colour)
     return text
 
 

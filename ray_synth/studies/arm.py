@@ -16,6 +16,7 @@ from typing import Any
 from ray_synth.config import Config, GenerationConfig, parse_config
 from ray_synth.generators.registry import filled, fingerprint
 from ray_synth.stages import stage_inputs
+from ray_synth.training.published import recipe_alone
 
 REAL_ONLY = "real_only"
 STUDIES = "studies"  # the folder of all studies in a run's
@@ -121,11 +122,15 @@ def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = No
     values["studies"] = base.studies.model_validate({})  # of no concern to a run
     if multiplier:
         values["prompting"]["multiplier"] = multiplier
+    baseline = base.training.baseline
+    values["training"]["baseline"] = "matched"  # of one arm there is none
     config = parse_config(values, origin=f"arm {arm.name}")
     config = config.model_copy(update={"generation": filled(config.generation)})
     if arm.scale:
         return config
     training = config.training
+    if baseline == "recipe":
+        return config.model_copy(update={"training": recipe_alone(training)})
     alone = {
         "dual_bn": False, "dual_layer_norm": False, "lambda_synth": 1.0, "lambda_end": None,
         "real_fraction": 0.5, "batch_size": 2 * training.num_real,

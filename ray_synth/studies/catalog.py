@@ -7,7 +7,7 @@ dual BN, balanced batches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ray_synth.config import Config
@@ -31,6 +31,7 @@ class Study:
         plot: bars of gains by arm, or lines over `Arm.x`.
         selects: choose among the arms on the validation images.
         measures: what is measured beside accuracy; see measures.py.
+        baseline: how its arm of real images alone is trained: real_only (matched) or recipe.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Study:
     log_x: bool = False
     selects: bool = False
     measures: tuple[str, ...] = ()
+    baseline: str = REAL_ONLY
 
 
 def studies(config: Config, counts: dict[str, int]) -> dict[str, Study]:
@@ -51,7 +53,9 @@ def studies(config: Config, counts: dict[str, int]) -> dict[str, Study]:
     Args:
         counts: real images of each class that there are to train on, by class name.
     """
-    return {name: write(config, counts) for name, write in WRITERS.items()}
+    baseline = "recipe" if config.training.baseline == "recipe" else REAL_ONLY
+    found = {name: write(config, counts) for name, write in WRITERS.items()}
+    return {name: replace(study, baseline=baseline) for name, study in found.items()}
 
 
 def known_name(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ray_synth.report.table import BASELINES
 from ray_synth.studies.arm import REAL_ONLY, Arm
 from ray_synth.studies.catalog import Study
 from ray_synth.studies.statistics import Estimate, estimate, false_discovery_rates, paired
@@ -181,6 +182,8 @@ def accuracy_table(study: Study, rows: Sequence[Row]) -> Table:
         if seeds > 1
         else "Percent and points, of one seed: there is no interval."
     )
+    if gains:
+        note += f" {BASELINES[study.baseline][1]}"
     return Table("Accuracy", tuple(head), tuple(lines), note)
 
 

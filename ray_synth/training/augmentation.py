@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -217,7 +217,24 @@ def _timm_transform(
         mean=tuple(mean),
         separate=True,
     )
+    for op in _operations(second):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = _posterize
     return v2.Compose([first, second])
+
+
+def _operations(transform: Any) -> list[Any]:
+    """timm's `AugmentOp`s in its transforms of PIL images, of whichever policy."""
+    found: list[Any] = []
+    for part in transform.transforms:
+        found += getattr(part, "ops", ())  # RandAugment, AugMix
+        found += [op for ops in getattr(part, "policy", ()) for op in ops]  # AutoAugment
+    return found
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, but one bit stays: it draws 0 and fewer as well, which Pillow 13 refuses."""
+    return ImageOps.posterize(image, min(8, max(1, bits_to_keep)))
 
 
 def _pixels(image: Image.Image) -> Tensor:

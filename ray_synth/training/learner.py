@@ -64,6 +64,7 @@ class Learner:
             interpolation=self.data_config["interpolation"],
         )
         self.mixing = Mixing.of(config, len(job.class_names))
+        self.loss = recipe.build_loss(config)
         self._wrapped: Any = ray.train.torch.prepare_model(
             self.model,
             move_to_device=False,
@@ -139,7 +140,7 @@ class Learner:
             with torch.autocast(self.device.type, self.dtype, enabled=half):
                 logits = self._forward(batch.images)
             loss, loss_real, loss_synth = recipe.mixed_loss(
-                logits.float(), batch.targets, num_real, weight, self.config.label_smoothing
+                logits.float(), batch.targets, num_real, weight, self.loss
             )
             self.scaler.scale(loss / parts).backward()
         with torch.no_grad():
@@ -171,7 +172,9 @@ def _build(job: TrainJob, device: torch.device, world_size: int) -> nn.Module:
         convert_dual_bn(model, layer_norm=config.dual_layer_norm)
     if config.sync_bn and world_size > 1:
         if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            from timm.layers import convert_sync_batchnorm
+
+            model = convert_sync_batchnorm(model)  # torch's would drop timm's activations
         else:
             log.warning("training.sync_bn needs GPUs: each worker keeps its own BN statistics")
-    return model.to(device).to(memory_format=torch.channels_last)
+    return model.to(device=device, memory_format=torch.channels_last)

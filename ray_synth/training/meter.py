@@ -11,7 +11,7 @@ from typing import Any
 from ray_synth.metrics import record
 from ray_synth.training.job import TrainJob
 
-ARMS = ("mixed", "real_only")
+ARMS = ("mixed", "real_only", "recipe")
 
 
 class Stopwatch:

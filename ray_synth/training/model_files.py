@@ -43,7 +43,7 @@ def export_models(
         "model": config.model,
         "model_kwargs": config.model_kwargs,
         "class_names": list(job.class_names),
-        "image_size": config.image_size,
+        "image_size": config.eval_image_size or config.image_size,
         **{key: learner.data_config[key] for key in ("mean", "std", "interpolation")},
         # Where training cropped at random, the test takes the centre that the model's authors took.
         "crop_pct": learner.data_config["crop_pct"] if learner.transform.random else 1.0,

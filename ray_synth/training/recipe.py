@@ -1,10 +1,10 @@
 """The training recipe, thin over timm: model, optimizer, schedule, average, loss.
 
 In: names and numbers from the config. Out: the objects a training loop needs. The same recipe serves
-the real-only baseline and the mixed run.
+the matched baseline and the mixed run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ray_synth.config import OptimizerConfig
+from ray_synth.config import OptimizerConfig, TrainingConfig
 from ray_synth.errors import UserError, did_you_mean, first_line, shortened
 
 if TYPE_CHECKING:
@@ -179,12 +179,25 @@ def build_ema(model: nn.Module, decay: float) -> "ModelEmaV3":
     return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
+def build_loss(config: TrainingConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of some rows: (n, classes) logits, and (n,) class indices or (n, classes) probabilities.
+
+    Mixup and CutMix smooth the labels themselves; the loss then does not do it again.
+    """
+    smoothing = 0.0 if config.mixup or config.cutmix else config.label_smoothing
+    if config.loss == "binary_cross_entropy":
+        from timm.loss import BinaryCrossEntropy
+
+        return BinaryCrossEntropy(smoothing, target_threshold=config.target_threshold)
+    return nn.CrossEntropyLoss(label_smoothing=smoothing)
+
+
 def mixed_loss(
     logits: Tensor,
     targets: Tensor,
     num_real: int,
     lambda_synth: float,
-    label_smoothing: float = 0.0,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """L = L_real + lambda * L_synth (arXiv 2312.02253, section 3.3), each a mean over its rows.
 
@@ -192,6 +205,7 @@ def mixed_loss(
         logits: (batch, classes), real rows first.
         targets: (batch,) class indices, or (batch, classes) probabilities.
         num_real: how many of the rows are real; the loss of an absent domain is 0.
+        loss: of one domain's rows, a mean.
 
     Returns:
         The total, and the two domains' losses, unweighted.
@@ -202,7 +216,7 @@ def mixed_loss(
     def mean_loss(rows: slice) -> Tensor:
         if logits[rows].numel() == 0:
             return logits.new_zeros(())
-        return F.cross_entropy(logits[rows], targets[rows], label_smoothing=label_smoothing)
+        return loss(logits[rows], targets[rows])
 
     loss_real, loss_synth = mean_loss(slice(num_real)), mean_loss(slice(num_real, None))
     return loss_real + lambda_synth * loss_synth, loss_real, loss_synth

@@ -6,6 +6,7 @@ the plan and the store: what was generated is read back, not generated again.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -18,19 +19,27 @@ from ray_synth.generation.stream import image_stream, planned_parts
 from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 
+log = logging.getLogger("ray_synth")
 COLUMNS = ["sample_id", "image", "class_index", "accepted"]
 
 
 def check_recipe(config: TrainingConfig) -> None:
-    """Build the classifier without its weights, and look up all that is named.
+    """Build the classifier without its weights, and look up all that is named, of all arms.
 
     Raises:
-        UserError: an unknown model, augmentation or optimizer, with the nearest ones.
+        UserError: an unknown model, augmentation or optimizer, with the nearest ones; a recipe that
+            cannot be a baseline.
     """
     import torch
 
     from ray_synth.training import recipe
     from ray_synth.training.augmentation import resolve_augmentation
+    from ray_synth.training.published import check_recipe_batch, recipe_alone
+
+    if "recipe" in config.baselines:
+        check_recipe(recipe_alone(config))
+    if text := check_recipe_batch(config):
+        log.warning("%s", text)
 
     with torch.device("meta"):
         model = recipe.build_model(config.model, num_classes=2, model_kwargs=config.model_kwargs)

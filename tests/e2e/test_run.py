@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from small_runs import NO_LLM, ROOT, SMALL, command, planned_ids, run, stored_ids
+import yaml
+from small_runs import NO_LLM, QUICKSTART, ROOT, SMALL, command, planned_ids, run, stored_ids
+
+from ray_synth.config import load_config
 
 TIMED = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation", "total")
 
@@ -222,3 +225,38 @@ def test_killed_in_training_it_continues_from_its_checkpoint(tmp_path):
     curve = json.loads((folder / "models" / "mixed.json").read_text())["curve"]
     assert [point["step"] for point in curve] == list(range(10, 101, 10))
     assert curve[: len(before)] == before, "steps before the checkpoint were not trained again"
+
+
+@pytest.mark.slow
+def test_both_baselines_are_trained_tested_and_named(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    settings = load_config(QUICKSTART).training
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "model": settings.model,
+                "model_kwargs": settings.model_kwargs,
+                "image_size": 32,
+                "augment": "digits",
+                "recipe_batch": 8,
+                "epochs": 12,
+                "optimizer": {"lr": 0.002},
+                "loss": "binary_cross_entropy",
+            }
+        )
+    )
+    both = [f"training.recipe={recipe}", "training.baseline=both", "training.loss=cross_entropy"]
+    found = run(command("run", tmp_path, *SMALL, *NO_LLM, *both, "name=both"))
+    assert found.returncode == 0, found.stderr[-4000:]
+    assert "gains over real only (matched baseline)" in found.stdout
+    assert "over the recipe" in found.stdout
+    folder = tmp_path / "both"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    main = metrics["mixed"]["main"]["in_domain"]
+    assert main["gain"]["over"] == "real_only"
+    expected = main["top1"] - metrics["recipe"]["in_domain"]["top1"]
+    assert main["gain_over_recipe"]["top1"] == pytest.approx(expected)
+    card = json.loads((folder / "models" / "recipe.json").read_text())
+    assert card["steps"] == 12 * (8 // 8)
+    assert card["real_images_seen"] == 12 * 8
+    assert "Published recipe" in (folder / "report" / "index.html").read_text()

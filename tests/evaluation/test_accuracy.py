@@ -85,9 +85,30 @@ def test_a_gain_is_paired_over_the_same_images():
     assert gain["top1"] == pytest.approx(expected)
     assert gain["interval"][0] < expected < gain["interval"][1]
     assert "gain" not in found[("real_only", "t")]
+    assert gain["over"] == "real_only" and "gain_over_recipe" not in found[("mixed.main", "t")]
     # Paired on the same images it is narrower than from two separate intervals.
     low, high = found[("mixed.main", "t")]["top1_interval"]
     assert gain["interval"][1] - gain["interval"][0] < 1.42 * (high - low)
+
+
+def test_a_gain_names_its_baseline_and_both_are_counted():
+    labels = np.arange(6).repeat(10)
+    right = np.eye(6)[labels]
+    wrong = np.roll(right, 1, axis=1)
+    half = np.where(np.arange(60)[:, None] % 2, right, wrong)
+    models = {"recipe": judge(half, labels), "mixed.main": judge(right, labels)}
+    tally = Tally(6)
+    tally.add_all("t", labels, models)
+    gain = tally.results("abcdef")[("mixed.main", "t")]["gain"]
+    assert (gain["top1"], gain["over"]) == (50.0, "recipe")
+    both = Tally(6)
+    both.add_all("t", labels, {**models, "real_only": judge(wrong, labels)})
+    found = both.results("abcdef")
+    assert found[("mixed.main", "t")]["gain"]["over"] == "real_only"
+    assert found[("mixed.main", "t")]["gain"]["top1"] == 100.0
+    assert found[("mixed.main", "t")]["gain_over_recipe"]["top1"] == 50.0
+    for baseline in ("recipe", "real_only"):
+        assert not [key for key in found[(baseline, "t")] if key.startswith("gain")]
 
 
 def test_paired_intervals_and_p_values_are_the_published_ones():

@@ -215,7 +215,12 @@ def test_page_has_every_section_and_says_what_was_gained(run):
     page = read_page(run)
     assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
     assert len(set(page.ids)) == len(page.ids)
-    for text in ("+1.2", "90.0% real only → 91.2% with synthetic", "no clear change", "+13.0"):
+    for text in (
+        "+1.2",
+        "90.0% real only (matched baseline) → 91.2% with synthetic",
+        "no clear change",
+        "+13.0",
+    ):
         assert text in page.text
     for text in (
         "auxiliary BN",
@@ -275,6 +280,40 @@ def test_page_without_baseline_claims_no_gain(run):
     assert "cannot say what the synthetic images gained" in page.text
     assert "no clear change" not in page.text
     assert "91.2" in page.text
+
+
+def test_the_page_names_the_baseline_and_what_its_recipe_has_to_reach(run):
+    found = metrics()
+    found["recipe"] = found.pop("real_only")
+    run.write_json("metrics.json", found)
+    run.write_json("models/recipe.json", run.read_json("models/real_only.json"))
+    run.write_json("meanings.json", [{"class_name": str(i), "choice": "x"} for i in range(1000)])
+    config = {"name": "small", "training": {"recipe": "resnet50_a2", "model": "resnet50"}}
+    run.write_yaml("config.yaml", config)
+    found["recipe"]["in_domain"]["top1"] = 75.0
+    run.write_json("metrics.json", found)
+    write_report(run)
+    text = read_page(run).text
+    assert "75.0% the published recipe (baseline: recipe) → 91.2% with synthetic" in text
+    assert "its own batch, rates and epochs" in text
+    assert "report 79.8% top-1 in domain on real images alone (arXiv 2110.00476)" in text
+    assert "The baseline of this run has 75.0%: a gain over it is not yet a gain" in text
+    assert "Published recipe: steps" in text
+
+
+def test_gains_over_both_baselines_are_told_apart(run):
+    found = metrics()
+    found["recipe"] = {"in_domain": result(905), "ood": {}}
+    over = {"top1": 0.7, "interval": [-1.0, 2.0], "verdict": "unclear", "over": "recipe"}
+    found["mixed"]["main"]["in_domain"]["gain_over_recipe"] = over
+    rows = comparison_rows(found)
+    assert [row["label"] for row in rows][:2] == ["Real only", "Published recipe"]
+    assert rows[1]["gains"] == {}
+    assert rows[2]["gains"]["in_domain"]["top1"] == pytest.approx(1.2)
+    assert rows[2]["more_gains"] == {"in_domain": over}
+    run.write_json("metrics.json", found)
+    write_report(run)
+    assert "over the published recipe +0.7" in read_page(run).text
 
 
 def test_page_without_auxiliary_bn_does_not_name_it(run):

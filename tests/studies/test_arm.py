@@ -47,6 +47,24 @@ def test_the_baseline_keeps_the_number_of_real_images_of_a_step(config):
     assert one(config, changed).config.training.num_real == 32
 
 
+def test_the_baseline_of_a_study_is_the_configs(config, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        f"model: {config.training.model}\nimage_size: 32\nrecipe_batch: 64\nepochs: 3\n"
+        "optimizer: {name: lamb, lr: 0.02}\n"
+    )
+    overrides = [f"training.recipe={mine}", "training.baseline=recipe"]
+    alone = load_config(QUICKSTART, overrides)
+    training = one(alone, REAL).config.training
+    assert (training.num_real * training.accumulate_steps, training.epochs) == (64, 3)
+    assert training.optimizer.lr == 0.02
+    assert one(alone, WHOLE).config.training.optimizer.lr == config.training.optimizer.lr
+    catalogue = studies(alone, COUNTS)
+    assert {study.baseline for study in catalogue.values()} == {"recipe"}
+    same = load_config(QUICKSTART, ["training.baseline=none"])
+    assert one(same, REAL).digest == one(config, REAL).digest
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -9,15 +9,19 @@ import torch
 from PIL import Image
 
 from ray_synth.config import TrainingConfig
+from ray_synth.data.images import encode_image
+from ray_synth.errors import UserError
 from ray_synth.training.augmentation import (
     POLICIES,
     Augmentation,
     Mixing,
+    _operations,
     augment_batch,
     eval_transform,
     resolve_augmentation,
     train_transform,
 )
+from ray_synth.training.decoder import Decoder, Item
 
 
 def image(height: int, width: int) -> torch.Tensor:
@@ -114,6 +118,58 @@ def test_what_is_drawn_is_a_function_of_the_seed_alone(policy):
     assert torch.equal(first, second)
     assert not torch.equal(first, transform.batch(stacked, 8))
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "rand-m6-mstd0.5-inc1", "rand-m7-mstd0.5-inc1", "rand-m9-mstd0.5-inc1", "rand-m9",
+        "rand-m15-mmax20-inc1", "rand-m10-tweights-inc1", "rand-m5-n3-t3aw", "augmix-m3-w3",
+        "augmix-m9-b1", "3a", "original", "originalr", "v0", "v0r-mstd0.5",
+    ],
+)  # fmt: skip
+def test_no_operation_of_a_policy_fails_at_any_strength(words):
+    """timm's posterize of 0 bits was an error of Pillow 13: 3% of the draws of v0."""
+    transform = train_transform(16, {"auto_augment": words})
+    assert transform._drawn is not None
+    operations = _operations(transform._drawn.transforms[1])
+    assert operations
+    pictures = [
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (h, w, 3), dtype=np.uint8))
+        for h, w in ((1, 1), (2, 40), (16, 16))
+    ] + [Image.new("RGB", (16, 16), (255, 0, 0))]
+    for operation in operations:
+        operation.prob, operation.magnitude_std = 1.0, 0
+        for magnitude in (0, operation.magnitude, operation.magnitude_max or 10):
+            operation.magnitude = magnitude
+            for picture in pictures:
+                out = operation(picture)
+                assert (out.mode, out.size) == ("RGB", picture.size), operation
+
+
+@pytest.mark.parametrize("augment", ["imagenet_strong", {"auto_augment": "v0"}])
+def test_images_that_are_drawn_posterized_are_not_called_corrupt(augment):
+    good = encode_image(Image.fromarray(image(24, 24).permute(1, 2, 0).numpy()))
+    decoder = Decoder(train_transform(16, augment))
+    for step in range(6):
+        decoder.batch([Item(good, 0, f"{step}-{i}") for i in range(100)], step)
+    assert decoder.corrupt == []
+
+
+@pytest.mark.parametrize("error", [ValueError, UserError])
+@pytest.mark.parametrize("augment", ["none", "imagenet"])
+def test_an_error_of_a_transform_is_no_corrupt_image(augment, error, monkeypatch):
+    transform = train_transform(16, augment)
+    decoder = Decoder(transform)
+    row = {"image": encode_image(Image.new("RGB", (8, 8))), "class_index": 0, "image_id": "a.png"}
+
+    def broken(*_):
+        raise error("a bug")
+
+    monkeypatch.setattr(transform, "prepare", broken)
+    with pytest.raises(error, match="a bug"):
+        decoder.batch([decoder.keep(row)], 0)
+    assert decoder.corrupt == []
 
 
 def test_erasing_blanks_rectangles_of_the_normalised_image():

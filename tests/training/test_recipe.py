@@ -160,7 +160,8 @@ def test_loss_is_the_weighted_sum_of_domain_means(num_real, num_synth, weight, s
     n = num_real + num_synth
     logits = torch.randn(n, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 5, (n,))
-    total, real, synth = mixed_loss(logits, targets, num_real, weight, smoothing)
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=smoothing)
+    total, real, synth = mixed_loss(logits, targets, num_real, weight, loss)
     each = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
     zero = torch.zeros((), dtype=torch.float64)
     torch.testing.assert_close(real, each[:num_real].mean() if num_real else zero)
@@ -187,7 +188,7 @@ def test_a_step_with_everything_together():
         images = transform.batch(torch.stack([transform.prepare(p) for p in pictures]))
         with domain_split(model, 4, 2):
             logits = model(images)
-        loss, _, _ = mixed_loss(logits, torch.arange(6) % 4, 4, 0.5, 0.1)
+        loss, _, _ = mixed_loss(logits, torch.arange(6) % 4, 4, 0.5)
         optimizer.zero_grad()
         loss.backward()
         clip_gradients(model, config)

@@ -11,9 +11,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ray_synth.config import TrainingConfig
+from ray_synth.storage.folder import Folder
+from ray_synth.training import learner, recipe
 from ray_synth.training.dual_bn import convert_dual_bn, domain_split, has_dual_bn, use_bn
+from ray_synth.training.job import TrainJob
 from ray_synth.training.state_dicts import export_aux, export_average, export_main
 
 # Words in the names of small members, the smallest first.
@@ -22,6 +28,8 @@ SMALL = ("test_", "atto", "femto", "pico", "nano", "tiny", "micro", "small", "_x
 FAMILIES = sorted(module for module in timm.list_modules() if timm.list_models(module=module))
 SPREAD = ["efficientnet", "inception_next", "levit", "maxxvit", "mobilevit", "resnet", "resnetv2",
           "vision_transformer", "xcit"]  # fmt: skip
+# Families whose BatchNorm layers hold the activation.
+ACTIVE = ["densenet", "efficientnet", "ghostnet", "mobilenetv3", "regnet", "rexnet"]
 
 
 def smallest(family: str) -> str:
@@ -106,3 +114,46 @@ def test_a_spread_of_families_trains_and_exports(family, caplog):
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SPREAD])
 def test_every_other_family_trains_and_exports(family, caplog):
     take_through(family, caplog)
+
+
+def synchronise(family: str, monkeypatch) -> None:
+    """BN over all workers: the learner's own conversion on a GPU that is not there, then its values."""
+    torch.manual_seed(0)
+    name = smallest(family)
+    plain = timm.create_model(name, num_classes=5)
+    if not any_bn(plain):
+        return
+    monkeypatch.setattr(recipe, "build_model", lambda *_, **__: copy.deepcopy(plain))
+    mode, to = FakeTensorMode(allow_non_fake_inputs=True), nn.Module.to
+    moved: list[nn.Module] = []
+
+    def fake_to(model: nn.Module, **where) -> nn.Module:
+        moved.append(copy.deepcopy(model))
+        with mode:
+            return to(model, **where)
+
+    monkeypatch.setattr(nn.Module, "to", fake_to)
+    for dual in (False, True):
+        config = TrainingConfig(steps=1, sync_bn=True, dual_bn=dual, model=name)
+        job = TrainJob("mixed", config, 1, tuple("abcde"), 0, Folder("."), None, 1, num_synthetic=1)
+        built = learner._build(job, torch.device("cuda"), world_size=2)
+        assert {p.device.type for p in built.parameters()} == {"cuda"}
+        model = moved.pop()
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        x = batch_for(copy.deepcopy(plain))
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), plain.eval()(x))
+        if not dual:
+            plain.load_state_dict(model.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("family", [*ACTIVE, "resnet"])
+def test_statistics_over_all_workers_keep_activations(family, monkeypatch):
+    synchronise(family, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in (*ACTIVE, "resnet")])
+def test_statistics_over_all_workers_keep_activations_in_every_other_family(family, monkeypatch):
+    synchronise(family, monkeypatch)
