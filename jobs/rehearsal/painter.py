@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ray_synth.config import GenerationConfig
+from ray_synth.generators.protocol import plugin_size
 
 PICTURES = 64
 
@@ -19,17 +21,14 @@ class Painter:
         self.seconds = float(config.generator_kwargs.get("seconds", 0))
         rng = np.random.default_rng(0)
         coarse = rng.integers(0, 255, (PICTURES, 8, 8, 3), dtype=np.uint8)
-        size = (config.width, config.height)
+        size = plugin_size(config)
         self.pictures = [
             np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR))
             for picture in coarse
         ]
 
     def generate(self, rows: list[dict[str, Any]]) -> list[Image.Image]:
-        if self.seconds:
-            import time
-
-            time.sleep(self.seconds)
+        time.sleep(self.seconds)
         return [self._paint(row) for row in rows]
 
     def _paint(self, row: dict[str, Any]) -> Image.Image:
