@@ -32,6 +32,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python jobs/bench.py generation
+	$(BIN)/python jobs/bench.py feed
 	$(BIN)/python jobs/bench.py training
 	$(BIN)/python jobs/bench.py serving
 

@@ -42,6 +42,7 @@ def addressable(index: Index, folder: Folder) -> Index:
         return index
     files = _files(tasks(index))
     folder = folder.child(_digest(index))
+    folder.sweep()
     log.info("%d Parquet images are written once as %d tar files", len(index), len(files))
     write = ray.remote(num_cpus=PACK_CPUS)(write_tar)
     names = [f"part-{number:05d}.tar" for number in range(len(files))]

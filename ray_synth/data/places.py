@@ -10,9 +10,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ray_synth.storage.filesystems import open_uri, patiently
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 AT_ONCE = 32  # reads of one process: an object store answers each in tens of milliseconds
 
@@ -46,9 +49,17 @@ class Place(NamedTuple):
         return patiently(self._read_remote)
 
     def _read_remote(self) -> bytes:
+        if self.size >= 0:
+            return _opened(self.uri, self.path).read_at(self.size, self.offset)
         filesystem, _ = open_uri(self.uri)
         with filesystem.open_input_file(self.path) as file:
-            return file.read() if self.size < 0 else file.read_at(self.size, self.offset)
+            return file.read()
+
+
+@lru_cache(maxsize=1024)
+def _opened(uri: str, path: str) -> pa.NativeFile:
+    """A file of which stretches are read; opening one asks an object store for its size."""
+    return open_uri(uri)[0].open_input_file(path)
 
 
 def read_all(images: Iterable[bytes | Readable]) -> Iterator[bytes]:

@@ -69,7 +69,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
                 assert found is not None
                 data = found.read()
             yield {"fname": info.name, "data": data, "__url__": ""}
-        tar.members = []  # type: ignore[assignment]  # or it keeps a record of every one
+        tar.members = []  # type: ignore[attr-defined]  # or it keeps a record of every one
 
 
 def _row(

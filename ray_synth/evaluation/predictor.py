@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from ray_synth.errors import UserError, shortened
 from ray_synth.evaluation.accuracy import VERDICT, Tally, judge
 from ray_synth.monitoring import logs
 from ray_synth.storage.folder import Folder
+
+if TYPE_CHECKING:
+    import ray.data
 
 log = logging.getLogger("ray_synth")
 FEW = 5_000  # images that are decoded by the predictor: a task loads torch first, which takes 3 s
@@ -145,23 +149,12 @@ def evaluate(
     """
     import ray.data
 
-    total = sum(len(index) for index in test_sets.values())
-    card = folder.read_json(f"models/{arms[-1]}.json")
-    decode = partial(prepare, card=card, max_pixels=max_pixels)
-
-    def read(name: str, index: Index) -> Any:
-        images = to_ray(index, test_set=name)
-        if total <= FEW:
-            return images
-        # Ray Data makes one task of reading and decoding.
-        return images.map_batches(decode, batch_size=config.batch_size)
-
     for name, index in test_sets.items():
         warn_of_missing(name, index)
     allowed = {name: np.unique(index.label) for name, index in test_sets.items()}
-    datasets = [read(name, index) for name, index in test_sets.items()]
-    images = datasets[0].union(*datasets[1:]) if datasets[1:] else datasets[0]
-    stream = images.map_batches(
+    card = folder.read_json(f"models/{arms[-1]}.json")
+    decode = partial(prepare, card=card, max_pixels=max_pixels)
+    stream = _read(test_sets, decode, config.batch_size).map_batches(
         Predictor,
         fn_constructor_kwargs={
             "folder": folder,
@@ -193,6 +186,19 @@ def evaluate(
         if board is not None:
             board.add.remote("tested", len(bad))
     return tally.results(class_names), corrupt
+
+
+def _read(
+    test_sets: dict[str, Index], decode: Callable[[Columns], Columns], batch_size: int
+) -> ray.data.Dataset:
+    """All test images, decoded unless they are few."""
+    many = sum(map(len, test_sets.values())) > FEW
+    datasets = []
+    for name, index in test_sets.items():
+        images = to_ray(index, test_set=name)
+        # Ray Data makes one task of reading and decoding.
+        datasets.append(images.map_batches(decode, batch_size=batch_size) if many else images)
+    return datasets[0].union(*datasets[1:]) if datasets[1:] else datasets[0]
 
 
 def warn_of_missing(test_set: str, index: Index) -> None:

@@ -32,7 +32,7 @@ AHEAD = 2  # batches that each process has to do
 class Item(NamedTuple):
     """One image: pixels (3, size, size) uint8, encoded bytes, or where these are read from."""
 
-    form: Tensor | bytes | Readable
+    form: Any  # Tensor | bytes | Readable
     label: int
     name: str
 
@@ -128,7 +128,7 @@ class Decoder:
         """
         items = [item for draw in draws for item in draw.items]
         if all(isinstance(item.form, Tensor) for item in items):
-            return _batch(torch.stack([item.form for item in items]), items)  # type: ignore[misc]
+            return _batch(torch.stack([item.form for item in items]), items)
         forms = [None if isinstance(item.form, Tensor) else item.form for item in items]
         return self._whole(
             draws, *decode_all(forms, _seeds(draws), self.transform, self.max_pixels)

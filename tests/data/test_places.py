@@ -100,10 +100,10 @@ def test_32_images_are_read_at_once_and_come_in_order():
 
 
 @pytest.mark.slow
-def test_images_of_a_bucket_are_read_by_place(image_folder, tmp_path, monkeypatch, local_ray):
+def test_images_of_a_bucket_are_read_by_place(image_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     (tmp_path / "out").mkdir()
-    with serving("s3", tmp_path / "server") as server:
+    with serving("s3", tmp_path) as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         make_bucket(server)

@@ -1,5 +1,6 @@
 """Every script of jobs/ starts from any folder, by its own copy of the package."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,3 +39,17 @@ def test_a_job_runs_the_code_beside_it(tmp_path: Path) -> None:
     (tmp_path / "ray_synth/cli").mkdir(parents=True)
     (tmp_path / "ray_synth/cli/command.py").write_text("def main(words): print('usage:', words)\n")
     assert helped("jobs/run.py", cwd=tmp_path) == "usage: ['run', '--help']\n"
+
+
+@pytest.mark.slow
+def test_the_feeds_bench_measures_all_contenders_and_ends_with_its_figures(tmp_path: Path) -> None:
+    line = [sys.executable, str(ROOT / "jobs" / "bench.py"), "feed", "--images=96", "--batches=2"]
+    line += ["--batch-size=16", "--rounds=1", "--workers=1,2", "--policy=imagenet_rand"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    rates = figures["images_per_second"]
+    assert set(rates) == {"ours", "ours_tar", "dataloader", "webdataset"}
+    assert all(rate > 0 for each in rates.values() for rate in each.values())
+    assert figures["feed_over_dataloader"] > 0
+    assert 0 < figures["parent_ms_per_image"] < 1
+    assert set(figures["linear_share"]) == {"1", "2"}
