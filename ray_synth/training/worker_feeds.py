@@ -15,6 +15,7 @@ from ray_synth.training.feed import (
 )
 from ray_synth.training.job import TrainJob
 from ray_synth.training.live_feed import LiveFeed, LockstepFeed
+from ray_synth.training.stored_feed import StoredFeed
 
 
 def open_feeds(
@@ -53,8 +54,16 @@ class _WorkerFeeds:
             # The store lists parts in no meaningful order: sort, so that a seed names the batches.
             rows = sorted((r for r in made if r["accepted"]), key=lambda row: row["sample_id"])
             return self._cached(rows, config.num_synth, job.seed + 1)
-        if config.feed == "stored":
-            return self._streamed("synthetic", config.num_synth, job.seed + 1)
+        if job.stored is not None:
+            return StoredFeed(
+                job.stored,
+                self.decoder,
+                batch_size=config.num_synth,
+                seed=job.seed + 1,
+                rank=self.rank,
+                world_size=self.world_size,
+                start_step=self.first,
+            )
         return self._lockstep() if config.feed == "lockstep" else self._live()
 
     def _lockstep(self) -> LockstepFeed:
