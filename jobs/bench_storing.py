@@ -25,7 +25,8 @@ class Ready:
         for at in range(32):
             photo = Image.fromarray(load_sample_images().images[at % 2])
             side = int(rng.integers(300, 427))
-            left, top = rng.integers(photo.width - side + 1), rng.integers(photo.height - side + 1)
+            left = int(rng.integers(photo.width - side + 1))
+            top = int(rng.integers(photo.height - side + 1))
             box = (left, top, left + side, top + side)
             self.images.append(photo.resize(size, Image.Resampling.LANCZOS, box))
         self.provenance = {"model": "photographs"}

@@ -32,7 +32,7 @@ TRAINERS = 8
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="what it leaves; begun anew each time")],
+    folder: Annotated[Path, typer.Argument(help="what it leaves")],
     config: Path = CONFIG,
     classes: int = 1_000,
     per_class: Annotated[int, typer.Option(help="real images")] = 1_281,
@@ -205,7 +205,8 @@ def _settings(
         "training.model=test_byobnet", "training.image_size=32", "training.augment=none",
         "training.batch_size=64", "training.accumulate_steps=1", f"training.steps={steps}",
         "training.compile=false", "training.dtype=float32", "training.decode_workers=0",
-        "training.baseline=false", "training.checkpoint_every=50", "tracking.enabled=false",
+        "training.baseline=none", "training.num_gpus=0", "evaluation.num_gpus=0",
+        "training.checkpoint_every=50", "tracking.enabled=false",
     ]  # fmt: skip
 
 

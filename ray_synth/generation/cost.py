@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 
 from ray_synth.config import Config
 from ray_synth.generation.store import ImageStore
-from ray_synth.prompting.plan_file import PLAN_FILE
+from ray_synth.prompting.plan_file import PLAN_FILE, WINDOW, PlanFile
+from ray_synth.prompting.plan_index import PlanIndex
 from ray_synth.storage.folder import Folder
 
 DUPLICATES = "duplicates.parquet"
@@ -51,31 +52,38 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
         `num_synthetic` (accepted), `rejected`, `reject_reasons`, `images_per_actor_second`, and
         `facts`: hours, cost, flagged and retried images, mean CLIP score.
     """
-    plan = run.read_table(PLAN_FILE, ["sample_id"])
+    index = PlanIndex(PlanFile(run).ids(WINDOW))
     columns = ["accepted", "reject_reason", "gpu_seconds", "clip_score", "attempt"]
-    made = store.table(plan["sample_id"], columns)
-    assert made.num_rows == plan.num_rows, (
-        f"{plan.num_rows} rows planned, {made.num_rows} in the store"
-    )
-    seconds = pc.sum(made["gpu_seconds"]).as_py() + sum(earlier_attempts(store))
-    accepted = pc.sum(made["accepted"]).as_py() or 0
-    reasons = Counter(
-        reason_kind(reason)
-        for reason in made.filter(pc.invert(made["accepted"]))["reject_reason"].to_pylist()
-    )
-    flagged = made.filter(pc.and_(made["accepted"], pc.not_equal(made["reject_reason"], "")))
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    flags: Counter[str] = Counter()
+    seconds = scores = 0.0
+    for _, table in store.planned(index, columns):
+        accepted, reason = table["accepted"], table["reject_reason"]
+        flagged = reason.filter(pc.and_(accepted, pc.not_equal(reason, ""))).to_pylist()
+        reasons.update(map(reason_kind, reason.filter(pc.invert(accepted)).to_pylist()))
+        flags.update(map(reason_kind, flagged))
+        seconds += pc.sum(table["gpu_seconds"]).as_py() or 0.0
+        scores += pc.sum(table["clip_score"]).as_py() or 0.0
+        counts["made"] += table.num_rows
+        counts["accepted"] += pc.sum(accepted).as_py() or 0
+        counts["retried"] += pc.sum(pc.greater(table["attempt"], 0)).as_py() or 0
+        counts["scored"] += table.num_rows - table["clip_score"].null_count
+    made = counts["made"]
+    assert made == len(index), f"{len(index)} rows planned, {made} in the store"
+    seconds += sum(earlier_attempts(store))
     return {
-        "num_synthetic": accepted,
-        "rejected": made.num_rows - accepted,
+        "num_synthetic": counts["accepted"],
+        "rejected": made - counts["accepted"],
         "reject_reasons": dict(reasons),
-        "images_per_actor_second": made.num_rows / seconds,
+        "images_per_actor_second": made / seconds,
         "facts": {
             **hours_and_cost(config, seconds),
-            "flagged": flagged.num_rows,
-            "flag_reasons": dict(Counter(map(reason_kind, flagged["reject_reason"].to_pylist()))),
-            "retried": int(pc.sum(pc.greater(made["attempt"], 0)).as_py() or 0),
-            "clip_score": pc.mean(made["clip_score"]).as_py(),
-            "near_duplicates": write_duplicates(plan["sample_id"], run, store),
+            "flagged": flags.total(),
+            "flag_reasons": dict(flags),
+            "retried": counts["retried"],
+            "clip_score": scores / counts["scored"] if counts["scored"] else None,
+            "near_duplicates": write_duplicates(run, store),
         },
     }
 
@@ -86,7 +94,7 @@ def earlier_attempts(store: ImageStore) -> list[float]:
     return [seconds for _, table in parts for seconds in table["gpu_seconds"].to_pylist()]
 
 
-def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> int | None:
+def write_duplicates(run: Folder, store: ImageStore) -> int | None:
     """Find near-duplicates over the whole store, and list them in `quality/duplicates.parquet`.
 
     Makers compare an image with its batch and with the real images; this also finds the far ones. In
@@ -100,8 +108,9 @@ def write_duplicates(ids: pa.ChunkedArray, run: Folder, store: ImageStore) -> in
     from ray_synth.generation.quality import find_duplicates
     from ray_synth.generation.thresholds import REFERENCE_FILE, load_reference
 
-    if len(ids) > MOST_COMPARED or not folder.exists(REFERENCE_FILE):
+    if len(PlanFile(run)) > MOST_COMPARED or not folder.exists(REFERENCE_FILE):
         return None
+    ids = run.read_table(PLAN_FILE, ["sample_id"])["sample_id"]
     made = store.table(ids, ["class_index", "embedding"])
     made = made.filter(pc.is_valid(made["embedding"]))
     if not made.num_rows:

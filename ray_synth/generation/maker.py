@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,7 +21,14 @@ from ray_synth import metrics
 from ray_synth.config import ClipConfig, GenerationConfig
 from ray_synth.data.images import encode_image
 from ray_synth.generation.cost import reason_label
-from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, part_name
+from ray_synth.generation.packs import group_rows
+from ray_synth.generation.store import (
+    IMAGE_SCHEMA,
+    ImageStore,
+    pack_name,
+    pack_range,
+    part_name,
+)
 from ray_synth.generators.protocol import Row, generate_all, provenance, raised
 from ray_synth.generators.registry import fingerprint, generator_class
 from ray_synth.monitoring import logs
@@ -50,6 +56,8 @@ class GenerationJob:
             thresholds of quality (`quality/`); None where neither is used.
         clip: the model that judges; None judges without one.
         board: the progress board's handle.
+        pack_rows: rows of the plan that are packed into one large part; default: by their size.
+        packer: the handle of the actor that hears which chunks are made (`packs.py`), or None.
     """
 
     config: GenerationConfig
@@ -58,6 +66,8 @@ class GenerationJob:
     run: Folder | None = None
     clip: ClipConfig | None = None
     board: Any = None
+    pack_rows: int | None = None
+    packer: Any = None
 
 
 class ImageMaker:
@@ -70,6 +80,10 @@ class ImageMaker:
         self._judge: Judge | None = None
         self._fingerprint = ""
         self._references: dict[str, bytes] = {}
+        self._near: tuple[str, int, pa.Table] | None = (
+            None  # rows of a pack, from a row of the plan
+        )
+        self._pack: tuple[int, str] = (-1, "")
         self._encoders = ThreadPoolExecutor(max(1, int(job.config.num_cpus)))
         metrics.join(job.run.uri if job.run else "")
         logs.forward(job.board, stage="generation")
@@ -83,12 +97,14 @@ class ImageMaker:
         """Image rows of plan rows `start` to `stop`; `parts` hold those that are made."""
         with self._plan:
             rows = self.job.plan.rows(start, stop)
-        done = self._stored(rows, parts)
+        done = self._stored(rows, start, parts)
         missing = [row for row in rows if row["sample_id"] not in done]
         if missing:
-            name = part_name([row["sample_id"] for row in missing])
-            if self.store.holds(name):  # this task died after its write, and was tried again
-                done |= self._stored(missing, [name])
+            # Where this task died after its write and is tried again, its part is there, or packed.
+            names = [part_name([row["sample_id"] for row in missing]), *self._pack_of(start)]
+            name = next((name for name in names if self.store.holds(name)), None)
+            if name is not None:
+                done |= self._stored(missing, start, [name])
             else:
                 new = self.make(missing)
                 with metrics.timed("store_write_seconds"):
@@ -96,6 +112,8 @@ class ImageMaker:
                 metrics.record("generated_images_total", len(new))
                 self._tell_faults(new, f"{start}-{stop}")
                 done |= {row["sample_id"]: row for row in new}
+            if self.job.packer is not None:
+                self.job.packer.made.remote(start)
         result = [done[row["sample_id"]] for row in rows]
         self._count(result, {row["sample_id"] for row in missing})
         return result
@@ -153,8 +171,10 @@ class ImageMaker:
     def _encode(self, images: list[Image.Image | None]) -> list[bytes]:
         """The bytes of each image, empty where there is none."""
         started = time.perf_counter()
-        encode = partial(encode_image, **self.job.config.encoding)
-        data = list(self._encoders.map(lambda image: encode(image) if image else b"", images))
+        how = self.job.config.encoding
+        data = list(
+            self._encoders.map(lambda image: encode_image(image, **how) if image else b"", images)
+        )
         if self.job.board is not None:
             self.job.board.add_all.remote({"encode_seconds": time.perf_counter() - started})
         return data
@@ -211,14 +231,53 @@ class ImageMaker:
             return {}
         return {"reference_image": self._references[row["reference"]]}
 
-    def _stored(self, rows: list[Row], parts: list[str]) -> dict[str, Row]:
-        wanted = {row["sample_id"] for row in rows}
-        return {
-            row["sample_id"]: row
-            for name in parts
-            for row in self.store.read(name).to_pylist()
-            if row["sample_id"] in wanted
-        }
+    def _stored(self, rows: list[Row], start: int, parts: list[str]) -> dict[str, Row]:
+        """Those of the rows that the parts hold; `start` is the first one's place in the plan."""
+        wanted, stop = {row["sample_id"] for row in rows}, start + len(rows)
+        found: dict[str, Row] = {}
+        for name in parts:
+            try:
+                tables = [self._read(name, start, stop)]
+            except FileNotFoundError:  # packed since the store was listed
+                near = [pack for pack in self.store.parts() if _overlaps(pack, start, stop)]
+                tables = [self._read(pack, start, stop) for pack in near]
+            for table in tables:
+                found |= {r["sample_id"]: r for r in table.to_pylist() if r["sample_id"] in wanted}
+        for name in parts:  # packs of an earlier plan, in which the rows stood elsewhere
+            if len(found) < len(wanted) and pack_range(name) is not None:
+                for table in self.store.groups(name, ids=wanted - set(found)):
+                    found |= {row["sample_id"]: row for row in table.to_pylist()}
+        return found
+
+    def _read(self, name: str, start: int, stop: int) -> pa.Table:
+        """A part; of a pack the rows that its name places there, and some that follow are kept."""
+        span = pack_range(name)
+        if span is None:
+            return self.store.read(name)
+        first = min(max(start, span[0]), span[1])
+        last = max(first, min(stop, span[1]))
+        near = self._near
+        if (
+            near is None
+            or near[0] != name
+            or not near[1] <= first <= last <= near[1] + len(near[2])
+        ):
+            more = max(last, first + group_rows(self.job.config))
+            table = self.store.folder.read_rows(name, first - span[0], more - span[0])
+            self._near = near = (name, first, table)
+        return near[2].slice(first - near[1], last - first)
+
+    def _pack_of(self, start: int) -> list[str]:
+        """The name of the pack that a row may have been put into since the stream began."""
+        rows = self.job.pack_rows
+        if self.job.packer is None or not rows:
+            return []
+        number = start // rows
+        with self._plan:
+            if self._pack[0] != number:
+                ids = self.job.plan.ids_of(number * rows, (number + 1) * rows)
+                self._pack = (number, pack_name(ids, number * rows))
+            return [self._pack[1]]
 
     def _count_batch(self, rows: int, seconds: float) -> None:
         size = int(getattr(self._generator, "batch_size", self.job.config.batch_size))
@@ -249,6 +308,11 @@ class ImageMaker:
                 "gpu_seconds": sum(row["gpu_seconds"] for row in made),
             }
             self.job.board.add_all.remote(counts)
+
+
+def _overlaps(name: str, start: int, stop: int) -> bool:
+    span = pack_range(name)
+    return span is not None and span[0] < stop and start < span[1]
 
 
 def count_faults(rows: list[Row], outcome: str) -> Counter[str]:

@@ -113,12 +113,10 @@ def as_made(config: GenerationConfig, facts: dict[str, Any]) -> GenerationConfig
 def find_row(store: ImageStore, sample_id: str) -> Row:
     """The stored row of an id, or of the start of one that no other id has."""
     found = []
-    for name in store.parts():
-        ids = store.read(name, ["sample_id"])["sample_id"]
-        at = pc.indices_nonzero(pc.starts_with(ids, sample_id)).to_pylist()
-        if at:
-            table = store.read(name)
-            found += [table.slice(i, 1).to_pylist()[0] for i in at]
+    for name, table in store.every(["sample_id"]):
+        ids = table["sample_id"].filter(pc.starts_with(table["sample_id"], sample_id)).to_pylist()
+        for rows in store.groups(name, ids=set(ids)) if ids else ():
+            found += rows.to_pylist()
     if len({row["sample_id"] for row in found}) != 1:
         what = "several images" if found else "no image"
         raise UserError(f"{what} in {store.folder.address()} with an id that starts {sample_id!r}")

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 
 from ray_synth.errors import UserError, nearest, shortened
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
-from ray_synth.prompting.plan_file import PLAN_FILE
+from ray_synth.prompting.plan_file import PLAN_FILE, WINDOW, PlanFile
+from ray_synth.prompting.plan_index import PlanIndex
 from ray_synth.storage.folder import Folder
 
 FACTS = ["sample_id", "class_index", "class_name", "kind", "style"]
@@ -38,20 +39,21 @@ def scan(folder: Folder) -> pa.Table:
             f"{folder.address()} holds no plan.parquet; give the directory of a run, such as "
             "runs/quickstart"
         )
-    planned = folder.read_table(PLAN_FILE, ["sample_id"])["sample_id"].combine_chunks()
+    index = PlanIndex(PlanFile(folder).ids(WINDOW))
     store = ImageStore(folder.child("images"))
-    tables = [_facts(name, table) for name, table in store.tables(store.parts(), FACTS)]
-    table = pa.concat_tables(tables) if tables else None
-    if table is not None:
-        table = table.append_column("rank", pc.index_in(table["sample_id"], value_set=planned))
-        table = table.filter(pc.is_valid(table["rank"]))
-    if table is None or table.num_rows == 0:
+    tables, ranks = [], [np.empty(0, np.int64)]
+    for name, table in store.every(FACTS):
+        positions = index.positions(table["sample_id"].to_pylist())
+        planned = positions >= 0
+        tables.append(_facts(name, table.filter(pa.array(planned))))
+        ranks.append(positions[planned])
+    rank = np.concatenate(ranks)
+    if not len(rank):
         raise UserError(
             f"{folder.address()} holds no images of its plan yet; run `ray-synth generate`"
         )
-    ranks = table["rank"].to_numpy().astype(np.int64)
-    _, first = np.unique(ranks, return_index=True)  # a row in two parts counts in the first
-    table = table.set_column(table.schema.get_field_index("rank"), "rank", pa.array(ranks))
+    table = pa.concat_tables(tables).append_column("rank", pa.array(rank))
+    _, first = np.unique(rank, return_index=True)  # a row in two parts counts in the first
     return table.take(np.sort(first)).unify_dictionaries().combine_chunks()
 
 
@@ -113,7 +115,8 @@ def choose(
 def read_chosen(
     folder: Folder, chosen: pa.Table, columns: list[str] | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a slice with their pictures: one list per part, parts in the order of the slice.
+    """The rows of a slice with their pictures: one list per row group that has any, parts in the
+    order of the slice.
 
     Args:
         chosen: from `choose`.
@@ -127,9 +130,8 @@ def read_chosen(
         wanted.setdefault(part, set()).add(sample_id)
     names = list(dict.fromkeys(["sample_id", *(columns or IMAGE_SCHEMA.names)]))
     for part, ids in wanted.items():
-        table = store.read(part, names)
-        mask = [sample_id in ids for sample_id in table["sample_id"].to_pylist()]
-        yield table.filter(pa.array(mask)).to_pylist()
+        for table in store.groups(part, names, ids=ids):
+            yield table.to_pylist()
 
 
 def count_by(table: pa.Table, *columns: str) -> dict[Any, int]:

@@ -7,12 +7,14 @@ it, so that running a stream again makes nothing twice.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ray_synth.generation.chunks import Chunk, cut, missing_rows
+from ray_synth.generation import packs
+from ray_synth.generation.chunks import Chunk, cut, holdings, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
+from ray_synth.generation.stored import StoredRows
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,6 +47,7 @@ def image_stream(
     config = job.config
     if chunks is None:
         chunks = _cut(job)
+    job = replace(job, packer=_packer(job, chunks))
     made = ray.data.from_arrow(chunk_blocks(chunks)).map_batches(
         ImageMaker,
         fn_constructor_kwargs={"job": job},
@@ -66,7 +69,7 @@ def image_stream(
 
 
 def make_images(job: GenerationJob, chunks: list[Chunk] | None = None) -> int:
-    """Make every image of the plan that the store lacks; how many that was.
+    """Make every image of the plan that the store lacks, and pack what is small; how many were made.
 
     Args:
         chunks: what `missing_chunks` found, where the caller has asked.
@@ -76,7 +79,28 @@ def make_images(job: GenerationJob, chunks: list[Chunk] | None = None) -> int:
         stream = image_stream(job, chunks=chunks, columns=["sample_id"])
         for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             pass
+    pack_all(job)
     return missing_rows(chunks)
+
+
+def pack_all(job: GenerationJob) -> int:
+    """Pack all whole ranges that are not, and delete parts that others hold as well; how many packs."""
+    job = settled(job)
+    batch, rows = job.config.batch_size, job.pack_rows
+    assert isinstance(batch, int)
+    assert rows is not None
+    if len(job.plan) < rows:
+        return 0
+    written = 0
+    while True:
+        held = holdings(job.plan, job.store, batch)
+        job.store.delete(held.stale)
+        tasks = packs.packs_to_write(job.plan, job.store, held, rows, packs.group_rows(job.config))
+        found = packs.write_packs(tasks)
+        written += found
+        # A batch that lies in two ranges is stale once both are packed.
+        if not found or not rows % batch:
+            return written
 
 
 def missing_chunks(job: GenerationJob) -> list[Chunk]:
@@ -84,10 +108,26 @@ def missing_chunks(job: GenerationJob) -> list[Chunk]:
     return [chunk for chunk in _cut(settled(job)) if chunk.missing]
 
 
-def planned_parts(job: GenerationJob, num_rows: int) -> list[str]:
-    """Names of the parts that hold the plan's first rows, and up to a batch of rows more."""
-    chunks = (chunk for chunk in _cut(settled(job)) if chunk.start < num_rows)
-    return sorted({name for chunk in chunks for name in chunk.parts})
+def stored_rows(job: GenerationJob, num_rows: int) -> StoredRows:
+    """Where each of the plan's first rows lies in the store."""
+    job = settled(job)
+    assert isinstance(job.config.batch_size, int)
+    held = holdings(job.plan, job.store, job.config.batch_size)
+    return StoredRows.of(held, job.store, num_rows, packs.group_rows(job.config))
+
+
+def _packer(job: GenerationJob, chunks: list[Chunk]) -> Any:
+    """The actor that packs beside the makers of these chunks; None where they complete no range."""
+    batch, rows = job.config.batch_size, job.pack_rows
+    starts = [chunk.start for chunk in chunks if chunk.missing]
+    assert isinstance(batch, int)
+    assert rows is not None
+    if not starts or len(job.plan) < rows or rows % batch:
+        return None
+    import ray
+
+    actor: Any = ray.remote(num_cpus=0)(packs.Packer)
+    return actor.remote(job.plan, job.store, starts, batch, rows, packs.group_rows(job.config))
 
 
 def _cut(job: GenerationJob) -> list[Chunk]:
@@ -110,7 +150,7 @@ def chunk_blocks(chunks: list[Chunk]) -> list[pa.Table]:
 
 
 def settled(job: GenerationJob) -> GenerationJob:
-    """The job with `batch_size` and `compile` settled where they are "auto".
+    """The job with `batch_size`, `compile` and `pack_rows` settled where they are open.
 
     By the whole plan and once for a store: what is left after an interruption is made as the rest was.
     """
@@ -126,4 +166,8 @@ def settled(job: GenerationJob) -> GenerationJob:
             on_gpu=config.num_gpus > 0,
         ),
     }
-    return replace(job, config=config.model_copy(update=changes))
+    return replace(
+        job,
+        config=config.model_copy(update=changes),
+        pack_rows=job.pack_rows or packs.pack_rows(config),
+    )

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ray_synth.prompting.contexts import Context, contextual_prompt, plain_prompt
 from ray_synth.prompting.plan_file import PLAN_SCHEMA
+from ray_synth.prompting.plan_index import id_keys
 from ray_synth.prompting.styles import Style, stylized_prompt
 
 KINDS = ("plain", "contextual", "stylized")
@@ -76,7 +77,7 @@ def plan_tables(
     rounds = _rounds(classes, num_images=num_images, mix=mix, num_styles=len(styles), seed=seed)
     for slots in _in_chunks(rounds, table_rows):
         table = _table(slots, classes, styles, prompts, negative_prompt, fingerprint, seed)
-        id_heads[done : done + table.num_rows] = _id_heads(table["sample_id"].to_pylist())
+        id_heads[done : done + table.num_rows] = id_keys(table["sample_id"].to_pylist())
         done += table.num_rows
         yield table
     id_heads.sort()
@@ -250,16 +251,6 @@ def sample_id(
     parts = [prompt, negative_prompt, str(seed), fingerprint]
     text = "\x1f".join([*parts, reference] if reference else parts)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _id_heads(sample_ids: Sequence[str]) -> np.ndarray:
-    """The first 8 bytes of each id, `(rows,)` uint64.
-
-    They tell ids apart in a third of their memory: by chance, two of ten million are the same once
-    in 400,000 plans.
-    """
-    digests = np.frombuffer(bytes.fromhex("".join(sample_ids)), np.uint8)
-    return digests.reshape(len(sample_ids), -1)[:, :8].copy().view(np.uint64)[:, 0]
 
 
 def kinds(rounds: int, mix: dict[str, float]) -> Iterator[tuple[str, int]]:

@@ -37,6 +37,10 @@ class Plan(Protocol):
         """The sample ids in order, `size` at a time."""
         ...
 
+    def ids_of(self, start: int, stop: int) -> list[str]:
+        """The sample ids of rows `start` to `stop`."""
+        ...
+
     def rows(self, start: int, stop: int) -> list[dict[str, Any]]: ...
 
 
@@ -52,6 +56,9 @@ class PlanTable:
     def ids(self, size: int) -> Iterator[list[str]]:
         for start in range(0, len(self), size):
             yield self.table["sample_id"].slice(start, size).to_pylist()
+
+    def ids_of(self, start: int, stop: int) -> list[str]:
+        return self.table["sample_id"].slice(start, stop - start).to_pylist()
 
     def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         return self.table.slice(start, stop - start).to_pylist()
@@ -83,6 +90,10 @@ class PlanFile:
                 left = left[whole:]
         if left:
             yield left
+
+    def ids_of(self, start: int, stop: int) -> list[str]:
+        table = self.folder.read_rows(PLAN_FILE, start, stop, ["sample_id"])
+        return table["sample_id"].to_pylist()
 
     def rows(self, start: int, stop: int) -> list[dict[str, Any]]:
         first = start - self._start

@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
 from PIL import Image, ImageDraw, ImageFont
 
 from ray_synth.config import Kind
@@ -32,7 +31,7 @@ SLICE = ["class_index", "class_name", "kind", "accepted", "reject_reason", "imag
 
 
 def choose_examples(
-    folder: Folder, *, per_class: int = 12, max_classes: int = 20, max_parts: int = 2000
+    folder: Folder, *, per_class: int = 12, max_classes: int = 20, max_rows: int = 50_000
 ) -> list[dict[str, Any]]:
     """Accepted images of a run, by class, then kind, then id.
 
@@ -42,20 +41,21 @@ def choose_examples(
     Args:
         per_class: images of each class, at most, shared evenly by the kinds that occur.
         max_classes: where there are more classes, this many are taken at even distances.
-        max_parts: a larger store is judged by this many of its parts.
+        max_rows: a larger store is judged by about so many of its rows, those of whole parts.
     """
     store = ImageStore(folder.child("images"))
-    parts = store.parts()[:max_parts]
-    if not parts:
-        return []
+    seen = 0
     cells: dict[tuple[int, str], list[tuple[str, str]]] = {}
     names: dict[int, str] = {}
-    for part, table in store.tables(parts, LABELS):
+    for part, table in store.every(LABELS):
         for row in table.to_pylist():
             if row["accepted"]:
                 names[row["class_index"]] = row["class_name"]
                 cell = cells.setdefault((row["class_index"], row["kind"]), [])
                 cell.append((row["sample_id"], part))
+        seen += table.num_rows
+        if seen >= max_rows:
+            break
     shown = _spread(sorted(names), max_classes)
     per_kind = max(1, per_class // max(1, len({kind for _, kind in cells})))
     chosen = {
@@ -66,9 +66,7 @@ def choose_examples(
     }
     found: dict[str, dict[str, Any]] = {}
     for part in sorted({part for part, _, _ in chosen.values()}):
-        table = store.read(part, SHOWN)
-        mask = pa.array([sample_id in chosen for sample_id in table["sample_id"].to_pylist()])
-        for row in table.filter(mask).to_pylist():
+        for row in (r for t in store.groups(part, SHOWN, ids=chosen) for r in t.to_pylist()):
             _, index, kind = chosen[row["sample_id"]]
             found[row["sample_id"]] = {
                 **row,

@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 from ray_synth.config import BASELINES, of_today, read_run_config
 from ray_synth.errors import UserError, duration
 from ray_synth.generation.cost import reason_label
+from ray_synth.generation.store import pack_range
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.stages import STAGES, TABLE
@@ -84,7 +85,8 @@ class Images:
     """What lies in a store.
 
     Attributes:
-        stored: rows; counted where `exact`, else the parts times their usual size.
+        stored: rows; counted where `exact`, else the small parts times their usual size, and what the
+            names of the large ones say.
         rate: recent rows per second, or None.
         newest: when the last part came, seconds since 1970.
     """
@@ -210,7 +212,11 @@ def read_images(folder: Folder) -> Images:
     planned = len(PlanFile(folder)) if folder.exists("plan.parquet") else None
     if not parts:
         return Images(planned=planned)
-    newest = sorted(parts, key=lambda name: parts[name])[-MOST_READ:]
+    small = {name: at for name, at in parts.items() if pack_range(name) is None}
+    packed = sum(stop - start for start, stop in filter(None, map(pack_range, parts)))
+    newest = sorted(small, key=lambda name: small[name])[-MOST_READ:]
+    # Where all is packed, the newest pack tells what was rejected.
+    newest = newest or [max(parts, key=lambda name: parts[name])]
 
     def look(name: str) -> list[tuple[bool, str]] | None:
         try:
@@ -228,17 +234,19 @@ def read_images(folder: Folder) -> Images:
         if reason
     )
     judged = sum(map(len, looked))
-    usual = statistics.median(map(len, looked)) if looked else 0
-    exact = len(parts) <= MOST_READ
-    stored = judged if exact else round(usual * len(parts))
-    recent = sorted(at for at in parts.values() if at >= max(parts.values()) - RECENT_S)
-    took = recent[-1] - recent[0]
+    usual = statistics.median(map(len, looked)) if looked and small else 0
+    exact = len(small) <= MOST_READ
+    stored = packed + (judged if exact and small else round(usual * len(small)))
+    # A pack is written at once: only the small parts tell how fast images are made.
+    last = max(parts.values())
+    recent = sorted(at for at in small.values() if at >= last - RECENT_S)
+    took = recent[-1] - recent[0] if recent else 0.0
     return Images(
         stored=stored if planned is None else min(stored, planned),
         planned=planned,
         exact=exact,
         rate=usual * (len(recent) - 1) / took if len(recent) > 2 and took > 0 else None,
-        newest=recent[-1],
+        newest=last,
         judged=judged,
         rejected=dict(faults.most_common()),
     )

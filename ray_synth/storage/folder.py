@@ -101,7 +101,7 @@ class Folder:
         self._once("write to", work)
 
     def exists(self, name: str) -> bool:
-        info = self._do(lambda: self.filesystem.get_file_info(self.path(name)))
+        info = self.patiently(lambda: self.filesystem.get_file_info(self.path(name)))
         return info.type == pafs.FileType.File
 
     def names(self, suffix: str = "") -> list[str]:
@@ -119,7 +119,7 @@ class Folder:
             with self.filesystem.open_input_file(self.path(name)) as file:
                 return file.read()
 
-        return self._do(read)
+        return self.patiently(read)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
@@ -144,7 +144,7 @@ class Folder:
                 table = file.read(columns)
             return table if columns is None else table.select(columns)
 
-        return self._do(read)
+        return self.patiently(read)
 
     def write_tables(
         self,
@@ -202,7 +202,7 @@ class Folder:
         Only the row groups that hold them are read.
         """
         assert 0 <= start <= stop, f"rows {start} to {stop}"
-        return self._do(lambda: self._read_rows(name, start, stop, columns))
+        return self.patiently(lambda: self._read_rows(name, start, stop, columns))
 
     def _read_rows(self, name: str, start: int, stop: int, columns: list[str] | None) -> pa.Table:
         with pq.ParquetFile(self.path(name), filesystem=self.filesystem, pre_buffer=True) as file:
@@ -217,7 +217,7 @@ class Folder:
 
     def delete(self, name: str) -> None:
         if self.exists(name):
-            self._do(lambda: self.filesystem.delete_file(self.path(name)))
+            self.patiently(lambda: self.filesystem.delete_file(self.path(name)))
 
     def remove_empty(self) -> None:
         """Remove a local folder that holds nothing; object stores have no such folders."""
@@ -233,16 +233,17 @@ class Folder:
             name = info.base_name
             old = info.mtime is not None and time.time() - info.mtime.timestamp() > ABANDONED_S
             if info.is_file and old and name.startswith(".") and name.endswith(".tmp"):
-                self._do(partial(self.filesystem.delete_file, info.path))
+                self.patiently(partial(self.filesystem.delete_file, info.path))
 
     def _infos(self) -> list[pafs.FileInfo]:
         def look() -> list[pafs.FileInfo]:
             selector = pafs.FileSelector(self.path(), allow_not_found=True)
             return self.filesystem.get_file_info(selector)
 
-        return self._do(look)
+        return self.patiently(look)
 
-    def _do(self, work: Callable[[], T]) -> T:
+    def patiently(self, work: Callable[[], T]) -> T:
+        """Do what this storage may fail to do for a while."""
         return patiently(work, remote=not self.is_local)
 
     def _once(self, what: str, work: Callable[[], Any]) -> None:
@@ -263,7 +264,7 @@ class Folder:
         return self.path(*parents, f".{base}.{uuid.uuid4().hex[:8]}.tmp")
 
     def _put(self, name: str, data: pa.Buffer) -> None:
-        self._do(lambda: self._write(name, data))
+        self.patiently(lambda: self._write(name, data))
 
     def _write(self, name: str, data: pa.Buffer) -> None:
         filesystem, path = self.filesystem, self.path(name)

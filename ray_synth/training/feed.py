@@ -5,18 +5,17 @@ pixels of. `draw` is called in the prefetcher's thread, never in the training th
 
     ShuffledFeed  images of a known set, reshuffled each epoch; only those that are drawn are read
     CachedFeed    the same, of rows in memory: small real sets, finished small stores
-    StreamedFeed  an endless stream of epochs through a shuffle buffer: large stores
+    StoredFeed    a finished store that memory does not hold
     LiveFeed      images that are still being made: fresh ones first, then replays; never waits
     LockstepFeed  images that are still being made: each used in order; waits for them
 
-The last two are in `live_feed.py`.
+The last three are in `stored_feed.py` and `live_feed.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
-from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -158,58 +157,3 @@ def _by_class(labels: np.ndarray, classes: int) -> list[np.ndarray]:
     """For each class, the positions that have it, in increasing order."""
     ends = np.cumsum(np.bincount(labels, minlength=classes))
     return np.split(np.argsort(labels, kind="stable"), ends[:-1])
-
-
-class StreamedFeed:
-    """Endless epochs of a stream too large for memory, through a shuffle buffer of our own.
-
-    Args:
-        epoch: gives the rows of one epoch, by its number.
-        buffer: images the shuffle buffer holds.
-        repeats: see `ShuffledFeed`.
-    """
-
-    def __init__(
-        self,
-        epoch: Callable[[int], Iterable[Row]],
-        decoder: Decoder,
-        *,
-        batch_size: int,
-        seed: int,
-        buffer: int,
-        repeats: int = 1,
-    ) -> None:
-        self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
-        shuffled = self._shuffled(epoch, np.random.default_rng(seed), max(buffer, batch_size))
-        self._items = (item for item in shuffled for _ in range(repeats))
-
-    def _shuffled(
-        self, epoch: Callable[[int], Iterable[Row]], rng: np.random.Generator, buffer: int
-    ) -> Iterator[Item]:
-        held: list[Item] = []
-        number = 0
-        while True:
-            seen = 0
-            for row in epoch(number):
-                item = self.decoder.keep(row)
-                if item is None:
-                    continue
-                seen += 1
-                if len(held) < buffer:
-                    held.append(item)
-                    continue
-                at = int(rng.integers(buffer))
-                held[at], item = item, held[at]
-                yield item
-            if not seen:
-                raise UserError("no image to train on could be decoded")
-            # Not rng.shuffle, which would turn the items into rows of an array.
-            yield from (held[at] for at in rng.permutation(len(held)))
-            held, number = [], number + 1
-
-    def draw(self, step: int) -> Draw:
-        items = list(islice(self._items, self.batch_size))
-        return Draw(items, derived_seed(self.seed, step))
-
-    def close(self) -> None:
-        pass

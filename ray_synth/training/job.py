@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray_synth.config import TrainingConfig
 from ray_synth.data.dataset import Index
 from ray_synth.generation.store import ImageStore
+from ray_synth.generation.stored import StoredRows
 from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
@@ -24,6 +25,7 @@ class TrainJob:
         steps: optimizer steps; each sees the same number of real images in all arms.
         real: the index of real training images.
         num_synthetic: this many first rows of the run's plan are trained on; 0: real images alone.
+        stored: where the synthetic images of a finished store lie, if not read into memory.
         source: where the plan and its images lie, if not in `folder`.
         tracking: MLflow's uri and run id, or None.
         board: the progress board's handle.
@@ -39,6 +41,7 @@ class TrainJob:
     real: Index
     max_pixels: int
     num_synthetic: int = 0
+    stored: StoredRows | None = None
     source: Folder | None = None
     tracking: dict[str, str] | None = None
     board: Any = None

@@ -15,7 +15,7 @@ from ray_synth.config import TrainingConfig
 from ray_synth.data.packing import addressable
 from ray_synth.errors import UserError
 from ray_synth.generation.maker import GenerationJob
-from ray_synth.generation.stream import image_stream, planned_parts
+from ray_synth.generation.stream import image_stream, stored_rows
 from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 
@@ -74,7 +74,9 @@ def run_training(
         job = replace(job, real=addressable(job.real, job.folder.child("real")))
     datasets: dict[str, Any] = {}
     if job.mixed and generation is not None:
-        datasets.update(_synthetic(job, generation))
+        datasets.update(_streamed(job, generation))
+        if config.feed == "stored" and not job.reads_store:
+            job = replace(job, stored=stored_rows(generation, job.num_synthetic))
     options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
     trainer = ray.train.torch.TorchTrainer(
         train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
@@ -118,28 +120,11 @@ def _run_config(job: TrainJob, name: str) -> Any:
     )
 
 
-def _synthetic(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:
-    """The `synthetic` dataset, unless the workers read a small finished store themselves."""
-    import ray.data
-
-    if job.reads_store:
+def _streamed(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:
+    """The `synthetic` dataset of a feed that trains on images while they are made."""
+    if job.config.feed == "stored":
         return {}
-    store = job.store
-
-    def stored() -> Any:
-        parts = planned_parts(generation, job.num_synthetic)
-        paths = [store.folder.path(name) for name in parts]
-        return ray.data.read_parquet(
-            paths,
-            filesystem=store.folder.filesystem,
-            columns=COLUMNS,
-            shuffle=ray.data.FileShuffleConfig(seed=job.seed),
-        ).filter(expr="accepted")
-
-    def stream() -> Any:
-        return image_stream(generation, columns=COLUMNS)
-
-    return {"synthetic": stored if job.config.feed == "stored" else stream}
+    return {"synthetic": lambda: image_stream(generation, columns=COLUMNS)}
 
 
 def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:

@@ -12,11 +12,11 @@ from ray_synth.training.feed import (
     Feed,
     IndexedImages,
     ShuffledFeed,
-    StreamedFeed,
     derived_seed,
 )
 from ray_synth.training.job import TrainJob
 from ray_synth.training.live_feed import LiveFeed, LockstepFeed
+from ray_synth.training.stored_feed import StoredFeed
 
 
 def open_feeds(
@@ -51,20 +51,17 @@ class _WorkerFeeds:
 
     def synthetic(self) -> Feed:
         job, config = self.job, self.config
+        options: dict[str, Any] = {
+            "batch_size": config.num_synth, "seed": job.seed + 1,
+            "rank": self.rank, "world_size": self.world_size,
+        }  # fmt: skip
         if job.reads_store:
             made = job.store.rows(job.read_plan(), ["image", "class_index", "accepted"])
             # The store lists parts in no meaningful order: sort, so that a seed names the batches.
             rows = sorted((r for r in made if r["accepted"]), key=lambda row: row["sample_id"])
-            return CachedFeed(
-                rows,
-                self.decoder,
-                batch_size=config.num_synth,
-                seed=job.seed + 1,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
-        if config.feed == "stored":
-            return self._streamed("synthetic", config.num_synth, job.seed + 1)
+            return CachedFeed(rows, self.decoder, **options)
+        if job.stored is not None:
+            return StoredFeed(job.stored, self.decoder, start_step=self.first, **options)
         return self._lockstep() if config.feed == "lockstep" else self._live()
 
     def _lockstep(self) -> LockstepFeed:
@@ -87,17 +84,6 @@ class _WorkerFeeds:
             warmup=min(config.warmup_images or 2 * config.num_synth, share),
             seed=derived_seed(job.seed, self.rank, self.first),
             memory_bytes=config.memory_mb << 20,
-        )
-
-    def _streamed(self, name: str, batch_size: int, seed: int, **options: Any) -> StreamedFeed:
-        shard = _shard(name)
-        return StreamedFeed(
-            lambda epoch: _rows(shard),
-            self.decoder,
-            batch_size=batch_size,
-            seed=derived_seed(seed, self.rank, self.first),
-            buffer=20 * batch_size,
-            **options,
         )
 
 

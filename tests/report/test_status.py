@@ -21,7 +21,7 @@ from ray_synth.monitoring.heartbeat import PROGRESS, Heartbeat, watched
 from ray_synth.monitoring.logs import log
 from ray_synth.monitoring.progress import Bar, under_way
 from ray_synth.pipeline.records import StageRecords
-from ray_synth.prompting.plan_file import PLAN_SCHEMA
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
 from ray_synth.report.status import DONE, RUNNING, SILENT, read_status
 from ray_synth.report.status_table import show_status
 from ray_synth.stages import STAGES, stage_inputs
@@ -80,6 +80,23 @@ def test_a_run_that_is_generating_tells_counts_rate_and_time_left(run):
     assert found["training"].state == found["evaluation"].state == "waiting"
     assert (status.verdict, status.exit_code) == ("running", RUNNING)
     assert status.silent_s < 5
+
+
+def test_packed_images_are_counted_by_the_names_of_their_files(run):
+    from test_packs import pack
+
+    rows = run.plan(40)
+    for at in range(0, 24, 2):
+        run.make(rows[at : at + 2], at=1_000.0 + at)
+    pack(PlanTable(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)), run.store, 2, rows=16)
+    assert len(run.store.parts()) == 1 + 4
+    stage = run.stage("generation")
+    assert (stage.done, stage.total) == (24, 40)
+    for at in range(24, 32, 2):
+        run.make(rows[at : at + 2], at=1_000.0 + at)
+    pack(PlanTable(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA)), run.store, 2, rows=16)
+    assert len(run.store.parts()) == 2
+    assert run.stage("generation").done == 32
 
 
 def test_rejected_and_flagged_images_are_told_by_reason(run):

@@ -15,7 +15,6 @@ from ray_synth.training.augmentation import train_transform
 from ray_synth.training.decoder import Batch, Decoder
 from ray_synth.training.feed import (
     CachedFeed,
-    StreamedFeed,
     derived_seed,
     epoch_order,
 )
@@ -112,20 +111,6 @@ def test_a_corrupt_image_is_counted_and_named_not_fatal():
     assert d.corrupt == ["x.png"]
     with pytest.raises(ValueError, match="no image to train on"):
         CachedFeed([{"image": b"", "class_index": 0}], decoder(), batch_size=1, seed=0)
-
-
-def test_streamed_epochs_are_shuffled_and_complete():
-    epochs = []
-
-    def epoch(number):
-        epochs.append(number)
-        return (row(i) for i in range(10))
-
-    feed = StreamedFeed(epoch, decoder(), batch_size=5, seed=0, buffer=4)
-    first, second = labels(feed, 2), labels(feed, 2)
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert epochs[:2] == [0, 1]
 
 
 class Slow:
