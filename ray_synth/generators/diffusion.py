@@ -227,8 +227,8 @@ class DiffusionGenerator:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            what = f"torch.compile of {self.config.model!r} failed ({type(error).__name__}: "
-            what += f"{str(error)[:300]})"
+            why = " ".join(str(error).split())[:300]
+            what = f"torch.compile of {self.config.model!r} failed ({type(error).__name__}: {why})"
             if self.config.compile is True:
                 raise UserError(
                     f"{what}; set generation.compile: false, or install a C++ compiler"

@@ -107,7 +107,26 @@ def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
             f"cannot load the generator {config.model!r} ({first_line(error)}); "
             "give a diffusers folder, or a hub id that this machine can reach"
         ) from None
+    check_placement(getattr(pipeline, "hf_device_map", None) or {}, config.model)
     if config.scheduler:
         scheduler = find_scheduler(config.scheduler)
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     return pipeline
+
+
+def check_placement(devices: dict[str, Any], model: str) -> None:
+    """Raises UserError where diffusers left a part on the CPU, at hours per image.
+
+    `device_map: balanced` gives whole parts to GPUs in turn, and splits none: what does not fit the
+    GPU whose turn it is stays on the CPU without a word.
+
+    Args:
+        devices: part -> device, as a loaded pipeline has them.
+    """
+    left = sorted(name for name, device in devices.items() if str(device) == "cpu")
+    if left:
+        raise UserError(
+            f"{', '.join(left)} of {model!r} fits none of the GPUs of generation.num_gpus as a whole, "
+            "and diffusers splits no part: it would run on the CPU. Take GPUs with more memory, half "
+            "precision, or a smaller model"
+        )

@@ -27,6 +27,7 @@ from ray_synth.errors import UserError
 from ray_synth.generators.registry import filled
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, fewest
 from ray_synth.preflight.reach import GIB, Reach
+from ray_synth.preflight.spread import spread_problem
 from ray_synth.stages import STAGES
 from ray_synth.storage.folder import Folder
 
@@ -93,6 +94,8 @@ def look(
     for need in needs:
         if need.gpus:
             _look_at_gpus(need, reach, findings)
+    if {"generation", "training"} & set(stages):
+        _look_at_spread(config.generation, reach, findings)
     _look_at_hosts(needs, reach, findings)
     flying = bytes_in_flight(config)
     if {"generation", "training"} & set(stages) and 0 < reach.object_store < flying:
@@ -132,6 +135,22 @@ def _look_at_gpus(need: Need, reach: Reach, findings: Findings) -> None:
         findings.problems.append(text.format(f"at least {_gib(need.sure)}"))
     elif need.likely > min(size for _, size in sizes) * need.gpus:
         findings.warnings.append(text.format(f"about {_gib(need.likely)}"))
+
+
+def _look_at_spread(generation: GenerationConfig, reach: Reach, findings: Findings) -> None:
+    """The parts of a generator on several GPUs, against one GPU of the largest type."""
+    kinds = {node.accelerator for node in reach.nodes if node.gpus >= generation.num_gpus}
+    folder = model_folder(generation.model, generation.revision)
+    if generation.num_gpus <= 1 or generation.generator != "diffusers" or folder is None:
+        return
+    if not kinds or not kinds <= GPU_GIB.keys():
+        return
+    kind = max(kinds, key=GPU_GIB.__getitem__)
+    size = _bytes(generation.dtype, generation.num_gpus)
+    parts = {name: size * numbers for name, numbers in parts_parameters(folder).items()}
+    problem = spread_problem(parts, int(generation.num_gpus), GPU_GIB[kind] * GIB, kind)
+    if problem:
+        findings.problems.append(problem)
 
 
 def _look_at_hosts(needs: list[Need], reach: Reach, findings: Findings) -> None:
@@ -332,11 +351,16 @@ def model_folder(model: str, revision: str | None = None) -> Path | None:
 
 def stored_parameters(folder: Path) -> int:
     """Numbers in the safetensors files of a model's folder; of variants of a part, one is counted."""
-    total = 0
+    return sum(parts_parameters(folder).values())
+
+
+def parts_parameters(folder: Path) -> dict[str, int]:
+    """As `stored_parameters`, for each folder that has some."""
+    found = {}
     for part in {path.parent for path in folder.rglob("*.safetensors")}:
         plain = [p for p in part.glob("*.safetensors") if ".fp16." not in p.name]
-        total += sum(_numbers(path) for path in plain or part.glob("*.safetensors"))
-    return total
+        found[part.name] = sum(_numbers(path) for path in plain or part.glob("*.safetensors"))
+    return found
 
 
 def _numbers(path: Path) -> int:
