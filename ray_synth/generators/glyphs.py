@@ -7,6 +7,7 @@ fonts, turned, sheared, scaled and moved, on paper of another grey: what a gener
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,21 +56,9 @@ class GlyphGenerator:
         Raises:
             UserError: a class without characters; names it, and `class_map`.
         """
-        return [self._draw(self.characters(row["class_name"]), row["seed"]) for row in rows]
-
-    def characters(self, class_name: str) -> str:
-        """What is drawn for a class."""
-        if class_name in self.settings.class_map:
-            return self.settings.class_map[class_name]
-        name = class_name.strip().casefold()
-        if name in NUMBERS:
-            return str(NUMBERS.index(name))
-        if 0 < len(name) <= LONGEST:
-            return class_name.strip()
-        raise UserError(
-            f"there are no characters to draw for class {class_name!r}: map it in "
-            "generation.generator_kwargs.class_map"
-        )
+        return [
+            self._draw(characters_of(row["class_name"], self.settings), row["seed"]) for row in rows
+        ]
 
     def _draw(self, text: str, seed: int) -> Image.Image:
         from PIL import Image, ImageDraw, ImageFont
@@ -107,11 +96,33 @@ class GlyphGenerator:
         _settings(config)
 
     @staticmethod
+    def check_classes(config: GenerationConfig, class_names: Sequence[str]) -> None:
+        """Raises UserError for a class that has no characters to draw."""
+        settings = _settings(config)
+        for name in class_names:
+            characters_of(name, settings)
+
+    @staticmethod
     def fingerprint(config: GenerationConfig) -> str:
         """Of all that decides the pixels besides the row."""
         fonts = [path.name for path in font_files()]
         values: list[Any] = [_settings(config).model_dump(), *plugin_size(config), fonts]
         return digest_settings([*values, *config.encoding.values()])
+
+
+def characters_of(class_name: str, settings: GlyphSettings) -> str:
+    """What is drawn for a class. Raises UserError where that is nothing."""
+    if class_name in settings.class_map:
+        return settings.class_map[class_name]
+    name = class_name.strip().casefold()
+    if name in NUMBERS:
+        return str(NUMBERS.index(name))
+    if 0 < len(name) <= LONGEST:
+        return class_name.strip()
+    raise UserError(
+        f"there are no characters to draw for class {class_name!r}: map it in "
+        "generation.generator_kwargs.class_map"
+    )
 
 
 @functools.cache

@@ -22,9 +22,11 @@ from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import advise, check_generator, filled, fingerprint
 from ray_synth.pipeline.records import StageRecords, adopt_older
 from ray_synth.preflight.demands import Sizes
+from ray_synth.preflight.reach import is_local
+from ray_synth.preflight.refusals import refuse_early
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.plan_settings import prompt_limit
-from ray_synth.stages import stage_inputs, up_to
+from ray_synth.stages import REPORT, stage_inputs, up_to
 from ray_synth.storage.folder import Folder
 from ray_synth.training.job import TrainJob, total_steps
 from ray_synth.training.published import recipe_alone
@@ -139,7 +141,9 @@ def check_run(config: Config, force_stage: str | None = None) -> Run:
         prompt_limit(config)
     if records.record("training") is None:
         check_recipe(config.training)
-    return Run(config, runs, folder, records, train, tests, validation)
+    run = Run(config, runs, folder, records, train, tests, validation)
+    refuse_early(config, train.class_names, run.todo(REPORT), local=is_local(config))
+    return run
 
 
 def begin(run: Run, force_stage: str | None = None) -> None:

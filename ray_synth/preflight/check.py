@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
 from ray_synth.errors import UserError
-from ray_synth.preflight.demands import Sizes, demands
+from ray_synth.preflight.demands import Sizes, demands, shared_training_gpu
 from ray_synth.preflight.packing import Demand, Placement, pack
 from ray_synth.preflight.reach import Reach, cluster_reach
 from ray_synth.stages import STAGES
@@ -55,7 +55,12 @@ def fit_stages(
 ) -> list[StageFit]:
     """Each stage that asks for something, in order."""
     wanted = {stage: d for stage, d in demands(config, sizes).items() if stage in stages and d}
-    return [fit(stage, parts, reach) for stage, parts in wanted.items()]
+    found = [fit(stage, parts, reach) for stage, parts in wanted.items()]
+    shared = shared_training_gpu(config)
+    return [
+        replace(one, placement=None, problem=shared) if shared and one.stage == "training" else one
+        for one in found
+    ]
 
 
 def fit(stage: str, parts: Sequence[Demand], reach: Reach) -> StageFit:

@@ -81,6 +81,20 @@ def demands(config: Config, sizes: Sizes | None = None) -> dict[str, list[Demand
     }
 
 
+def shared_training_gpu(config: Config) -> str:
+    """What is wrong where several training workers have a fraction of a GPU each; "" where nothing is.
+
+    Ray may put two of them on one GPU, and NCCL refuses two ranks of a group there.
+    """
+    training = config.training
+    if training.max_workers == 1 or not 0 < training.num_gpus < 1:
+        return ""
+    return (
+        f"training: {training.max_workers} workers with {training.num_gpus:g} of a GPU each; NCCL "
+        "refuses two workers on one GPU: give each a whole one, or take one worker"
+    )
+
+
 def asks_for_contexts(config: Config) -> bool:
     """Whether the language model writes scenes."""
     prompting = config.prompting

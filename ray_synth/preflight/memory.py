@@ -6,8 +6,9 @@
     language     weights + a fifth
     per process  0.7 GB of host memory with torch, 0.9 GB with open_clip (measured), and its weights
 
-Weights are counted from the headers of safetensors files on this machine: a folder, or the hub's cache.
-What is not there is unknown, and never refused.
+Weights are counted from the headers of safetensors files: in a folder, in the hub's cache, or on the
+hub itself, so that a run is judged alike before its models are downloaded and after. What is in none of
+them is said to be unknown, and is not refused.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ray_synth.config import Config, GenerationConfig, TrainingConfig
 from ray_synth.errors import UserError
 from ray_synth.generators.registry import filled
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, fewest
+from ray_synth.preflight.hub_models import hub_parameters
 from ray_synth.preflight.reach import GIB, Reach
 from ray_synth.preflight.spread import spread_problem
 from ray_synth.stages import STAGES
@@ -91,6 +93,13 @@ def look(
     """
     findings = Findings()
     needs = [need for need in memory_needs(config) if need.stage in stages]
+    findings.warnings += unknown_models(config, stages)
+    on_cpus = sorted({need.what for need in needs if not need.gpus})
+    if reach.gpus and on_cpus:
+        findings.warnings.append(
+            f"{', '.join(on_cpus)}: on CPUs, for num_gpus is 0 there, and the cluster has "
+            f"{reach.gpus:g} GPUs"
+        )
     for need in needs:
         if need.gpus:
             _look_at_gpus(need, reach, findings)
@@ -323,10 +332,42 @@ def classifier_size(model: str, settings: tuple[str, int], classes: int) -> tupl
     return parameters, outputs
 
 
-def _weights(model: str, revision: str | None, size: int) -> int:
-    """Bytes of a model's weights at `size` bytes each; 0 where it is not on this machine."""
+def unknown_models(config: Config, stages: Collection[str]) -> list[str]:
+    """Lines on the models of these stages whose size nobody here can tell."""
+    llm, generation = config.meaning.llm, config.generation
+    asked = {"meaning": config.meaning.enabled, "plan": asks_for_contexts(config)}
+    models = []
+    if llm.backend == "transformers" and any(asked[s] for s in asked if s in stages):
+        models.append(("meaning.llm.model", llm.model, llm.revision))
+    if generation.generator == "diffusers" and {"generation", "training"} & set(stages):
+        models.append(("generation.model", generation.model, generation.revision))
+    return [
+        f"{what} {model}: its size is not known ({why}), so nothing says yet whether it fits; once it is "
+        "here, a start that does not fit is refused"
+        for what, model, revision in models
+        if isinstance(why := _parameters(model, revision), str)
+    ]
+
+
+def _parameters(model: str, revision: str | None) -> int | str:
+    """Numbers in a model's weights; or why they cannot be counted."""
     folder = model_folder(model, revision)
-    return size * stored_parameters(folder) if folder else 0
+    if folder is not None:
+        return stored_parameters(folder) or "it has no safetensors files"
+    if not is_hub_id(model):
+        return 0  # a .gguf file; or nothing at all, which is refused elsewhere
+    return hub_parameters(model, revision)
+
+
+def _weights(model: str, revision: str | None, size: int) -> int:
+    """Bytes of a model's weights at `size` bytes each; 0 where that is not known."""
+    found = _parameters(model, revision)
+    return 0 if isinstance(found, str) else size * found
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a name looks like owner/name."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def model_folder(model: str, revision: str | None = None) -> Path | None:
@@ -338,7 +379,7 @@ def model_folder(model: str, revision: str | None = None) -> Path | None:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not is_hub_id(model):
         return None
     from huggingface_hub import try_to_load_from_cache
 

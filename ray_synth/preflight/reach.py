@@ -106,12 +106,13 @@ def cluster_reach(config: Config) -> Reach:
         round(held_cpus, 4),
         round(held_gpus, 4),
         tuple(holders),
-        local=_is_local(config),
+        local=is_local(config),
         object_store=store,
     )
 
 
-def _is_local(config: Config) -> bool:
+def is_local(config: Config) -> bool:
+    """Whether the run's Ray is one of this machine alone."""
     import os
 
     return not (config.cluster.address or os.environ.get("RAY_ADDRESS"))

@@ -12,7 +12,7 @@ from itertools import combinations, product
 from typing import Any
 
 from ray_synth.config import Config
-from ray_synth.preflight.demands import Sizes, demands
+from ray_synth.preflight.demands import Sizes, demands, shared_training_gpu
 from ray_synth.preflight.packing import Demand, Nodes, pack
 from ray_synth.preflight.reach import Reach
 from ray_synth.stages import STAGES
@@ -57,6 +57,8 @@ def fixes(
 
 def fits(config: Config, reach: Reach, sizes: Sizes | None, stages: Collection[str]) -> bool:
     """Whether every stage does."""
+    if "training" in stages and shared_training_gpu(config):
+        return False
     return all(
         pack(parts, reach.nodes, reach.most_added) is not None
         for stage, parts in demands(config, sizes).items()
@@ -102,6 +104,9 @@ def _settings(
     config: Config, reach: Reach, sizes: Sizes | None, stages: Collection[str]
 ) -> tuple[Change, ...] | None:
     """The cheapest of the smallest sets of settings that are enough; mild ones where they can be."""
+    whole = Change("training.num_gpus", 1, 0)
+    if shared_training_gpu(config) and fits(changed(config, [whole]), reach, sizes, stages):
+        return (whole,)
     options = sorted(_options(config, sizes, stages), key=lambda change: change.cost)
     mild = [change for change in options if change.cost < 1]
     return _cheapest(mild, config, reach, sizes, stages) or _cheapest(

@@ -163,6 +163,16 @@ def convert_dual_bn(model: nn.Module, *, layer_norm: bool = False) -> nn.Module:
     return model
 
 
+def check_dual_bn(model: nn.Module) -> None:
+    """Raises UserError where the trained twins could not be averaged, as they are after training."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is None:
+            raise UserError(
+                f"training.dual_bn: BatchNorm layer {name} keeps no running statistics, so its twins "
+                "cannot be averaged; set dual_bn to false, or take another model"
+            )
+
+
 @contextmanager
 def domain_split(model: nn.Module, num_real: int, num_synth: int) -> Iterator[None]:
     """Route the first `num_real` rows of the batch to the main BNs, the other `num_synth` to aux.

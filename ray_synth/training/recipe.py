@@ -4,7 +4,8 @@ In: names and numbers from the config. Out: the objects a training loop needs. T
 the matched baseline and the mixed run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,31 @@ def build_model(
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint), keep_classifier)
     return model
+
+
+def check_pretrained(name: str) -> None:
+    """Raises UserError where timm has no weights of a model."""
+    import timm
+
+    if ":" not in name and not timm.is_model_pretrained(name):
+        raise UserError(
+            f"training.pretrained: timm has no weights of {name!r}; set it to false, or take one of "
+            "those that `timm.list_pretrained()` names"
+        )
+
+
+def check_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Compare a checkpoint's names and shapes with a model's; no weight is read.
+
+    Raises:
+        UserError: as `build_model` does for it.
+    """
+    from safetensors import safe_open
+
+    path = _safetensors_file(Path(path))
+    with _readable(path), safe_open(path, "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    _require_fit(model, path, shapes, keep_classifier=False)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
@@ -223,27 +249,56 @@ def mixed_loss(
 
 
 def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> None:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = _safetensors_file(path)
+    with _readable(path):
+        weights = load_file(path)
+    own = model.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    for key in _require_fit(model, path, shapes, keep_classifier):
+        weights[key] = own[key]
+    model.load_state_dict(weights, strict=True)
+
+
+def _safetensors_file(path: Path) -> Path:
     if path.suffix != ".safetensors" or not path.is_file():
         raise UserError(f"checkpoint {path} must be an existing .safetensors file")
+    return path
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
-        weights, own = load_file(path), model.state_dict()
+        yield
     except SafetensorError as error:
         raise UserError(f"checkpoint {path} is not a complete safetensors file: {error}") from None
+
+
+def _require_fit(
+    model: nn.Module, path: Path, shapes: dict[str, tuple[int, ...]], keep_classifier: bool
+) -> list[str]:
+    """The weights of a classifier of another size, which are left out. Raises UserError for others."""
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    for key in [key for key in weights if key.startswith(tuple(f"{head}." for head in heads))]:
-        if not keep_classifier and key in own and own[key].shape != weights[key].shape:
-            weights[key] = own[key]
+    left_out = [
+        key
+        for key in shapes
+        if key.startswith(tuple(f"{head}." for head in heads))
+        and not keep_classifier
+        and key in own
+        and own[key] != shapes[key]
+    ]
     wrong = [
-        *(f"{key} is missing" for key in own.keys() - weights.keys()),
-        *(f"{key} is not in the model" for key in weights.keys() - own.keys()),
+        *(f"{key} is missing" for key in own.keys() - shapes.keys()),
+        *(f"{key} is not in the model" for key in shapes.keys() - own.keys()),
         *(
-            f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
-            for key in own.keys() & weights.keys()
-            if own[key].shape != weights[key].shape
+            f"{key} is {shapes[key]}, not {own[key]}"
+            for key in (own.keys() & shapes.keys()) - set(left_out)
+            if own[key] != shapes[key]
         ),
     ]
     if wrong:
@@ -252,4 +307,4 @@ def _load_checkpoint(model: nn.Module, path: Path, keep_classifier: bool) -> Non
             f"{shortened(sorted(wrong), 3, joint='; ')}; give "
             "training.model the name of the model that it was saved from"
         )
-    model.load_state_dict(weights, strict=True)
+    return left_out

@@ -34,6 +34,7 @@ def check_recipe(config: TrainingConfig) -> None:
 
     from ray_synth.training import recipe
     from ray_synth.training.augmentation import resolve_augmentation
+    from ray_synth.training.dual_bn import check_dual_bn
     from ray_synth.training.published import check_recipe_batch, recipe_alone
 
     if "recipe" in config.baselines:
@@ -43,7 +44,14 @@ def check_recipe(config: TrainingConfig) -> None:
 
     with torch.device("meta"):
         model = recipe.build_model(config.model, num_classes=2, model_kwargs=config.model_kwargs)
-    recipe.build_optimizer(model, config.optimizer)
+    if config.pretrained:
+        recipe.check_pretrained(config.model)
+    if config.checkpoint:
+        recipe.check_checkpoint(model, config.checkpoint)
+    if config.dual_bn:
+        check_dual_bn(model)
+    optimizer = recipe.build_optimizer(model, config.optimizer)
+    recipe.build_schedule(optimizer, config.optimizer, steps=config.steps or 1000)
     resolve_augmentation(config.augment)
 
 

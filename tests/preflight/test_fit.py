@@ -161,6 +161,29 @@ def test_fractions_of_a_gpu_must_lie_on_one_gpu():
     assert problems(config, reach((16, 3))) == []
 
 
+@pytest.mark.parametrize(
+    ("workers", "gpus", "nodes", "way"),
+    [
+        (4, 1, [(16, 2)], "--set training.num_workers=2"),
+        (2, 0.5, [(16, 1)], "--set training.num_workers=1"),
+        (4, 0.5, [(16, 4)], "--set training.num_gpus=1"),
+        ("[2, 4]", 0.5, [(16, 4)], "--set training.num_gpus=1"),
+    ],
+)
+def test_training_workers_never_share_a_gpu(workers, gpus, nodes, way):
+    """4 workers on 2 GPUs by halves were recommended, and NCCL refuses two ranks on one GPU."""
+    config = config_of(
+        f"training.num_workers={workers}", f"training.num_gpus={gpus}", "training.feed=stored"
+    )
+    text = refused(config, reach(*nodes))
+    assert f"The smallest change that fits: {way}" in text.splitlines()
+    assert "training.num_gpus=0." not in text
+    if gpus < 1:
+        assert "NCCL refuses two workers on one GPU" in text
+    alone = config_of("training.num_gpus=0.5", "training.feed=stored")
+    assert problems(alone, reach(*nodes)) == []
+
+
 def test_a_gpu_and_a_half_is_no_number_of_gpus():
     config = config_of("generation.num_gpus=1.5")
     assert "asks for 1.5 GPUs each" in refused(config, reach((16, 8)))
@@ -225,6 +248,8 @@ def test_whatever_fits_is_admitted_and_nothing_else(nodes, chosen):
     config = changed(BASE, [Change(key, value, 0) for key, value in chosen.items()])
     found = reach(*nodes)
     fitting = all(reference(parts, found.nodes)[0] for parts in demands(config).values())
+    training = config.training
+    fitting &= training.num_workers == 1 or not 0 < training.num_gpus < 1  # NCCL refuses
     assert (not problems(config, found)) == fitting
     assert (problems(config, found) == []) == fits(config, found, None, STAGES)
 

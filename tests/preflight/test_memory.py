@@ -2,13 +2,18 @@
 
 import json
 import struct
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from samples import ROOT
 
 from ray_synth.config import load_config
 from ray_synth.preflight.demands import Sizes
+from ray_synth.preflight.hub_models import hub_parameters, weight_files
 from ray_synth.preflight.memory import (
     GIB,
     classifier_size,
@@ -36,7 +41,10 @@ def config_of(*overrides):
 def write_headers(path, *shapes):
     """A safetensors file of these shapes whose numbers are left out: headers are all that is read."""
     header = json.dumps(
-        {f"w{i}": {"dtype": "F16", "shape": list(s)} for i, s in enumerate(shapes)}
+        {
+            f"w{i}": {"dtype": "F16", "shape": list(s), "data_offsets": [0, 0]}
+            for i, s in enumerate(shapes)
+        }
     ).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(struct.pack("<Q", len(header)) + header)
@@ -90,7 +98,103 @@ def test_what_may_be_too_large_is_a_warning(large_model):
     assert any("generation needs about" in warning for warning in found.warnings)
 
 
-def test_what_is_not_at_hand_is_unknown_and_not_refused():
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub on this machine, and an empty cache: its repositories are folders of `tmp_path/hub`."""
+    from huggingface_hub import constants
+
+    root = tmp_path / "hub"
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/api/models/"):
+                model = "/".join(self.path.split("/")[3:5])
+                if not (root / model).is_dir():
+                    return self.send_error(404)
+                files = [p for p in (root / model).rglob("*") if p.is_file()]
+                siblings = [{"rfilename": str(p.relative_to(root / model))} for p in files]
+                body = json.dumps({"id": model, "sha": "abc", "siblings": siblings}).encode()
+            elif "/resolve/abc/" not in self.path:
+                return self.send_error(404)
+            else:
+                model, name = self.path.lstrip("/").split("/resolve/abc/")
+                body = (root / model / name).read_bytes()[:100_001]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            return None
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # as HF_ENDPOINT does, which is read once
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.HfApi", partial(HfApi, endpoint=endpoint))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub_parameters.cache_clear()
+    yield root
+    server.shutdown()
+    server.server_close()
+    hub_parameters.cache_clear()
+
+
+def test_a_model_is_judged_alike_before_its_download_and_after(hub, tmp_path):
+    """A model of 7 billion on 0.4 of an A10G passed at the first start and was refused at the second."""
+    repository = hub / "nobody" / "seven"
+    write_headers(repository / "model-1.safetensors", (70_000, 50_000))
+    write_headers(repository / "model-2.safetensors", (70_000, 50_000))
+    write_headers(repository / "original" / "consolidated.safetensors", (70_000, 100_000))
+    (repository / "config.json").write_text("{}")
+    config = config_of("meaning.llm={model: nobody/seven, num_gpus: 0.4}")
+    before = look(config, gpus("A10G"))
+    assert "meaning.llm needs at least 13.0 GiB of GPU memory" in before.problems[0]
+    snapshot = tmp_path / "cache" / "models--nobody--seven"
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text("abc")
+    for name in ("model-1.safetensors", "model-2.safetensors", "config.json"):
+        target = snapshot / "snapshots" / "abc" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((repository / name).read_bytes())
+    assert model_folder("nobody/seven") is not None
+    after = look(config, gpus("A10G"))
+    assert (after.problems, after.warnings) == (before.problems, before.warnings)
+    assert (
+        look(config_of("meaning.llm={model: nobody/seven, num_gpus: 0.8}"), gpus("A10G")).problems
+        == []
+    )
+
+
+def test_of_a_pipeline_on_the_hub_its_parts_are_counted():
+    names = [
+        "model_index.json", "unet/a.safetensors", "unet/a.fp16.safetensors", "vae/v.safetensors",
+        "text_encoder/t.fp16.safetensors", "safety_checker/s.safetensors", "v1-5-pruned.safetensors",
+        "unet/deep/x.safetensors",
+    ]  # fmt: skip
+    assert weight_files(names) == [
+        "text_encoder/t.fp16.safetensors", "unet/a.safetensors", "vae/v.safetensors",
+    ]  # fmt: skip
+    assert weight_files(["config.json", "model.safetensors", "onnx/m.safetensors"]) == [
+        "model.safetensors"
+    ]
+
+
+def test_what_the_hub_does_not_tell_is_said(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    config = config_of("meaning.llm={model: nobody/gone, num_gpus: 0.4}")
+    (warning,) = set(look(config, gpus("A10G")).warnings)
+    assert warning.startswith("meaning.llm.model nobody/gone: its size is not known (")
+    assert "once it is here, a start that does not fit is refused" in warning
+    hub_parameters.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "(HF_HUB_OFFLINE is set)" in look(config, gpus("A10G")).warnings[0]
+
+
+def test_what_is_not_at_hand_is_unknown_and_not_refused(hub):
     config = config_of(
         "generation.model=nobody/has-this", "generation.num_gpus=1",
         "meaning.llm={model: nobody/has-that, num_gpus: 1}",

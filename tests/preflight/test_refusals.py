@@ -1,0 +1,238 @@
+"""What later stages refuse is refused before the first, or cannot be known: every refusal is listed."""
+
+import ast
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from samples import ROOT
+
+from ray_synth.config import load_config
+from ray_synth.pipeline.run import check_run
+from ray_synth.preflight.refusals import check_clip, check_llm
+
+QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
+# Rooms whose code stages after `data` run.
+ROOMS = ("device", "meaning", "generators", "prompting", "generation", "service", "training",
+         "evaluation", "storage", "pipeline.steps", "pipeline.results", "report")  # fmt: skip
+# In them, what other verbs, studies and the HTTP service alone use.
+OTHERS = ("generation.regenerate", "generation.selection", "service.client", "service.deploy_config",
+          "service.limits", "service.messages", "service.app", "evaluation.checkpoint",
+          "evaluation.corruption", "evaluation.diversity", "evaluation.domain_shift",
+          "evaluation.features", "report.status", "report.status_table", "storage.secrets")  # fmt: skip
+RUN = "ray_synth.pipeline.run:check_run"
+RECIPE = "ray_synth.training.trainer:check_recipe"
+GENERATOR = "ray_synth.generators.registry:check_generator"
+IMAGES = "ray_synth.preflight.refusals:check_images"
+LLM = "ray_synth.preflight.refusals:check_llm"
+CLIP = "ray_synth.preflight.refusals:check_clip"
+EARLY = "ray_synth.preflight.refusals:refuse_early"
+DATA = "ray_synth.data.dataset:load_index"
+PLAN = "ray_synth.prompting.plan_settings:prompt_limit"
+ON_ITS_NODE = "why: only the node that it runs on can tell"
+LOADED = "why: only loading the weights tells; names, lists and the index are looked at before"
+SERVER = "why: only the server can tell, when it is asked"
+RESULT = "why: it follows from what an earlier stage makes"
+INTERNAL = "why: no setting leads there; a caller's own mistake"
+# A part of the message -> the check that has it before the first stage, or why there can be none.
+REFUSALS = {
+    "there is no such device here": ON_ITS_NODE,
+    # meaning
+    "has no images to judge": "ray_synth.data.dataset:require_every_class",
+    "there is no meaning of": RESULT,
+    "cannot be used: give at most 12 plain words": INTERNAL,
+    "the answer cache": ON_ITS_NODE,
+    "needs clip.pretrained": CLIP,
+    "cannot load the CLIP model": LOADED,
+    "data.noun is not that of index.noun": EARLY,
+    "holds no readable WordNet": EARLY,
+    "no WordNet in": EARLY,
+    "no token for the LLM": LLM,
+    "llm.structured needs llm.style": LLM,
+    "refuses the token": SERVER,
+    "does not know": SERVER,
+    "cannot be reached": SERVER,
+    "refuses the question": SERVER,
+    "fails (": SERVER,
+    "has answered nothing to all": SERVER,
+    "cannot load the LLM": LOADED,
+    "the embedded LLM": ON_ITS_NODE,
+    "holds no GGUF file": ON_ITS_NODE,
+    "no such GGUF file": LLM,
+    "has no chat template": LOADED,
+    # generators
+    "BigGAN draws ImageNet": RESULT,
+    "generator_kwargs.truncation": GENERATOR,
+    "BigGAN takes no real images": GENERATOR,
+    "generator_kwargs.class_map:": GENERATOR,
+    "generator_kwargs.weights": GENERATOR,
+    "BigGAN needs a library": GENERATOR,
+    "is not BigGAN's": LOADED,
+    "lacks {len(missing)} weights": LOADED,
+    "is not a diffusers pipeline": GENERATOR,
+    "unknown generator": GENERATOR,
+    "moves parts to a GPU in turn: there is none": IMAGES,
+    "torch.compile of": ON_ITS_NODE,
+    "set generation.compile: false": ON_ITS_NODE,
+    "brings Python code of its own": GENERATOR,
+    "diffusers has no scheduler": GENERATOR,
+    "{text}": GENERATOR,  # a size that the family does not make
+    "cannot load the generator": LOADED,
+    "there are no characters to draw": IMAGES,
+    "generation.reference needs image-to-image": IMAGES,
+    "generation.reference.strength": GENERATOR,
+    # prompting
+    "prompting.negative_prompt is too long": PLAN,
+    "prompting.styles: no such file": EARLY,
+    "is not YAML": EARLY,
+    "must be a list of {{name, template}}": EARLY,
+    "comes twice; names must differ": EARLY,
+    "must have exactly the keys": EARLY,
+    "the name must be a text": EARLY,
+    "the template must hold": EARLY,
+    # generation and service
+    "one image needs": ON_ITS_NODE,
+    "the thresholds were measured with the CLIP model": INTERNAL,
+    "real image {position} of class index": "ray_synth.pipeline.steps:inspect_data",
+    "found": "ray_synth.pipeline.steps:inspect_data",  # an image that CLIP cannot decode
+    # training
+    "unknown interpolation": INTERNAL,
+    "unknown augmentation": RECIPE,
+    "out of range: the classifier has": DATA,
+    "no image of a whole batch could be decoded": RESULT,
+    "no image to train on could be decoded": "ray_synth.pipeline.steps:inspect_data",
+    "was called outside of `domain_split`": INTERNAL,
+    "the domain split says": INTERNAL,
+    "a domain split needs counts": INTERNAL,
+    "unknown BN": INTERNAL,
+    "keeps no running statistics": RECIPE,
+    "without running statistics cannot be averaged": RECIPE,
+    "no synthetic image was accepted": RESULT,
+    "training.baseline {training.baseline}": RECIPE,
+    "unknown timm model": RECIPE,
+    "refuses model_kwargs": RECIPE,
+    "timm model {name!r} cannot be loaded": LOADED,
+    "timm has no weights of": RECIPE,
+    "unknown optimizer": RECIPE,
+    "refuses training.optimizer.kwargs": RECIPE,
+    "training.optimizer.schedule_kwargs": RECIPE,
+    "must be an existing .safetensors file": RECIPE,
+    "is not a complete safetensors file": RECIPE,
+    "it is of another architecture": RECIPE,
+    "temporary file in": ON_ITS_NODE,
+    # lifted where real images are drawn by an order over the whole set
+    "training.class_balance draws from images held in memory": RUN,
+    "(error)": RESULT,  # the loss was not finite
+    # evaluation and report
+    "has no image of any class; check its path": DATA,
+    "holds no run": INTERNAL,
+    "columns {columns}": INTERNAL,
+    # storage: written to at the start, and read as long as the run goes on
+    "names no bucket": "ray_synth.cluster.connection:runs_folder",
+    "cannot open": "ray_synth.cluster.connection:runs_folder",
+    "names no storage account": "ray_synth.cluster.connection:runs_folder",
+    "unknown option": "ray_synth.cluster.connection:runs_folder",
+    "cannot {what}": ON_ITS_NODE,
+}  # fmt: skip
+
+
+def raised() -> Iterator[tuple[str, str]]:
+    """(module and line, what is raised) of every UserError in the rooms' modules."""
+    for path in sorted((ROOT / "ray_synth").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT / "ray_synth").with_suffix("").parts)
+        if not name.startswith(ROOMS) or name in OTHERS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                text = ast.unparse(node.exc)
+                if text.startswith("UserError("):
+                    yield f"{name}:{node.lineno}", text.removeprefix("UserError")
+
+
+def test_every_refusal_of_a_later_stage_is_listed():
+    """A new one must say which check has it before anything is spent, or why none can."""
+    unlisted = [
+        f"{place}: {text[:120]}"
+        for place, text in raised()
+        if not any(part in text for part in REFUSALS)
+    ]
+    assert unlisted == []
+    assert len(list(raised())) > 60
+
+
+def test_the_listed_checks_exist_and_a_run_begins_with_them():
+    for answer in set(REFUSALS.values()):
+        if not answer.startswith("why: "):
+            module, _, name = answer.partition(":")
+            assert callable(getattr(importlib.import_module(module), name)), answer
+
+
+def save_checkpoint(path, **shapes):
+    save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["meaning.clip={model: ViT-B-32}"], "needs clip.pretrained"),
+        (["meaning.clip={model: ViT-B-33, pretrained: x}"], "no model 'ViT-B-33': did you mean"),
+        (["meaning.clip={model: ViT-B-32, pretrained: laion}"], "no weights 'laion' of ViT-B-32"),
+        (["meaning.llm={backend: openai, model: m, api_key_env: NOT_SET_HERE}"], "no token"),
+        (
+            ["meaning.llm={backend: openai, model: m, base_url: 'http://x', structured: true, "
+             "style: completion}"],
+            "structured needs llm.style",
+        ),
+        (["meaning.llm.model=nowhere.gguf"], "no such GGUF file"),
+        (["meaning.lexicon=/no/such/wordnet"], "no WordNet in|holds no readable"),
+        (["generation.generator=glyphs", "data.class_names=[owls, zero, one, two, three, four, five, "
+          "six, seven, eight]", "data.train.class_map={nine: owls, zero: zero, one: one, two: two, "
+          "three: three, four: four, five: five, six: six, seven: seven, eight: eight}"],
+         "no characters to draw for class 'owls'"),
+        (["generation.offload=true"], "generation.num_gpus is 0: there is none"),
+        (["training.checkpoint=nowhere.safetensors"], "must be an existing .safetensors file"),
+        (["training.checkpoint=OTHER"], "it is of another architecture"),
+        (["training.optimizer.schedule_kwargs={speed: 1}"], "schedule_kwargs: .*speed"),
+        (["training.augment=imagenette"], "unknown augmentation policy"),
+        (["training.optimizer.name=adamv"], "unknown optimizer"),
+        (["training.recipe=resnet50_a2", "training.baseline=recipe"], "recipe resnet50_a2 has model"),
+        (["prompting.styles=nowhere.yaml"], "no such file"),
+    ],
+)  # fmt: skip
+def test_it_is_refused_before_anything_is_spent(settings, says, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    other = save_checkpoint(tmp_path / "other.safetensors", weight=(3,))
+    settings = [setting.replace("OTHER", str(other)) for setting in settings]
+    config = load_config(QUICKSTART, [f"runs_dir={tmp_path / 'runs'}", *settings])
+    with pytest.raises(ValueError, match=says):
+        check_run(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_elsewhere_is_not_judged_by_this_machine():
+    config = load_config(
+        QUICKSTART, ["meaning.llm={backend: openai, model: m, api_key_env: NOT_SET_HERE}"]
+    )
+    check_llm(config.meaning.llm, local=False)
+    gone = load_config(QUICKSTART, ["meaning.llm.model=/on/the/nodes/model.gguf"])
+    check_llm(gone.meaning.llm, local=False)
+
+
+def test_models_that_are_there_pass():
+    config = load_config(
+        QUICKSTART, ["meaning.clip={model: ViT-B-32, pretrained: laion2b_s34b_b79k}"]
+    )
+    check_clip(config.meaning.clip)
+    check_clip(load_config(QUICKSTART).meaning.clip)
+
+
+def test_a_batch_norm_that_cannot_be_averaged_is_refused_before_training():
+    from ray_synth.training.dual_bn import check_dual_bn
+
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3, track_running_stats=False))
+    with pytest.raises(ValueError, match="BatchNorm layer 0 keeps no running statistics"):
+        check_dual_bn(model)
+    check_dual_bn(torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
