@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
-from ray_synth.errors import UserError, shortened
+from ray_synth.errors import UserError, first_line, shortened
 from ray_synth.storage.filesystems import open_uri
+from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
@@ -236,9 +237,11 @@ def _huggingface(source: SourceConfig) -> Any:
         else:
             loaded = datasets.load_dataset(path, revision=source.revision)
     except Exception as error:
+        repo = Repo("data path", path, source.revision, "dataset")
+        refusal = hub_problem(error, repo) if is_hub_id(path) else None
         raise UserError(
-            f"cannot load the Hugging Face dataset {path!r} ({type(error).__name__}: {error}); "
-            "give a hub id that this machine can reach, or a local folder"
+            f"cannot load the Hugging Face dataset {path!r} ({refusal or first_line(error)}); give a "
+            "hub id that this machine can reach, or a local folder"
         ) from None
     if isinstance(loaded, dict):
         split = source.split or "train"
