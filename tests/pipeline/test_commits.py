@@ -61,14 +61,14 @@ def test_another_revision_is_resolved_anew(hub: Hub, config: Config):
 
 
 def test_a_run_of_before_there_were_commits_goes_on_as_it_was(hub: Hub, config: Config):
-    hub.add("someone/older", sd_folder())  # transformers remembers what `main` of the other was
     hub.add("someone/clip", clip_folder())
-    model = config.generation.model_copy(update={"model": "someone/older"})
-    config = config.model_copy(update={"generation": model})
+    embedded = config.generation.model_copy(update={"model": "embedded"})
+    config = config.model_copy(update={"generation": embedded})
     run = open_run(config)
+    assert run.config.meaning.clip != config.meaning.clip
     run.folder.delete("models.json")
     again = open_run(config)
-    assert again.config.generation.revision is None and not again.folder.exists("models.json")
+    assert again.config == config and not again.folder.exists("models.json")
 
 
 def test_a_gated_model_is_refused_before_anything_begins(hub: Hub, config: Config):
