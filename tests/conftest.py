@@ -45,6 +45,15 @@ def local_ray():
 
 
 @pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A model hub of this machine, which this process takes for the only one."""
+    from hubs import patched_hub
+
+    with patched_hub(monkeypatch, tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Two classes of five images each, in three formats."""
     random.seed(0)

@@ -15,6 +15,7 @@ from ray_synth.config import ClusterConfig
 from ray_synth.errors import UserError
 from ray_synth.monitoring import logs
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.hub import PASSED_ON
 
 log = logging.getLogger("ray_synth")
 NOISY = (
@@ -73,7 +74,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         _require_answer(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address:
-        options |= {"address": address, "runtime_env": {"env_vars": ENVIRONMENT}}
+        options |= {"address": address, "runtime_env": {"env_vars": ENVIRONMENT, **_hub_access()}}
     else:
         options |= {
             "address": "local",
@@ -103,6 +104,22 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _hub_access() -> dict[str, Any]:
+    """What a joined cluster's workers run first: they reach the hub as this process does.
+
+    Ray writes the `env_vars` of a runtime environment to its logs on every node, tokens and all; a hook
+    travels through the memory of its head alone. (A local Ray's workers inherit this environment.)
+    """
+    values = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    if not values:
+        return {}
+
+    def take_hub_access() -> None:
+        os.environ.update(values)
+
+    return {"worker_process_setup_hook": take_hub_access}
 
 
 def _require_answer(address: str) -> None:

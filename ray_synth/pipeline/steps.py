@@ -28,6 +28,7 @@ from ray_synth.data.dataset import (
 from ray_synth.generation.chunks import missing_rows
 from ray_synth.generation.maker import write_references
 from ray_synth.monitoring.progress import Bar, make_board, watch
+from ray_synth.pipeline.commits import fetch_generator
 from ray_synth.pipeline.run import Run
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
@@ -237,6 +238,8 @@ def generate(run: Run) -> dict[str, Any]:
     board = make_board()
     job = run.generation_job(board)
     chunks = missing_chunks(job)
+    if chunks:
+        fetch_generator(run.config)
     bars = {"images": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
     with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
         made = make_images(job, chunks)
@@ -255,6 +258,8 @@ def train(run: Run, tracker: Any) -> dict[str, Any]:
     num_synthetic = len(PlanFile(run.folder))
     seconds = {}
     for arm in run.arms:
+        if arm == "mixed" and training.feed != "stored":
+            fetch_generator(run.config)
         started = time.perf_counter()
         board = make_board()
         job = run.train_job(

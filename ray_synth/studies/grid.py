@@ -83,7 +83,7 @@ class Grid:
         mixed: dict[str, Run] = {}
         for trial in self.trials:
             if trial.source not in self.runs:
-                run = open_run(trial.config)
+                run = open_run(trial.config, kept_in=self.folder)
                 self._share(run, "data")
                 self.runs[trial.source] = inspected(run)
                 for stage in ("data", "meaning"):
