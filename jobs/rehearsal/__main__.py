@@ -28,7 +28,6 @@ from rehearsal.cluster import GPUS_PER_NODE, Memory, fake_cluster
 
 JOBS = Path(__file__).resolve().parents[1]
 CONFIG = JOBS / "configs" / "imagenet_resnet50.yaml"
-TRAINERS = 8
 
 
 def main(
@@ -37,6 +36,7 @@ def main(
     classes: int = 1_000,
     per_class: Annotated[int, typer.Option(help="real images")] = 1_281,
     generators: Annotated[int, typer.Option(help="logical GPUs that generate")] = 48,
+    trainers: Annotated[int, typer.Option(help="training workers")] = 8,
     steps: Annotated[int, typer.Option(help="of training")] = 300,
     minutes: Annotated[float, typer.Option(help="for generation after training")] = 30,
     contexts: Annotated[int, typer.Option(help="scenes per class; the config has 200")] = 16,
@@ -46,7 +46,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         os.environ.setdefault(name, "none")  # the bucket asks for none
-    nodes = -(-(generators + TRAINERS) // GPUS_PER_NODE)
+    nodes = -(-(generators + trainers) // GPUS_PER_NODE)
     bucket, language = _port(), _port()
     with (
         _server("rehearsal.bucket", bucket, per_class, latency_ms, classes),
@@ -55,8 +55,8 @@ def main(
         Memory() as memory,
     ):
         settings = _settings(
-            folder, address, bucket, language, classes=classes, generators=generators, steps=steps,
-            contexts=contexts,
+            folder, address, bucket, language, classes=classes, generators=generators,
+            trainers=trainers, steps=steps, contexts=contexts,
         )  # fmt: skip
         run = Rehearsal(folder, config, settings, memory, bucket)
         run.start("meaning", kill=lambda: run.kept("meanings.partial") > classes // 3)
@@ -175,7 +175,7 @@ class Rehearsal:
 
 def _settings(
     folder: Path, address: str, bucket: int, language: int, *, classes: int, generators: int,
-    steps: int, contexts: int,
+    trainers: int, steps: int, contexts: int,
 ) -> list[str]:  # fmt: skip
     """What is divided, and where things are."""
     options = f"endpoint_override=127.0.0.1:{bucket}&scheme=http&region=us-east-1"
@@ -205,7 +205,8 @@ def _settings(
         "training.model=test_byobnet", "training.image_size=32", "training.augment=none",
         "training.batch_size=64", "training.accumulate_steps=1", f"training.steps={steps}",
         "training.compile=false", "training.dtype=float32", "training.decode_workers=0",
-        "training.baseline=none", "training.num_gpus=0", "evaluation.num_gpus=0",
+        f"training.num_workers={trainers}", "training.num_gpus=0", "training.baseline=none",
+        "evaluation.num_gpus=0",
         "training.checkpoint_every=50", "tracking.enabled=false",
     ]  # fmt: skip
 

@@ -78,9 +78,6 @@ def application(seconds: float) -> web.Application:
 
     app = web.Application(client_max_size=1 << 24)
     app.router.add_get("/", told)
-    app.router.add_get(
-        "/v1/models", lambda request: web.json_response({"data": [{"id": "sleeper"}]})
-    )
     app.router.add_post("/v1/chat/completions", complete)
     return app
 
