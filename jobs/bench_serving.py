@@ -223,10 +223,10 @@ def _mean_batch(before: dict[str, Any], after: dict[str, Any], model: str) -> fl
 
 
 def _digits() -> list[list[bytes]]:
-    from ray_synth.data.dataset import images_by_class, load_index, select
+    from ray_synth.data.dataset import ImagesByClass, load_index, select
 
     index = select(load_index(SourceConfig(format="digits", split="test"), DIGITS), 100, seed=0)
-    return [images for _, images in sorted(images_by_class(index).items())]
+    return [images for _, images in sorted(ImagesByClass(index).items())]
 
 
 def _question(

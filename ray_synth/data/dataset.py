@@ -6,7 +6,7 @@ aside) -> `to_ray` (encoded bytes, streamed).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from ray_synth.config import SourceConfig
 from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
-from ray_synth.data.places import Readable
+from ray_synth.data.places import Readable, read_all
 from ray_synth.data.sources import Shard, at_once, list_shards, read_labels, read_rows
 from ray_synth.errors import UserError, shortened
 
@@ -229,12 +229,35 @@ def read_index(index: Index) -> Iterator[dict[str, Any]]:
         yield from read_task(task)
 
 
-def images_by_class(index: Index) -> dict[int, list[bytes]]:
-    """Encoded images of an index, by class index; read in this process."""
-    images: dict[int, list[bytes]] = {}
-    for row in read_index(index):
-        images.setdefault(row["class_index"], []).append(row["image"])
-    return images
+class ImagesByClass(Mapping[int, list[bytes]]):
+    """Encoded images of an index, by class index, in the order of the source.
+
+    A class's images are read when they are asked for, since those of 1,000 classes take gigabytes. Only
+    Parquet sets are read whole, once: they give no single image.
+    """
+
+    def __init__(self, index: Index) -> None:
+        order = np.lexsort((index.row, index.shard, index.label))
+        labels, first = np.unique(index.label[order], return_index=True)
+        self.index = index
+        self._places = dict(zip(labels.tolist(), np.split(order, first[1:]), strict=True))
+        self._whole: dict[int, list[bytes]] | None = None
+
+    def __getitem__(self, label: int) -> list[bytes]:
+        places = self._places[label]
+        if all(self.index.shards[shard].addressable for shard in self.index.shard[places]):
+            return list(read_all(self.index.locate(int(at)) for at in places))
+        if self._whole is None:
+            self._whole = {}
+            for row in read_index(self.index):
+                self._whole.setdefault(row["class_index"], []).append(row["image"])
+        return self._whole[label]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def inspect(index: Index, *, max_pixels: int) -> list[dict[str, Any]]:

@@ -267,7 +267,7 @@ def _nearest_others(rows: np.ndarray) -> np.ndarray:
 
 
 def measure_run(
-    images: dict[int, list[bytes]],
+    images: Mapping[int, list[bytes]],
     meanings: list[dict[str, Any]],
     clip: ClipConfig,
     checks: QualityConfig,

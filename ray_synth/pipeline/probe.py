@@ -90,7 +90,7 @@ def probe(run: Any, stages: Collection[str], *, shared: bool) -> Measured:
 
 def _words(run: Any) -> tuple[dict[str, float], Contexts]:
     """The service: its start, and seconds per class of both kinds of question; and the answers."""
-    from ray_synth.data.dataset import images_by_class, select
+    from ray_synth.data.dataset import ImagesByClass, select
     from ray_synth.prompting.plan_settings import read_contexts
     from ray_synth.service.session import Service
 
@@ -98,13 +98,13 @@ def _words(run: Any) -> tuple[dict[str, float], Contexts]:
     names = run.train.class_names[:CLASSES]
     few = run.train.take(np.flatnonzero(run.train.label < len(names)))
     few = select(few, config.meaning.num_images, config.seed)
-    images = {names[label]: found for label, found in images_by_class(few).items()}
+    images = {names[label]: found for label, found in ImagesByClass(few).items()}
     found: dict[str, float] = {}
     contexts: Contexts = []
     with Service(config) as service:
         found["service_start"] = _timed(service.start)
         if config.meaning.enabled:
-            ask = lambda: list(service.resolve_all(images, seed=config.seed))  # noqa: E731
+            ask = lambda: list(service.resolve_all(images.items(), seed=config.seed))  # noqa: E731
             found["meaning"] = _timed(ask) / len(names)
         if asks_for_contexts(config):
             same = {name: name for name in names}

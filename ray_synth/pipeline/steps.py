@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_synth.data.dataset import (
+    ImagesByClass,
     drop,
-    images_by_class,
     inspect,
     read_index,
     require_every_class,
@@ -106,8 +106,8 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
     entries = journal.entries()
     if config.meaning.enabled:
         few = select(run.train, config.meaning.num_images, config.seed)
-        images = images_by_class(few)
-        todo = {name: images[i] for i, name in enumerate(names) if name not in entries}
+        images = ImagesByClass(few)
+        todo = ((name, images[i]) for i, name in enumerate(names) if name not in entries)
         with Bar("meaning", len(names), "classes", done=len(entries)) as bar:
             for entry in service.resolve_all(todo, seed=config.seed):
                 entries[entry["class_name"]] = entry
@@ -221,7 +221,7 @@ def measure_quality(run: Run, per_class: int | None = None) -> dict[str, Any]:
     if checks.policy == "off" or not checks.clip:
         return {"measured": False}
     few = select(run.train, per_class or REAL_PER_CLASS, run.config.seed)
-    images = images_by_class(few)
+    images = ImagesByClass(few)
     meanings = run.folder.read_json("meanings.json")
     made_per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
     measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(measure_run)

@@ -63,8 +63,10 @@ class Service:
             self._handle = serve.run(build(config), name=APP_NAME, route_prefix=None)
         return self._handle
 
-    def resolve_all(self, images: dict[str, list[bytes]], *, seed: int) -> Iterator[dict[str, Any]]:
-        """meanings.json entries of the classes, as they are resolved."""
+    def resolve_all(
+        self, images: Iterable[tuple[str, list[bytes]]], *, seed: int
+    ) -> Iterator[dict[str, Any]]:
+        """meanings.json entries of classes, given with their images, as they are resolved."""
         meaning = self.config.meaning
 
         def ask(item: tuple[str, list[bytes]]) -> Any:
@@ -77,7 +79,7 @@ class Service:
                 context=meaning.context,
             )
 
-        for _, entry in ask_all(images.items(), ask):
+        for _, entry in ask_all(images, ask):
             yield entry
 
     def write_contexts_all(

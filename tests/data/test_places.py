@@ -1,6 +1,7 @@
 """Single images are read from where they lie, whatever the format, and many of them at once."""
 
 import gzip
+import pickle
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from buckets import make_bucket, serving
 from test_sources import as_huggingface, as_parquet, as_webdataset
 
 from ray_synth.config import SourceConfig
-from ray_synth.data.dataset import Index, load_index, read_index, select
+from ray_synth.data.dataset import ImagesByClass, Index, load_index, read_index, select
 from ray_synth.data.packing import addressable
 from ray_synth.data.places import AT_ONCE, read_all
 from ray_synth.errors import UserError
@@ -35,6 +36,25 @@ def test_an_image_is_read_alone_from_any_format(convert, image_folder, tmp_path)
     index = load_index(convert(image_folder, tmp_path / "out"))
     assert len(by_id(index)) == 10
     assert one_by_one(index) == by_id(index)
+
+
+@pytest.mark.parametrize("convert", [as_folder, as_webdataset, as_huggingface, as_parquet])
+def test_images_of_a_class_are_read_when_they_are_asked_for(
+    convert, image_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "out").mkdir()
+    index = select(load_index(convert(image_folder, tmp_path / "out")), 3, seed=0)
+    opened: list[int] = []
+    locate = Index.locate
+    monkeypatch.setattr(Index, "locate", lambda self, at: (opened.append(at), locate(self, at))[1])
+    images = ImagesByClass(index)
+    assert (list(images), len(images), opened) == ([0, 1], 2, [])
+    expected = {0: [], 1: []}
+    for row in read_index(index):
+        expected[row["class_index"]].append(row["image"])
+    assert images[1] == expected[1]
+    assert len(opened) == (0 if convert is as_parquet else 3)
+    assert dict(pickle.loads(pickle.dumps(images))) == expected
 
 
 def test_digits_are_read_alone():
