@@ -104,6 +104,12 @@ class ImageStore:
                 return found
         return self.read(name, ["accepted"])["accepted"].to_numpy()
 
+    def group_sizes(self, name: str) -> list[int]:
+        """Rows of each row group of a part."""
+        with self._open(name) as file:
+            metadata = file.metadata
+            return [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
+
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
         return self.folder.read_table(name, columns)
 

@@ -22,6 +22,7 @@ class PlanIndex:
         keys = np.concatenate(parts) if parts else np.empty(0, np.uint64)
         self._order = np.argsort(keys, kind="stable").astype(np.int32)
         self._keys = keys[self._order]
+        assert (self._keys[1:] != self._keys[:-1]).all(), "two rows of the plan have the same id"
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -19,18 +20,27 @@ MEMORY_BYTES = 2 << 30
 
 
 class LiveFeed:
-    """Synthetic images while they are being made: fresh ones first, then replays from a reservoir.
+    """Synthetic images while they are being made: fresh ones first, then replays of earlier ones.
 
     A thread drains the stream. After `warmup` images `draw` never waits: when the generator is
     slow, images are drawn again, all classes equally often (a slow generator costs freshness, not GPU
-    time). When it is fast, no image makes room for another before it was used once: a reservoir full
+    time). When it is fast, no image makes room for another before it was used once: memory full
     of unused images holds the stream back.
+
+    Once an image had to make room, replays come from all that was made so far: another thread reads
+    them from the store, each once in a pass over it, and goes on after the end of the stream. Where
+    the store is slower than training, images that are held are drawn once more: nothing waits.
 
     Args:
         stream: image rows, ended by exhaustion; rows not accepted are passed over.
         warmup: images to wait for before the first batch.
         capacity: images held, unused ones included; beyond it a used image makes room.
-        memory_bytes: what is held in memory; the rest is spilled to a temporary file.
+        memory_bytes: what is held in memory; without `replays` the rest of `capacity` is spilled to a
+            temporary file.
+        replays: rows of the store, endlessly; asked for when there is need of them. None: only images
+            that are held are drawn again.
+        shared: the store has images of other workers' streams as well, to be drawn after the end of
+            this one.
 
     Attributes:
         ended: all that the stream had has arrived.
@@ -46,79 +56,142 @@ class LiveFeed:
         capacity: int = CAPACITY,
         seed: int,
         memory_bytes: int = MEMORY_BYTES,
+        replays: Iterator[Row] | None = None,
+        shared: bool = False,
     ) -> None:
         self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
         self.warmup = max(warmup, 1)
         # Less than a batch more than the warm-up, and a full reservoir could wait for its own user.
         self.capacity = max(capacity, self.warmup + batch_size)
-        self.images = Reservoir(memory_bytes)
+        self.memory_bytes, self.replays, self.shared = memory_bytes, replays, shared
+        self.images = Reservoir(memory_bytes if replays is None else sys.maxsize)
         self.fresh: deque[int] = deque()
+        self.again: list[int] = []  # read from the store, not drawn since
         self.used: dict[int, list[int]] = {}  # by class
-        self.arrived = self.fresh_drawn = self.replayed = self.num_used = 0
+        self._rest: dict[int, list[int]] = {}  # of `used`, not replayed in this pass
+        self.arrived = self.fresh_drawn = self.replayed = self.num_used = self.dropped = 0
         self._rng = np.random.default_rng(seed)
         self._changed = threading.Condition()
-        self.ended = self._closed = False
+        self.ended = self._closed = self._held_back = self._reading = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._drain, args=(iter(stream),), daemon=True)
-        self._thread.start()
+        self._start(self._drain, iter(stream))
+
+    def _start(self, work: Callable[[Iterator[Row]], None], rows: Iterator[Row]) -> None:
+        threading.Thread(target=self._guarded, args=(work, rows), daemon=True).start()
+
+    def _guarded(self, work: Callable[[Iterator[Row]], None], rows: Iterator[Row]) -> None:
+        """Do a thread's work; an error of it ends the feed."""
+        try:
+            work(rows)
+        except BaseException as error:
+            self._error = error
+        finally:
+            with self._changed:
+                self._changed.notify_all()
 
     def _drain(self, stream: Iterator[Row]) -> None:
         try:
             for row in stream:
                 item = self.decoder.keep(row) if row.get("accepted", True) else None
+                if item is None:
+                    continue
                 with self._changed:
-                    if item is not None and not self._closed:
-                        self._changed.wait_for(self._make_room)
+                    self._changed.wait_for(self._room_for_fresh)
                     if self._closed:
                         return
-                    if item is not None:
-                        self.fresh.append(self.images.put(item))
-                        self.arrived += 1
-                        self._changed.notify_all()
-        except BaseException as error:
-            self._error = error
+                    self.fresh.append(self.images.put(item))
+                    self.arrived += 1
+                    self._changed.notify_all()
         finally:
+            self.ended = True
+
+    def _read_again(self, rows: Iterator[Row]) -> None:
+        for row in rows:
+            item = self.decoder.keep(row)
+            if item is None:
+                continue
             with self._changed:
-                self.ended = True
-                self._changed.notify_all()
+                self._changed.wait_for(self._room_for_replays)
+                if self._closed:
+                    return
+                self.again.append(self.images.put(item))
+
+    def _room_for_fresh(self) -> bool:
+        self._held_back = not (self._closed or self._make_room())
+        if self._held_back:
+            self._changed.notify_all()
+        return not self._held_back
+
+    def _room_for_replays(self) -> bool:
+        # Half of what is held, or fresh images would have no room.
+        most = max(self.batch_size, len(self.images) // 2)
+        return self._closed or (len(self.again) < most and self._make_room())
 
     def _make_room(self) -> bool:
-        """Whether another image may come in; a used one of the fullest class goes for it."""
-        if self._closed or len(self.images) < self.capacity:
-            return True
-        if not self.num_used:
-            return False
-        keys = max(self.used.values(), key=len)
-        at = int(self._rng.integers(len(keys)))
-        keys[at], keys[-1] = keys[-1], keys[at]
-        self.images.drop(keys.pop())
-        self.num_used -= 1
+        """Whether another image may come in; used ones of the fullest class go for it."""
+        while self._is_full():
+            if not self.num_used:
+                return False
+            keys = max(self.used.values(), key=len)
+            at = int(self._rng.integers(len(keys)))
+            keys[at], keys[-1] = keys[-1], keys[at]
+            self.images.drop(keys.pop())
+            self.num_used -= 1
+            self.dropped += 1
         return True
+
+    def _is_full(self) -> bool:
+        if len(self.images) >= self.capacity:
+            return True
+        # A batch is held in any case.
+        fits = self.images.held_bytes < self.memory_bytes or len(self.images) < self.batch_size
+        return self.replays is not None and not fits
 
     def draw(self, step: int) -> Draw:
         with self._changed:
             self._changed.wait_for(
-                lambda: self.arrived >= self.warmup or self.ended or self._closed
+                lambda: self.arrived >= self.warmup or self.ended or self._closed or self._held_back
             )
             if self._error is not None:
                 raise self._error
             if not self.arrived:
                 raise UserError("no synthetic image was accepted: nothing to train on")
             keys = [self.fresh.popleft() for _ in range(min(self.batch_size, len(self.fresh)))]
+            self.fresh_drawn += len(keys)
+            self.replayed += self.batch_size - len(keys)
+            for _ in range(min(self.batch_size - len(keys), len(self.again))):
+                at = int(self._rng.integers(len(self.again)))
+                self.again[at], self.again[-1] = self.again[-1], self.again[at]
+                keys.append(self.again.pop())
             for key in keys:
                 self.used.setdefault(self.images.label(key), []).append(key)
             self.num_used += len(keys)
-            self.fresh_drawn += len(keys)
-            keys += self._replays(self.batch_size - len(keys))
+            keys += self._held_again(self.batch_size - len(keys))
             items = [self.images.get(key) for key in keys]
             self._changed.notify_all()
+        self._ask_for_replays()
         return Draw(items, derived_seed(self.seed, step))
 
-    def _replays(self, count: int) -> list[int]:
-        classes = [keys for keys in self.used.values() if keys]
-        self.replayed += count
-        drawn = (classes[at] for at in self._rng.integers(len(classes), size=count))
-        return [keys[int(self._rng.integers(len(keys)))] for keys in drawn]
+    def _held_again(self, count: int) -> list[int]:
+        """Used images: classes equally often, and of a class all before one comes again."""
+        labels = [label for label, keys in self.used.items() if keys]
+        found = []
+        for at in self._rng.integers(len(labels), size=count).tolist():
+            rest = self._rest.setdefault(labels[at], [])
+            key = rest.pop() if rest else -1
+            while key not in self.images:  # dropped since, or the pass is over
+                if not rest:
+                    rest.extend(self._rng.permutation(self.used[labels[at]]).tolist())
+                key = rest.pop()
+            found.append(key)
+        return found
+
+    def _ask_for_replays(self) -> None:
+        if self.replays is None or self._reading:
+            return
+        if self.dropped or (self.ended and self.shared):
+            self._reading = True
+            self._start(self._read_again, self.replays)
 
     def close(self) -> None:
         with self._changed:

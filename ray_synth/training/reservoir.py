@@ -33,6 +33,9 @@ class Reservoir:
     def __len__(self) -> int:
         return len(self._items)
 
+    def __contains__(self, key: int) -> bool:
+        return key in self._items
+
     @property
     def spilled(self) -> int:
         """How many items lie in the file."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ray_synth.data.dataset import read_index
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.training.decoder import Decoder, Row
 from ray_synth.training.feed import (
     CachedFeed,
@@ -16,6 +17,7 @@ from ray_synth.training.feed import (
 )
 from ray_synth.training.job import TrainJob
 from ray_synth.training.live_feed import LiveFeed, LockstepFeed
+from ray_synth.training.replays import replayed
 from ray_synth.training.stored_feed import StoredFeed
 
 
@@ -84,6 +86,13 @@ class _WorkerFeeds:
             warmup=min(config.warmup_images or 2 * config.num_synth, share),
             seed=derived_seed(job.seed, self.rank, self.first),
             memory_bytes=config.memory_mb << 20,
+            replays=replayed(
+                job.store,
+                PlanFile(job.source or job.folder),
+                job.num_synthetic,
+                derived_seed(job.seed, self.rank, self.first, 1),
+            ),
+            shared=self.world_size > 1,
         )
 
 

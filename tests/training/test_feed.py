@@ -5,6 +5,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ray_synth.data.images import encode_array
 from ray_synth.training.augmentation import train_transform
-from ray_synth.training.decoder import Batch, Decoder
+from ray_synth.training.decoder import Batch, Decoder, Item
 from ray_synth.training.feed import (
     CachedFeed,
     derived_seed,
@@ -20,6 +21,7 @@ from ray_synth.training.feed import (
 )
 from ray_synth.training.live_feed import LiveFeed, LockstepFeed
 from ray_synth.training.prefetch import Prefetcher
+from ray_synth.training.replays import replayed
 
 
 def row(i: int, **more) -> dict:
@@ -175,10 +177,10 @@ def test_live_every_image_is_used_and_the_reservoir_is_bounded():
     feed = LiveFeed(
         (row(i) for i in range(200)), decoder(), batch_size=8, warmup=8, capacity=16, seed=0
     )
-    found, most = set(), 0
-    for step in range(60):
+    found, most, step = set(), 0, 0
+    while not feed.ended or feed.fresh:
         found |= set(batch_of(feed, step).labels.tolist())
-        most = max(most, len(feed.images))
+        most, step = max(most, len(feed.images)), step + 1
         time.sleep(0.002)
     assert found == set(range(200))
     assert most == 16
@@ -196,6 +198,164 @@ def test_live_spills_to_a_file_what_memory_does_not_hold():
     assert feed.images.held_bytes == 20 * 48
     assert feed.images.spilled == 80
     feed.close()
+
+
+class Names:
+    """A decoder that keeps the bytes."""
+
+    def keep(self, row):
+        return Item(row["image"], row["class_index"], row["sample_id"])
+
+
+def rows_of(count: int, size: int = 50) -> list[dict]:
+    return [
+        {"sample_id": f"id {i}", "image": i.to_bytes(size), "class_index": i % 100}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+    """A store of 60,000 images, packed but for its end, and its plan."""
+    from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, pack_name
+    from ray_synth.prompting.plan_file import PlanTable
+    from ray_synth.storage.folder import Folder
+
+    store = ImageStore(Folder(tmp_path_factory.mktemp("images")))
+    table = pa.Table.from_pylist(
+        [{**r, "accepted": True} for r in rows_of(60_000)], schema=IMAGE_SCHEMA
+    )
+    ids = table["sample_id"].to_pylist()
+    for at in range(0, 59_000, 1_000):
+        groups = (table.slice(at + start, 250) for start in range(0, 1_000, 250))
+        store.write_pack(pack_name(ids[at : at + 1_000], at), groups)
+    for at in range(59_000, 60_000, 20):
+        store.write(table.slice(at, 20).to_pylist())
+    return store, PlanTable(table.select(["sample_id"]))
+
+
+def test_live_draws_from_all_that_was_made_after_the_end_of_the_stream(growing):
+    """60,000 images and room for 2,000: nearly all are drawn again, none is forgotten."""
+    feed = LiveFeed(
+        rows_of(60_000), Names(), batch_size=128, warmup=256, capacity=2_000, seed=0,
+        replays=replayed(*growing, 60_000, 1),
+    )  # fmt: skip
+    step, most = 0, 0
+    while not feed.ended:
+        feed.draw(step)
+        most, step = max(most, len(feed.images)), step + 1
+    counts: Counter[str] = Counter()
+    first = 0
+    for more in range(1_000):
+        deadline = time.monotonic() + 1
+        while len(feed.again) < 128 and time.monotonic() < deadline:  # a busy machine is no bug
+            time.sleep(0.0005)
+        items = feed.draw(step + more).items
+        assert all(f"id {int.from_bytes(item.form)}" == item.name for item in items)
+        counts.update(item.name for item in items)
+        most = max(most, len(feed.images))
+        if more == 60_000 // 128:
+            first = len(counts)
+    feed.close()
+    assert len(counts) > 59_400, "in 128,000 draws"
+    # A pass that had begun before the end is finished, and another follows: 3/4 at the least.
+    assert first > 44_000, "in the first 60,000"
+    assert most <= 2_000
+
+
+def test_live_never_waits_for_a_store_that_does_not_answer():
+    asked = threading.Event()
+
+    def silent():
+        asked.set()
+        time.sleep(3600)
+        yield
+
+    feed = LiveFeed(
+        rows_of(500), Names(), batch_size=10, warmup=10, capacity=100, seed=0, replays=silent()
+    )
+    started = time.monotonic()
+    names: set[str] = set()
+    while not feed.ended or feed.fresh:
+        names |= {item.name for item in feed.draw(0).items}
+    assert len(names) == 500
+    assert asked.wait(10)
+    labels_drawn(feed, 300)
+    assert time.monotonic() - started < 30
+    feed.close()
+
+
+def test_live_holds_no_more_bytes_than_it_may_and_waits_for_no_room_of_its_own():
+    images = rows_of(3_000, size=1_000)
+    feed = LiveFeed(
+        images, Names(), batch_size=8, warmup=500, seed=0, memory_bytes=100_000,
+        replays=iter(images * 3),
+    )  # fmt: skip
+    names = set()
+    while not feed.ended or feed.fresh:
+        names |= {item.name for item in feed.draw(0).items}
+        assert feed.images.held_bytes <= 101_000
+    assert len(names) == 3_000
+    feed.close()
+
+
+def test_live_reads_nothing_again_while_all_images_are_held():
+    def refused():
+        raise AssertionError("nothing needs to be read")
+        yield
+
+    images = rows_of(200)
+    feed = LiveFeed(
+        images, Names(), batch_size=10, warmup=10, capacity=500, seed=0, replays=refused()
+    )
+    while not feed.ended or feed.fresh:
+        feed.draw(0)
+    drawn = Counter(item.name for step in range(150) for item in feed.draw(step).items)
+    assert len(drawn) == 200, "and none is left out"
+    feed.close()
+
+
+def labels_drawn(feed, steps) -> list[int]:
+    return [item.label for step in range(steps) for item in feed.draw(step).items]
+
+
+def test_live_tells_of_an_error_of_the_store():
+    def broken():
+        raise OSError("the bucket is gone")
+        yield
+
+    feed = LiveFeed(
+        rows_of(400), Names(), batch_size=10, warmup=10, capacity=50, seed=0, replays=broken()
+    )
+    with pytest.raises(OSError, match="bucket is gone"):
+        labels_drawn(feed, 10_000)
+    feed.close()
+
+
+def test_replays_give_each_image_once_a_pass_while_small_parts_are_packed(tmp_path):
+    from test_packs import pack, plan_of
+    from test_store import made, plan_rows
+
+    from ray_synth.generation.store import ImageStore
+    from ray_synth.storage.folder import Folder
+
+    store, rows = ImageStore(Folder(tmp_path)), plan_rows(400)
+    images = made(rows)
+    for at in range(0, 400, 5):
+        images[at]["accepted"] = False
+    store.write(made([{**rows[0], "sample_id": "of another plan"}]))
+    for at in range(0, 200, 2):
+        store.write(images[at : at + 2])
+    stream = replayed(store, plan_of(rows), 390, seed=0, list_again_s=0)
+    seen = [next(stream)["sample_id"] for _ in range(60)]
+    pack(plan_of(rows), store, 2, rows=64)
+    for at in range(200, 400, 2):
+        store.write(images[at : at + 2])
+    seen += [next(stream)["sample_id"] for _ in range(312 - 60)]
+    wanted = {row["sample_id"] for at, row in enumerate(rows[:390]) if at % 5}
+    assert len(wanted) == 312
+    assert set(seen) == wanted, "once each, what came meanwhile included"
+    assert {next(stream)["sample_id"] for _ in range(312)} == wanted
 
 
 def test_live_passes_over_rejected_images_and_tells_of_a_broken_stream():
