@@ -133,6 +133,11 @@ class SourceConfig(Section):
         "digits", "uci_digits", "imagefolder", "parquet", "webdataset", "huggingface"
     ] = result()
     path: Place | None = result(None, description="folder, URI, glob, or Hugging Face dataset id")
+    image_list: Place | None = result(
+        None,
+        description="imagefolder: a text file with a line `path label` for each image, paths below "
+        "`path`; default: all images, by their folders",
+    )
     split: str | None = result(None, description="split name (huggingface) or train|test (digits)")
     revision: str | None = result(None, description="revision of a Hugging Face dataset")
     image_column: str = result("image")
@@ -150,6 +155,8 @@ class SourceConfig(Section):
     def _needs_a_path(self) -> SourceConfig:
         if self.format not in ("digits", "uci_digits") and not self.path:
             raise UserError(f"a source of format {self.format} needs a path")
+        if self.image_list and self.format != "imagefolder":
+            raise UserError("image_list belongs to format: imagefolder")
         return self
 
 

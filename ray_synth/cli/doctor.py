@@ -12,7 +12,7 @@ from ray_synth.errors import UserError
 from ray_synth.preflight.check import fit_stages, table, unsure
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.memory import Findings, look
-from ray_synth.preflight.reach import cluster_reach
+from ray_synth.preflight.reach import Reach, cluster_reach
 from ray_synth.preflight.smallest_fix import fixes
 
 PACKAGES = (
@@ -79,6 +79,8 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
         runs.check_writable()
         lines.append(f"storage: {runs.address()} can be written")
     lines += memory.notes + [f"warning: {warning}" for warning in memory.warnings]
+    if not wrong and config.generation.num_gpus and config.training.num_gpus:
+        lines += _outlook(config, sizes, reach)
     problems = [fit.problem for fit in fits if fit.problem]
     lines += [f"does not fit: {problem}" for problem in problems + memory.problems]
     if problems:
@@ -88,6 +90,15 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
     if not problems:
         lines.append("the config fits")
     return problems, lines
+
+
+def _outlook(config: Config, sizes: Sizes, reach: Reach) -> list[str]:
+    """GPU-hours, cost, TB, days and bottleneck by arithmetic, where the type of the GPUs is known."""
+    from ray_synth.preflight import outlook
+
+    there = [node.accelerator for node in reach.nodes if node.accelerator in outlook.PEAK]
+    slowest = min(there, key=lambda name: outlook.PEAK[name], default=outlook.gpu_of(config))
+    return outlook.lines(outlook.outlook(config, sizes, slowest), config.name) if slowest else []
 
 
 def _estimate(config: Config) -> list[str]:

@@ -48,6 +48,30 @@ def doctor(
         raise typer.Exit(1)
 
 
+def estimate(
+    config: Annotated[Path, typer.Option("--config", "-c", help="a YAML file")],
+    images: Annotated[int, typer.Option(help="real training images")],
+    classes: Annotated[int, typer.Option(help="their classes")],
+    gpu: Annotated[str | None, typer.Option(help="A10G, A100-80G, H100, ...")] = None,
+    with_studies: Annotated[bool, typer.Option("--studies", help="and of each study")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Print what a run would take: GPU-hours, cost, TB, days, bottleneck. By arithmetic, without data or
+    cluster; `doctor --estimate` measures.
+    """
+    from ray_synth.preflight import outlook
+    from ray_synth.preflight.demands import Sizes
+    from ray_synth.studies import outlook as of_studies
+
+    if min(images, classes) < 1:
+        raise UserError(f"{images} images of {classes} classes: give 1 or more of both")
+    settings, sizes = load_config(config, overrides), Sizes(images, classes)
+    typer.echo("\n".join(outlook.lines(outlook.outlook(settings, sizes, gpu), settings.name)))
+    if with_studies:
+        costs = of_studies.study_costs(settings, sizes, gpu)
+        typer.echo("\n".join(of_studies.lines(costs, settings.cluster.price_per_gpu_hour)))
+
+
 def regenerate(
     sample_id: Annotated[str, typer.Argument(help="an image's id, or the start of one")],
     run_folder: RunFolder = "runs/quickstart",
@@ -151,5 +175,5 @@ def _opened(run_folder: str) -> Any:
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
-    for verb in (init, doctor, regenerate, status, show, export):
+    for verb in (init, doctor, estimate, regenerate, status, show, export):
         app.command()(verb)

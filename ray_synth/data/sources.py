@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
+from ray_synth.data.image_lists import read_image_list
 from ray_synth.data.images import EXTENSIONS, encode_array
 from ray_synth.data.places import AT_ONCE, Place, Readable, read_all
 from ray_synth.data.tars import scan_tar
@@ -196,6 +197,8 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
     root = root.rstrip("/")
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
         raise UserError(f"no such folder: {source.path}")
+    if source.image_list:
+        return _chunked(source, root, read_image_list(source.image_list))
     found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
     files: list[tuple[str, str]] = []  # (path below the root, label)
     folders: set[str] = set()
@@ -216,6 +219,10 @@ def _folder_shards(source: SourceConfig) -> list[Shard]:
             f"no images in the class folder {source.path}/{shortened(empty, 1)}; add "
             f"images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
         )
+    return _chunked(source, root, files)
+
+
+def _chunked(source: SourceConfig, root: str, files: list[tuple[str, str]]) -> list[Shard]:
     parts = [files[s : s + FILES_PER_SHARD] for s in range(0, len(files), FILES_PER_SHARD)]
     return [Shard(source, root, 0, len(part), _files(part)) for part in parts]
 

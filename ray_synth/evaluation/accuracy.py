@@ -135,6 +135,45 @@ class _Sums:
         return result
 
 
+def by_shots(result: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Top-1 of classes with many, medium and few training images, over their test images.
+
+    The bounds are those of the long-tailed sets ImageNet-LT and Places-LT (arXiv 1904.05160).
+
+    Args:
+        result: of one model on one test set, with `by_class` and `class_images`.
+        counts: training images by class name.
+
+    Returns:
+        Group -> `top1`, `classes`, `images`; empty where all classes are in one group.
+    """
+    groups: dict[str, list[str]] = {"many": [], "medium": [], "few": []}
+    for name in result["by_class"]:
+        count = counts.get(name, 0)
+        groups["many" if count > 100 else "medium" if count >= 20 else "few"].append(name)
+    if sum(map(bool, groups.values())) < 2:
+        return {}
+    images, top1 = result["class_images"], result["by_class"]
+    found = {}
+    for group, names in groups.items():
+        total = sum(images[name] for name in names)
+        if total:
+            mean = sum(top1[name] * images[name] for name in names) / total
+            found[group] = {"top1": mean, "classes": len(names), "images": total}
+    return found
+
+
+def add_shots(results: dict[str, Any], counts: Mapping[str, int]) -> None:
+    """Put `shots` (`by_shots`) into every result of a tree, where there are groups to tell apart."""
+    if "by_class" in results:
+        if shots := by_shots(results, counts):
+            results["shots"] = shots
+        return
+    for node in results.values():
+        if isinstance(node, dict):
+            add_shots(node, counts)
+
+
 def paired_gain(only_after: int, only_before: int, images: int) -> dict[str, Any]:
     """The gain of one model over another on the same images, in points.
 

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from ray_synth.evaluation.accuracy import add_shots
 from ray_synth.report.page import write_report as write_page
 from ray_synth.report.sheet import write_contact_sheet
 
@@ -22,6 +23,7 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
     results = {stage: record.get("result", {}) for stage, record in records.items()}
     evaluation, generation = results["evaluation"], results["generation"]
     arms = results["training"].get("seconds", {})
+    add_shots(evaluation["results"], results["data"]["counts"])
     before = run.folder.read_json("metrics.json") if run.folder.exists("metrics.json") else {}
     metrics = {
         "run": run.config.name,

@@ -96,7 +96,7 @@ def look(
     findings.warnings += unknown_models(config, stages)
     on_cpus = sorted({need.what for need in needs if not need.gpus})
     if reach.gpus and on_cpus:
-        findings.warnings.append(
+        findings.notes.append(
             f"{', '.join(on_cpus)}: on CPUs, for num_gpus is 0 there, and the cluster has "
             f"{reach.gpus:g} GPUs"
         )

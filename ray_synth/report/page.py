@@ -20,6 +20,7 @@ from ray_synth.report.table import (
     BASELINES,
     baseline_of,
     comparison_rows,
+    shots_text,
     signed,
     test_set_label,
     test_sets,
@@ -87,6 +88,7 @@ def render_report(folder: Folder) -> str:
         "signed": signed,
         "duration": duration,
         "test_set_label": test_set_label,
+        "shots": shots_text,
         "thousands": lambda value: f"{value:,}" if isinstance(value, int) else value,
     }
     return environment.get_template("page.html.j2").render(read_run(folder))

@@ -153,12 +153,19 @@ def _cell(
         return Text("–")
     low, high = result["top1_interval"]
     text = Text(f"{result['top1']:.1f} [{low:.1f}, {high:.1f}]\ntop-5 {result['top5']:.1f}")
+    if result.get("shots"):
+        text.append("\n" + shots_text(result["shots"]))
     for one, over in ((found, ""), (more, " over the recipe")):
         if one:
             colour = {"gain": "green", "loss": "red", "unclear": "default"}[one["verdict"]]
             span = ", ".join(signed(end) for end in one["interval"])
             text.append(f"\n{signed(one['top1'])} [{span}]{over}", style=colour)
     return text
+
+
+def shots_text(shots: dict[str, dict[str, Any]]) -> str:
+    """`many 63.1, medium 40.2, few 12.9`: top-1 of classes by how many training images they have."""
+    return ", ".join(f"{group} {found['top1']:.1f}" for group, found in shots.items())
 
 
 def _by_test_set(node: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -160,3 +160,39 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"not at all")
     with pytest.raises(UserError, match=r"a\.parquet is not a Parquet file"):
         load_index(SourceConfig(format="parquet", path=str(tmp_path)))
+
+
+def test_a_list_of_images_takes_those_that_it_names(image_folder, tmp_path):
+    listed = tmp_path / "train.txt"
+    listed.write_text("cat/1.jpg 0\ndog/0.png 1\n\ncat/0.png 0\n")
+    source = SourceConfig(format="imagefolder", path=str(image_folder), image_list=str(listed))
+    index = load_index(source, ("tabby", "poodle"))
+    assert index.counts() == {"tabby": 2, "poodle": 1}
+    rows = list(read_index(index))
+    assert [row["image_id"].removeprefix(f"{image_folder}/") for row in rows] == [
+        "cat/0.png", "cat/1.jpg", "dog/0.png",
+    ]  # fmt: skip
+    assert rows[0]["image"] == (image_folder / "cat" / "0.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "lists no image"),
+        ("cat/0.png", r"line 1: 'cat/0.png' is not `path label`"),
+        ("cat/0.png 0\n../else.png 1", "line 2: .* with a path below"),
+        ("cat/0.png 0\ncat/0.png 1", "line 2: cat/0.png comes twice"),
+    ],
+)
+def test_a_wrong_list_is_named_by_its_line(image_folder, tmp_path, text, says):
+    (tmp_path / "list.txt").write_text(text)
+    source = SourceConfig(
+        format="imagefolder", path=str(image_folder), image_list=str(tmp_path / "list.txt")
+    )
+    with pytest.raises(UserError, match=says):
+        load_index(source)
+    gone = source.model_copy(update={"image_list": str(tmp_path / "gone.txt")})
+    with pytest.raises(UserError, match="no such file"):
+        load_index(gone)
+    with pytest.raises(ValueError, match="image_list belongs to format: imagefolder"):
+        SourceConfig(format="parquet", path="x", image_list="y")

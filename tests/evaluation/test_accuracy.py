@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from ray_synth.evaluation.accuracy import BINS, Tally, interval, judge, paired_gain
+from ray_synth.evaluation.accuracy import add_shots, by_shots, BINS, Tally, interval, judge, paired_gain
 
 
 @given(st.integers(1, 60), st.integers(6, 12), st.integers(0, 10**6), st.integers(1, 20))
@@ -109,6 +109,23 @@ def test_a_gain_names_its_baseline_and_both_are_counted():
     assert found[("mixed.main", "t")]["gain_over_recipe"]["top1"] == 50.0
     for baseline in ("recipe", "real_only"):
         assert not [key for key in found[(baseline, "t")] if key.startswith("gain")]
+
+
+def test_classes_are_told_by_how_many_training_images_they_have():
+    counts = {"a": 1280, "b": 101, "c": 100, "d": 20, "e": 19, "f": 5}
+    result = {
+        "by_class": {"a": 90.0, "b": 70.0, "c": 60.0, "d": 40.0, "e": 20.0, "f": 0.0},
+        "class_images": dict.fromkeys("abcdef", 50) | {"f": 150},
+    }
+    found = by_shots(result, counts)
+    assert {group: (f["top1"], f["classes"]) for group, f in found.items()} == {
+        "many": (80.0, 2), "medium": (50.0, 2), "few": (5.0, 2),
+    }  # fmt: skip
+    assert by_shots(result, dict.fromkeys("abcdef", 500)) == {}
+    tree = {"real_only": {"in_domain": dict(result)}, "mixed": {"main": {"ood": {"v2": dict(result)}}}}
+    add_shots(tree, counts)
+    assert tree["real_only"]["in_domain"]["shots"] == found
+    assert tree["mixed"]["main"]["ood"]["v2"]["shots"] == found
 
 
 def test_paired_intervals_and_p_values_are_the_published_ones():

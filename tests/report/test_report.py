@@ -301,6 +301,15 @@ def test_the_page_names_the_baseline_and_what_its_recipe_has_to_reach(run):
     assert "Published recipe: steps" in text
 
 
+def test_frequent_and_rare_classes_are_shown_apart(run):
+    found = metrics()
+    shots = {"many": {"top1": 63.12}, "few": {"top1": 12.9}}
+    found["mixed"]["main"]["in_domain"]["shots"] = shots
+    run.write_json("metrics.json", found)
+    write_report(run)
+    assert "many 63.1, few 12.9" in read_page(run).text
+
+
 def test_gains_over_both_baselines_are_told_apart(run):
     found = metrics()
     found["recipe"] = {"in_domain": result(905), "ood": {}}
