@@ -118,7 +118,10 @@ def outlook(config: Config, sizes: Sizes, gpu: str | None = None) -> Outlook:
     parts += [_generation(config, sizes, PEAK[gpu]), _training("mixed", config, sizes, PEAK[gpu])]
     images, rest = disk_needs(config, sizes)
     notes = []
-    if config.generation.generator == "diffusers" and "stable-diffusion-v1" not in config.generation.model:
+    if (
+        config.generation.generator == "diffusers"
+        and "stable-diffusion-v1" not in config.generation.model
+    ):
         notes.append(f"{config.generation.model} is counted as Stable Diffusion 1.5")
     return Outlook(
         tuple(parts), training.feed != "stored", images + rest,
