@@ -62,7 +62,7 @@ def test_small_pictures_are_kept_as_png_and_others_as_jpeg(tmp_path, side, kind)
         assert (image.format, image.size) == (kind, (side, 64))
     (pixels,) = Painter(settings).generate(plan_rows(1))
     gap = np.abs(np.asarray(pixels, int) - np.asarray(decode_image(row["image"]), int))
-    assert gap.max() == 0 if kind == "PNG" else 0 < gap.mean() < 40
+    assert gap.max() == 0 if kind == "PNG" else 0 < gap.mean() < 70
 
 
 def test_quality_names_other_images_only_where_the_format_has_one():
