@@ -25,6 +25,7 @@ import typer
 from bench_device import device_name, dtype_name, wait_for
 from bench_scale import plan_rows, plans, scaling
 from bench_serving import serving
+from bench_store import stores
 from bench_storing import storing as stored_per_second
 
 from ray_synth.config import ClusterConfig, GenerationConfig, QualityConfig, load_config
@@ -158,6 +159,14 @@ def plans_verb(
 ) -> None:
     """Start-up time, driver memory and listing time for long plans, half of which are made."""
     _json("plans", **plans([int(part) for part in rows.split(",")], batch_size))
+
+
+@app.command("store")
+def store_verb(
+    rows: Annotated[str, typer.Option(help="rows of the stores")] = "100000,1000000,7700000",
+) -> None:
+    """Listing, looking up and an epoch of reading, of finished stores of many tiny images."""
+    _json("store", **stores([int(part) for part in rows.split(",")]))
 
 
 @app.command("training")

@@ -164,7 +164,7 @@ def _plan_round(size: int, batch_size: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary:
         run = Folder(temporary)
         started = time.perf_counter()
-        _write_plan(run, size)
+        write_plan(run, size)
         written = time.perf_counter() - started
         plan, store = PlanFile(run), ImageStore(run.child("images"))
         os.makedirs(store.folder.path())
@@ -194,7 +194,7 @@ def _plan_round(size: int, batch_size: int) -> dict[str, float]:
         }
 
 
-def _write_plan(run: Any, size: int) -> None:
+def write_plan(run: Any, size: int) -> None:
     """A plan as the pipeline writes it: 1,000 classes, contexts and styles."""
     from ray_synth.prompting.contexts import Context
     from ray_synth.prompting.plan import ClassPrompts, plan_tables

@@ -456,8 +456,8 @@ class TrainingConfig(Section):
     warmup_images: Positive | None = result(None, description="live: default, two batches")
     memory_mb: Positive = how(
         8_192,
-        description="of images that a worker keeps; more real ones are read as they are drawn, more "
-        "synthetic ones lie in a temporary file",
+        description="of images that a worker keeps; more than that are read from storage as they are "
+        "drawn",
     )
     decode_workers: Annotated[int, Field(ge=0)] | None = how(
         None,

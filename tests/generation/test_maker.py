@@ -1,15 +1,18 @@
 """The maker without Ray: chunks in, rows out, judged, retried, stored once."""
 
+import io
 import json
+import threading
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from painting import Painter
+from PIL import Image
 from test_store import plan_rows
 
 from ray_synth.config import GenerationConfig, QualityConfig
-from ray_synth.data.images import decode_image
+from ray_synth.data.images import decode_image, encode_image
 from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts
 from ray_synth.generation.maker import GenerationJob, ImageMaker, attempt_seed, write_references
@@ -50,6 +53,41 @@ def test_rows_are_complete_and_stored_as_one_part(tmp_path):
         facts = json.loads(row["generator"])
         assert facts["generator"] == "painting:Painter"
         assert facts["fingerprint"] == fingerprint(config())
+
+
+@pytest.mark.parametrize(("side", "kind"), [(64, "PNG"), (128, "PNG"), (136, "JPEG")])
+def test_small_pictures_are_kept_as_png_and_others_as_jpeg(tmp_path, side, kind):
+    settings = config().model_copy(update={"image_format": "auto", "width": side, "height": 64})
+    (row,) = maker(tmp_path, plan_rows(1), settings).chunk(0, 1, [])
+    with Image.open(io.BytesIO(row["image"])) as image:
+        assert (image.format, image.size) == (kind, (side, 64))
+    (pixels,) = Painter(settings).generate(plan_rows(1))
+    gap = np.abs(np.asarray(pixels, int) - np.asarray(decode_image(row["image"]), int))
+    assert gap.max() == 0 if kind == "PNG" else 0 < gap.mean() < 70
+
+
+def test_quality_names_other_images_only_where_the_format_has_one():
+    def digest(image_format, quality, side=64):
+        changes = {"image_format": image_format, "quality": quality, "width": side}
+        return fingerprint(config().model_copy(update=changes))
+
+    assert digest("png", 92) == digest("png", 95) == digest("auto", 95)
+    assert digest("auto", 92, 512) == digest("jpeg", 92, 512) != digest("jpeg", 95, 512)
+
+
+def test_images_are_encoded_in_as_many_threads_as_the_actor_has_cpus(tmp_path, monkeypatch):
+    together = threading.Barrier(3, timeout=30)
+
+    def encode(image, **how):
+        together.wait()  # breaks where fewer threads are at work
+        return encode_image(image, **how)
+
+    monkeypatch.setattr("ray_synth.generation.maker.encode_image", encode)
+    settings = config().model_copy(update={"num_cpus": 3.0})
+    rows = maker(tmp_path, plan_rows(6), settings).chunk(0, 6, [])
+    painted = Painter(settings).generate(plan_rows(6))
+    for row, picture in zip(rows, painted, strict=True):
+        assert (np.asarray(decode_image(row["image"])) == np.asarray(picture)).all()
 
 
 def test_what_is_stored_is_read_and_not_made(tmp_path):

@@ -30,6 +30,25 @@ def test_two_workers_train_in_step_from_a_store(local_ray, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_store_that_memory_does_not_hold_trains_the_same_again(local_ray, tmp_path):
+    """Two workers read it as they draw, 400 images of 3 kB beside a limit of 1 MB."""
+    settings = {"feed": "stored", "memory_mb": 1, "num_workers": 2, "rows": 400}
+    first, again = (train_digits(Folder(tmp_path / name), **settings) for name in ("a", "b"))
+    assert [point["step"] for point in first["curve"]] == list(range(1, 9))
+    assert first["curve"] == again["curve"]
+
+
+@pytest.mark.slow
+def test_a_live_feed_reads_the_store_again_where_memory_is_short(local_ray, tmp_path):
+    card = train_digits(
+        Folder(tmp_path), feed="live", memory_mb=1, num_workers=2, rows=800, steps=150,
+        log_every=50, seconds=0.05,
+    )  # fmt: skip
+    assert card["curve"][-1]["step"] == 150
+    assert card["synthetic_replayed"] > 0
+
+
+@pytest.mark.slow
 def test_training_in_process_gives_the_same_weights(local_ray, tmp_path):
     """As the studies do it: in a task, with the same thread count as a worker of Ray Train's."""
     folders = [Folder(tmp_path / name) for name in ("worker", "task")]
