@@ -200,7 +200,9 @@ class LlmConfig(Section):
     dtype: Dtype = result("auto")
     max_batch_size: Positive = how(16)
     num_cpus: Annotated[float, Field(gt=0)] = how(1)
-    num_gpus: Annotated[float, Field(ge=0)] = how(0)
+    num_gpus: Annotated[float, Field(ge=0)] = how(
+        0, description="per replica: a fraction shares one, 2 or more spread the model over them"
+    )
     replicas: Replicas = how(1)
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ def fetch_on_nodes(repos: Sequence[Repo], *, num_cpus: float, num_gpus: float) -
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote = ray.remote(Downloader).options(max_concurrency=2, num_cpus=0)
+    make = ray.remote(Downloader)
     nodes = {
         node["NodeID"]: node["NodeManagerAddress"]
         for node in ray.nodes()
@@ -58,12 +58,14 @@ def fetch_on_nodes(repos: Sequence[Repo], *, num_cpus: float, num_gpus: float) -
         and node["Resources"].get("CPU", 0) >= num_cpus
         and node["Resources"].get("GPU", 0) >= num_gpus
     }
-    actors: dict[Any, str] = {
-        remote.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
-        ).remote(): (address)
-        for node, address in nodes.items()
-    } or {remote.options(num_cpus=num_cpus, num_gpus=num_gpus).remote(): "a new node"}
+    actors: dict[Any, str] = {}
+    for node, address in nodes.items():
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        actor = make.options(max_concurrency=2, num_cpus=0, scheduling_strategy=there).remote()
+        actors[actor] = address
+    if not nodes:
+        new = make.options(max_concurrency=2, num_cpus=num_cpus, num_gpus=num_gpus).remote()
+        actors[new] = "a new node"
     try:
         _wait({actor.fetch.remote(repos): actor for actor in actors}, actors, repos)
     finally:

@@ -36,6 +36,7 @@ def load_llm(config: LlmConfig, *, num_threads: int | None = None) -> Llm:
             revision=config.revision,
             dtype=config.dtype,
             device=config.device,
+            spread=config.num_gpus > 1,
             max_batch_size=config.max_batch_size,
             num_threads=num_threads,
             style=config.style,

@@ -37,6 +37,8 @@ class TransformersLLM:
             CPUs; float32 on a CPU for GGUF files, whose packed weights compute in it), "float32",
             "float16" or "bfloat16".
         device: "auto" (cuda, then mps, then cpu) or a torch device.
+        spread: put layers on all GPUs that this process sees, for a model larger than one of them; they
+            work one after the other.
         max_batch_size: prompts in one forward; more prompts are split.
         num_threads: CPU threads of torch in this process; None leaves them.
         style: "completion" continues plain text, "chat" uses the tokenizer's chat template, "auto"
@@ -44,8 +46,8 @@ class TransformersLLM:
             it follows examples, not instructions.
 
     Raises:
-        UserError: the embedded model is missing or altered, another cannot be loaded, or
-            "chat" is asked of a tokenizer without a chat template.
+        UserError: the embedded model is missing or altered, another cannot be loaded or is larger than
+            the GPUs that it is spread over, or "chat" is asked of a tokenizer without a chat template.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TransformersLLM:
         revision: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
+        spread: bool = False,
         max_batch_size: int = 16,
         num_threads: int | None = None,
         style: Literal["auto", "completion", "chat"] = "auto",
@@ -76,7 +79,9 @@ class TransformersLLM:
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(
                     source, padding_side="left", **options
                 )
-                network = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype, **options)
+                network: Any = AutoModelForCausalLM.from_pretrained(
+                    source, dtype=self.dtype, device_map="auto" if spread else None, **options
+                )
         except Exception as error:  # of the hub, a file, transformers or torch
             repo = Repo("meaning.llm.model", model, revision, "transformers")
             problem = hub_problem(error, repo) if is_hub_id(model) else None
@@ -85,7 +90,10 @@ class TransformersLLM:
                 or f"cannot load the LLM {model!r} ({first_line(error)}): llm.model takes 'embedded', a "
                 "hub id, the folder of a causal language model, or a .gguf file"
             ) from None
-        self._model: Any = network.eval().to(device=self.device)
+        if spread:
+            _refuse_offloaded(model, getattr(network, "hf_device_map", {}), self.device)
+            self.device = str(network.device)  # of its first layer, which takes what comes in
+        self._model: Any = network.eval() if spread else network.eval().to(device=self.device)
         self._prefix_is_exact = True  # until a cache says otherwise
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
@@ -249,6 +257,16 @@ class TransformersLLM:
             layer.keys = layer.keys[0][:, there].transpose(0, 1)
             layer.values = layer.values[0][:, there].transpose(0, 1)
         return cache
+
+
+def _refuse_offloaded(model: str, places: dict[str, Any], device: str) -> None:
+    """Raises UserError where a part lies in the memory of CPUs, from which each token would copy it."""
+    elsewhere = [part for part, place in places.items() if place in ("cpu", "disk")]
+    if device.startswith("cuda") and elsewhere:
+        raise UserError(
+            f"the LLM {model!r} is larger than its GPUs: {len(elsewhere)} of {len(places)} parts are "
+            "left over; give it more meaning.llm.num_gpus (of one node), or take a smaller one"
+        )
 
 
 def _common_prefix(rows: list[list[int]]) -> int:

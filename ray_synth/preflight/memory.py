@@ -250,7 +250,8 @@ def memory_needs(config: Config) -> list[Need]:
             needs.append(
                 Need(
                     "meaning.llm", stage, fewest(llm.replicas), llm.num_gpus, weights,
-                    int(1.2 * weights) + base, "take a smaller meaning.llm.model",
+                    int(1.2 * weights) + base,
+                    "take a smaller meaning.llm.model, or more meaning.llm.num_gpus to spread it",
                 )
             )  # fmt: skip
         clip = config.meaning.clip

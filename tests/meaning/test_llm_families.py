@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ray_synth.errors import UserError
 from ray_synth.meaning.few_shot import FewShot
-from ray_synth.meaning.transformers_llm import TransformersLLM
+from ray_synth.meaning.transformers_llm import TransformersLLM, _refuse_offloaded
 
 WORDS = 100
 SIZES: dict[str, Any] = {
@@ -68,18 +69,23 @@ def words(count: int, generator: torch.Generator) -> str:
     return " ".join(f"t{i}" for i in torch.randint(4, WORDS, (count,), generator=generator))
 
 
-@pytest.mark.parametrize("family", EACH)
-def test_an_answer_is_that_of_plain_generate_whatever_the_batch(family, tokenizer, tmp_path: Path):
-    settings, shares = FAMILIES[family]
+def make(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """A model of random weights, saved with its tokenizer."""
     torch.manual_seed(0)
-    given = {k: v for k, v in (SIZES | settings).items() if v is not None or k == "eos_token_id"}
+    settings = SIZES | FAMILIES[family][0]
+    given = {k: v for k, v in settings.items() if v is not None or k == "eos_token_id"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given)).float().eval()
     for parameter in model.parameters():
         parameter.data.mul_(3 if parameter.ndim > 1 else 1)  # clear favourites among the words
     model.generation_config.eos_token_id = None
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
 
+
+@pytest.mark.parametrize("family", EACH)
+def test_an_answer_is_that_of_plain_generate_whatever_the_batch(family, tokenizer, tmp_path: Path):
+    model, shares = make(tmp_path, family, tokenizer), FAMILIES[family][1]
     rng = torch.Generator().manual_seed(1)
     task, examples = words(3, rng), tuple((words(4, rng), words(4, rng)) for _ in range(3))
     prompts = [FewShot(task, examples, words(n, rng)) for n in (3, 60, 11)]
@@ -107,3 +113,28 @@ def test_an_answer_is_that_of_plain_generate_whatever_the_batch(family, tokenize
     answers = [words(n, rng) for n in (1, 5, 2)]
     expected = [llm.likelihood([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
     assert llm.likelihood(prompts, answers) == pytest.approx(expected, rel=1e-4, abs=1e-3)
+
+
+def test_a_model_spread_over_devices_answers_as_in_one(tokenizer, tmp_path: Path):
+    make(tmp_path, "llama", tokenizer)
+    prompts = [FewShot("t5 t6", (("t7", "t8"),), words) for words in ("t9", "t10 t11 t12")]
+    one, spread = (
+        TransformersLLM(str(tmp_path), dtype="float32", device="cpu", spread=spread)
+        for spread in (False, True)
+    )
+    assert spread.device == "cpu"  # of which there is one here
+    ask: dict[str, Any] = {"seeds": [1, 2], "max_new_tokens": 6, "stop": ()}
+    assert one.complete(prompts, **ask) == spread.complete(prompts, **ask)
+
+
+def test_a_model_larger_than_its_gpus_is_refused():
+    places = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 1,
+        "model.layers.1": "cpu",
+        "lm_head": "disk",
+    }
+    with pytest.raises(UserError, match=r"'big' is larger than its GPUs: 2 of 4.*llm\.num_gpus"):
+        _refuse_offloaded("big", places, "cuda")
+    _refuse_offloaded("big", {"": "cpu"}, "cpu")
+    _refuse_offloaded("big", {"model": 0, "lm_head": 1}, "cuda")

@@ -77,6 +77,20 @@ def test_parameters_are_counted_from_headers_one_variant_of_a_part(large_model):
     assert embedded == counted > 0
 
 
+def test_a_language_model_is_held_against_all_gpus_that_it_is_spread_over(tmp_path):
+    write_headers(tmp_path / "llm" / "model.safetensors", (100_000, 320_000))  # 59.6 GiB
+
+    def problems(num_gpus, per_node):
+        nodes = Reach((Nodes(2, 16, per_node, 128 * GIB, "L4"),))
+        llm = f"meaning.llm={{model: {tmp_path / 'llm'}, num_gpus: {num_gpus}}}"
+        return [line for line in look(config_of(llm), nodes).problems if "meaning.llm" in line]
+
+    (problem, *_) = problems(1, 8)
+    assert "at least 59.6 GiB of GPU memory, and 1 of an L4 has 24.0 GiB" in problem
+    assert "or more meaning.llm.num_gpus" in problem
+    assert problems(2, 8) and not problems(4, 8)
+
+
 def test_weights_that_no_gpu_holds_are_refused(large_model):
     config = config_of(f"generation.model={large_model}", "generation.num_gpus=1")
     (problem, *_) = look(config, gpus("T4")).problems

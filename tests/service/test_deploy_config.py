@@ -47,13 +47,39 @@ def paths_of(values, path=()):
                 yield from paths_of(value, (*path, key))
 
 
-@pytest.mark.parametrize("name", ["config", "gpu"])
-def test_the_shipped_configs_pass_and_listen_on_the_loopback_address(name):
+@pytest.mark.parametrize(
+    ("name", "proxy"), [("config", "HeadOnly"), ("gpu", "HeadOnly"), ("config_gpu", "EveryNode")]
+)
+def test_the_shipped_configs_pass_and_listen_on_the_loopback_address(name, proxy):
     values = load_serve_config(ROOT / f"serve/{name}.yaml")
     assert values["http_options"] == {"host": "127.0.0.1", "port": 8000}
-    assert values["proxy_location"] == "HeadOnly"
-    (application,) = values["applications"]
+    assert values["proxy_location"] == proxy
+    *_, application = values["applications"]
     build(ServeConfig(**application["args"]))
+
+
+def test_the_app_asks_the_model_that_is_deployed_beside_it():
+    values = load_serve_config(ROOT / "serve/config_gpu.yaml")
+    llm, ours = values["applications"]
+    assert llm["import_path"] == "ray.serve.llm:build_openai_app"
+    # ray.serve.llm itself needs vLLM to be imported; this is the schema that it reads its `args` by
+    from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+
+    (model,) = (LLMConfig.model_validate(entry) for entry in llm["args"]["llm_configs"])
+    config = ServeConfig(**ours["args"])
+    address = values["http_options"]
+    where = f"http://{address['host']}:{address['port']}{llm['route_prefix']}/v1"
+    assert (config.llm.backend, config.llm.base_url) == ("openai", where)
+    assert config.llm.model == model.model_id
+    scaling = model.deployment_config["autoscaling_config"]
+    per_model = model.engine_kwargs["tensor_parallel_size"]
+    counts = [
+        per_model * scaling[f"{end}_replicas"] + config.clip.num_gpus * config.clip.replicas[i]
+        for i, end in enumerate(("min", "max"))
+    ]
+    assert counts == [1.5, 8], "as its first lines say"
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        LLMConfig.model_validate({**llm["args"]["llm_configs"][0], "engine_kwarg": {}})
 
 
 def test_the_config_for_gpus_has_models_of_a_hub_that_scale():
