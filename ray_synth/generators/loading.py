@@ -5,6 +5,7 @@ In: a folder or a hub id. Out: its index, and the pipeline; or a UserError that 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,11 @@ def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
     if config.trust_remote_code:
         arguments["trust_remote_code"] = True
     try:
+        with warnings.catch_warnings():  # Kolors, which comes with the import, is of older times
+            warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)
+            auto = diffusers.AutoPipelineForText2Image
         try:
-            pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(model, **arguments)
+            pipeline = auto.from_pretrained(model, **arguments)
         except ValueError:  # a pipeline class that the auto class does not list
             pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **arguments)
     except Exception as error:

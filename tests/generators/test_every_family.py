@@ -5,9 +5,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from language_pipelines import LANGUAGE_FAMILIES
-from pipelines import FAMILIES, flux, sdxl
+from pipelines import FAMILIES, flux, pixart_sigma, sdxl
 from test_store import plan_rows
 from torch._dynamo.testing import CompileCounter
 
@@ -263,3 +264,30 @@ def test_flux_without_an_input_for_guidance_ignores_it(tmp_path):
     before = pixels(generator.generate(rows))[0]
     generator.config = generator.config.model_copy(update={"guidance_scale": 7.5})
     np.testing.assert_array_equal(pixels(generator.generate(rows))[0], before)
+
+
+def test_a_t5_tokenizer_of_one_sentencepiece_file_is_read(tmp_path):
+    """As PixArt's folders have it: no tokenizer.json, which sentencepiece makes up for."""
+    folder = pixart_sigma(tmp_path / "pixart")
+    place = folder / "tokenizer"
+    for file in place.iterdir():
+        file.unlink()
+    with (place / "spiece.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*PROMPTS, "a small photo of the large crane in red"] * 9),
+            model_writer=model,
+            vocab_size=34,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    (place / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0}'
+    )
+    count, limit = prompt_tokens(config_of(folder))
+    assert limit == 300
+    assert count("a photo of a crane") > count("a crane") > 2
+    one, other = pixels(load(folder).generate(rows_of("a crane", "a red cat")))
+    assert (one != other).any()
