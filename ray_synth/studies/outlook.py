@@ -47,7 +47,9 @@ def _cost(config: Config, study: Study, sizes: Sizes, gpu: str | None) -> StudyC
         trained += share * (hours["training mixed"] if arm.scale else alone)
         if arm.scale:
             key = tuple(
-                sorted((k, str(v)) for k, v in arm.settings.items() if not k.startswith("training."))
+                sorted(
+                    (k, str(v)) for k, v in arm.settings.items() if not k.startswith("training.")
+                )
             )
             made[key] = max(made.get(key, 0.0), arm.scale * _real(arm, sizes))
     images = round(sum(made.values()))

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
-from ray_synth.evaluation.accuracy import add_shots, by_shots, BINS, Tally, interval, judge, paired_gain
+from ray_synth.evaluation.accuracy import (
+    BINS,
+    Tally,
+    add_shots,
+    by_shots,
+    interval,
+    judge,
+    paired_gain,
+)
 
 
 @given(st.integers(1, 60), st.integers(6, 12), st.integers(0, 10**6), st.integers(1, 20))
@@ -122,7 +130,10 @@ def test_classes_are_told_by_how_many_training_images_they_have():
         "many": (80.0, 2), "medium": (50.0, 2), "few": (5.0, 2),
     }  # fmt: skip
     assert by_shots(result, dict.fromkeys("abcdef", 500)) == {}
-    tree = {"real_only": {"in_domain": dict(result)}, "mixed": {"main": {"ood": {"v2": dict(result)}}}}
+    tree = {
+        "real_only": {"in_domain": dict(result)},
+        "mixed": {"main": {"ood": {"v2": dict(result)}}},
+    }
     add_shots(tree, counts)
     assert tree["real_only"]["in_domain"]["shots"] == found
     assert tree["mixed"]["main"]["ood"]["v2"]["shots"] == found
