@@ -1,14 +1,14 @@
 """What a run would take, by arithmetic alone: no cluster, no data, no model need be at hand.
 
-    generation  images x what one H100 needs for one of Stable Diffusion 1.5 (measured), by steps, pixels and
-                guidance, and by the GPUs' half-precision peaks
-    training    3 x the operations of a forward pass (counted on torch's meta device) per image, at a share of
-                the GPU's peak; but no faster than its CPUs decode
+    generation  images x what one H100 needs for one of Stable Diffusion 1.5 (measured), by steps,
+                pixels and guidance, and by the GPUs' half-precision peaks
+    training    3 x the operations of a forward pass (counted on torch's meta device) per image, at a
+                share of the GPU's peak; but no faster than its CPUs decode
     disk        as the preflight counts it
 
-Good to a factor of two where a GPU is not an H100, and nobody has compared it with a whole run: a probe of
-the cluster (`ray-synth doctor --estimate`) measures. Not in it: the language model's questions, evaluation,
-nodes that must first come.
+Good to a factor of two where a GPU is not an H100, and nobody has compared it with a whole run: a probe
+of the cluster (`ray-synth doctor --estimate`) measures. Not in it: the language model's questions,
+evaluation, nodes that must first come.
 """
 
 from __future__ import annotations

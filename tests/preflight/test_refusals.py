@@ -22,7 +22,6 @@ OTHERS = ("generation.regenerate", "generation.selection", "service.client", "se
           "service.limits", "service.messages", "service.app", "evaluation.checkpoint",
           "evaluation.corruption", "evaluation.diversity", "evaluation.domain_shift",
           "evaluation.features", "report.status", "report.status_table", "storage.secrets")  # fmt: skip
-RUN = "ray_synth.pipeline.run:check_run"
 RECIPE = "ray_synth.training.trainer:check_recipe"
 GENERATOR = "ray_synth.generators.registry:check_generator"
 IMAGES = "ray_synth.preflight.refusals:check_images"
@@ -35,6 +34,7 @@ ON_ITS_NODE = "why: only the node that it runs on can tell"
 LOADED = "why: only loading the weights tells; names, lists and the index are looked at before"
 SERVER = "why: only the server can tell, when it is asked"
 RESULT = "why: it follows from what an earlier stage makes"
+PASSED_ON = "why: it passes on what another place in this list refuses"
 INTERNAL = "why: no setting leads there; a caller's own mistake"
 # A part of the message -> the check that has it before the first stage, or why there can be none.
 REFUSALS = {
@@ -94,6 +94,9 @@ REFUSALS = {
     "the template must hold": EARLY,
     # generation and service
     "one image needs": ON_ITS_NODE,
+    "images are not in": RESULT,
+    "fits none of the GPUs": LOADED,
+    "mistake": PASSED_ON,
     "the thresholds were measured with the CLIP model": INTERNAL,
     "real image {position} of class index": "ray_synth.pipeline.steps:inspect_data",
     "found": "ray_synth.pipeline.steps:inspect_data",  # an image that CLIP cannot decode
@@ -122,8 +125,6 @@ REFUSALS = {
     "is not a complete safetensors file": RECIPE,
     "it is of another architecture": RECIPE,
     "temporary file in": ON_ITS_NODE,
-    # lifted where real images are drawn by an order over the whole set
-    "training.class_balance draws from images held in memory": RUN,
     "(error)": RESULT,  # the loss was not finite
     # evaluation and report
     "has no image of any class; check its path": DATA,
