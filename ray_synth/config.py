@@ -466,6 +466,11 @@ class TrainingConfig(Section):
         description="processes per worker that read, decode and crop; default: one less than num_cpus. "
         "0: one thread",
     )
+    decode_on: Literal["node", "cluster"] = how(
+        "node",
+        description="cluster: decode_workers are tasks on any node's CPUs, where a GPU's own node has "
+        "too few",
+    )
     checkpoint_every: Positive = how(500)
     log_every: Positive = how(10)
     num_workers: Positive | tuple[Positive, Positive] = result(
@@ -490,6 +495,10 @@ class TrainingConfig(Section):
             raise UserError(
                 f"batch_size {self.batch_size} with real_fraction {self.real_fraction} leaves no "
                 "room for both real and synthetic images"
+            )
+        if self.decode_on == "cluster" and not self.decode_workers:
+            raise UserError(
+                "decode_on: cluster needs decode_workers: how many CPUs decode for each worker"
             )
         if self.min_workers > self.max_workers:
             raise UserError(f"num_workers must be [fewest, most], got {self.num_workers}")

@@ -281,7 +281,12 @@ def probe_worker(settings: dict[str, Any]) -> dict[str, float]:
     config, device = job.config, ray.train.torch.get_device()
     found: dict[str, float] = {}
     learner = Learner(job, device, 0, 1)
-    decoder = Decoder(learner.transform, job.max_pixels, workers=config.decoders)
+    decoder = Decoder(
+        learner.transform,
+        job.max_pixels,
+        workers=config.decoders,
+        on_cluster=config.decode_on == "cluster",
+    )
     rows = list(read_index(job.real))
     real = CachedFeed(rows, decoder, batch_size=config.num_real, seed=0)
     few = lambda step: step < STEPS  # noqa: E731

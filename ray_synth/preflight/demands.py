@@ -76,6 +76,7 @@ def demands(config: Config, sizes: Sizes | None = None) -> dict[str, list[Demand
             workers,
             *([pool] if training.feed != "stored" else []),
             *([read] if _streams(config, sizes) else []),
+            *([Demand("a task that decodes", 1, 1.0)] if training.decode_on == "cluster" else []),
         ],
         "evaluation": [tester, read],
     }

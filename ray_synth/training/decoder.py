@@ -1,4 +1,4 @@
-"""Draws of images to batches of pixels, here or in processes; corrupt images are set aside.
+"""Draws of images to batches of pixels, here, in processes or in Ray tasks; corrupt images are set aside.
 
 In: `Draw`s of items, one per domain. Out: one `Batch` for all of them, in their order.
 """
@@ -66,6 +66,9 @@ class Task(NamedTuple):
     packed: Tensor
 
 
+Decoded = tuple[Tensor, dict[int, str]]  # see `decode_all`
+
+
 class Decoder:
     """Rows to items to batches.
 
@@ -78,7 +81,8 @@ class Decoder:
         num_classes: labels must lie below; None: not checked.
         workers: processes that read and decode, a whole batch each, for what is not pixels yet; 0: the
             calling thread does.
-        pin: batches of processes come in page-locked memory, for a GPU.
+        on_cluster: they are Ray tasks on any node's CPUs, not processes of this node.
+        pin: batches of theirs come in page-locked memory, for a GPU.
     """
 
     def __init__(
@@ -88,13 +92,14 @@ class Decoder:
         *,
         num_classes: int | None = None,
         workers: int = 0,
+        on_cluster: bool = False,
         pin: bool = False,
     ) -> None:
         self.ready = not transform.random
         self.transform, self.max_pixels = transform, max_pixels
         self.num_classes = num_classes
         self.corrupt: list[str] = []
-        self.workers, self.pin = workers, pin
+        self.workers, self.on_cluster, self.pin = workers, on_cluster, pin
 
     def keep(self, row: Row) -> Item | None:
         """The form in which a row is held; None where it cannot be decoded.
@@ -154,15 +159,35 @@ class Decoder:
                 waiting.append(some)
                 yield _task(some)
 
-        processes = self._processes(tasks())
-        try:
-            for images, errors in processes:
-                yield self._whole(waiting.popleft(), images, errors)
-        finally:  # not when the last traceback that knows of them is collected
-            processes._shutdown_workers()
+        found = self._ray_tasks(tasks()) if self.on_cluster else self._processes(tasks())
+        for images, errors in found:
+            yield self._whole(waiting.popleft(), images, errors)
 
-    def _processes(self, tasks: Iterator[Task]) -> Any:
-        """A DataLoader's iterator: pixels and errors as of `decode_all`, for each task in order."""
+    def _ray_tasks(self, tasks: Iterator[Task]) -> Iterator[Decoded]:
+        """What Ray tasks have decoded, in order; a batch comes through the object store, and is copied
+        once."""
+        import ray
+
+        # Without a strategy of their own they would belong to the placement group of the caller.
+        decode = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_decode_on_cluster)
+        settings = ray.put((self.transform, self.max_pixels))
+        waiting: deque[Any] = deque()
+
+        def fetched() -> Decoded:
+            array, errors = ray.get(waiting.popleft())
+            images = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.pin)
+            np.copyto(images.numpy(), array)
+            return images.permute(0, 3, 1, 2), errors
+
+        for task in tasks:
+            waiting.append(decode.remote(task.forms, task.seeds, task.packed.numpy(), settings))
+            if len(waiting) >= AHEAD * self.workers:
+                yield fetched()
+        while waiting:
+            yield fetched()
+
+    def _processes(self, tasks: Iterator[Task]) -> Iterator[Decoded]:
+        """What processes of a DataLoader have decoded, in order."""
         import multiprocessing
 
         from torch.utils.data import DataLoader
@@ -180,7 +205,15 @@ class Decoder:
             generator=torch.Generator(),  # else its seed is drawn from the state that training uses
             pin_memory=self.pin,
         )
-        return iter(loader)
+        batches: Any = iter(loader)
+        try:
+            yield from batches
+        except (ConnectionError, EOFError) as error:  # while a batch was being handed over
+            raise RuntimeError(
+                "a decoding process exited unexpectedly: was it killed, or out of memory?"
+            ) from error
+        finally:  # not when the last traceback that knows of them is collected
+            batches._shutdown_workers()
 
     def _whole(self, draws: Sequence[Draw], images: Tensor, errors: dict[int, str]) -> Batch:
         """Add what was pixels, and put good images in the places of corrupt ones."""
@@ -209,16 +242,35 @@ class _Tasks:
     def __init__(self, transform: ImageTransform, max_pixels: int) -> None:
         self.transform, self.max_pixels = transform, max_pixels
 
-    def __getitems__(self, task: Task) -> tuple[Tensor, dict[int, str]]:
-        packed, start = task.packed.numpy(), 0
-        forms: list[Readable | bytes | None] = []
-        for form in task.forms:
-            if isinstance(form, int):
-                forms.append(packed[start : start + form].tobytes())
-                start += form
-            else:
-                forms.append(form)
+    def __getitems__(self, task: Task) -> Decoded:
+        forms = _unpacked(task.forms, task.packed.numpy())
         return decode_all(forms, task.seeds, self.transform, self.max_pixels)
+
+
+def _decode_on_cluster(
+    forms: list[Readable | int | None],
+    seeds: list[int],
+    packed: np.ndarray,
+    settings: tuple[ImageTransform, int],
+) -> tuple[np.ndarray, dict[int, str]]:
+    """The task of Ray; (n, size, size, 3), since an array is sent without a copy in this order alone."""
+    images, errors = decode_all(_unpacked(forms, packed), seeds, *settings)
+    return images.permute(0, 2, 3, 1).numpy(), errors
+
+
+def _unpacked(
+    forms: list[Readable | int | None], packed: np.ndarray
+) -> list[Readable | bytes | None]:
+    """Forms of a `Task` with their bytes."""
+    found: list[Readable | bytes | None] = []
+    start = 0
+    for form in forms:
+        if isinstance(form, int):
+            found.append(packed[start : start + form].tobytes())
+            start += form
+        else:
+            found.append(form)
+    return found
 
 
 def decode_all(
@@ -226,7 +278,7 @@ def decode_all(
     seeds: Sequence[int],
     transform: ImageTransform,
     max_pixels: int,
-) -> tuple[Tensor, dict[int, str]]:
+) -> Decoded:
     """Read and decode images; those that are None are left out.
 
     Returns:

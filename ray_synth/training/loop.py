@@ -52,6 +52,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         job.max_pixels,
         num_classes=len(job.class_names),
         workers=config.decoders,
+        on_cluster=config.decode_on == "cluster",
         pin=learner.device.type == "cuda",
     )
     first = history["step"] * config.accumulate_steps

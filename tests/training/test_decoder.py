@@ -159,3 +159,23 @@ def test_batches_have_channels_last_as_the_model_wants_them():
     pixels = decoder().batch(Draw([Item(encoded(n), n, "x") for n in range(3)], 0)).images
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert np.asarray(pixels).dtype == np.uint8
+
+
+def test_ray_tasks_give_the_batches_that_this_thread_would(image_folder, local_ray):
+    draws = mixed_draws(image_folder)
+    one = Decoder(train_transform(16, CROPS), workers=1, on_cluster=True)
+    here = decoder()
+    for batch, some in zip(one.batches(iter(draws)), draws, strict=True):
+        alone = here.batch(*some)
+        assert torch.equal(batch.images, alone.images)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.names == alone.names
+    assert one.corrupt == ["bad"]
+    draws = [[Draw([Item(Elsewhere(n), n, str(n)) for n in range(4)], step)] for step in range(3)]
+    found = [batch.labels.tolist() for batch in one.batches(iter(draws))]
+    assert found == [[0, 1, 2, 3]] * 3
+
+
+def test_decoding_on_the_cluster_says_how_many_cpus_it_takes():
+    with pytest.raises(ValueError, match="decode_on: cluster needs decode_workers"):
+        TrainingConfig(steps=1, decode_on="cluster")
