@@ -11,7 +11,6 @@ a new seed are kept beside, in `rejected/`.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 import time
@@ -168,21 +167,21 @@ class ImageStore:
         its rows come twice.
         """
         read: set[str] = set()
-        for attempt in itertools.count():
-            names = [name for name in self.parts() if name not in read]
-            gone: FileNotFoundError | None = None
-            for at in range(0, len(names), READ_AHEAD):
-                try:
-                    for name, table in self.tables(names[at : at + READ_AHEAD], columns):
-                        read.add(name)
-                        yield name, table
-                except FileNotFoundError as error:
-                    gone = error
-            if gone is None:
+        vain = 0
+        while True:
+            before = len(read)
+            try:
+                for name, table in self.tables(
+                    [name for name in self.parts() if name not in read], columns
+                ):
+                    read.add(name)
+                    yield name, table
                 return
-            if attempt >= LATE_LISTINGS:
-                raise gone
-            time.sleep(0.1 * attempt)
+            except FileNotFoundError:
+                vain = vain + 1 if len(read) == before else 0
+                if vain > LATE_LISTINGS:
+                    raise
+            time.sleep(0.1 * vain)
 
     def tables(
         self, names: list[str], columns: list[str] | None = None

@@ -25,6 +25,7 @@ from typing import Any
 
 from ray_synth.config import Config, GenerationConfig, TrainingConfig
 from ray_synth.errors import UserError
+from ray_synth.generation.packs import BYTES_PER_PIXEL
 from ray_synth.generators.registry import filled
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, fewest
 from ray_synth.preflight.hub_models import hub_parameters
@@ -41,8 +42,6 @@ GPU_GIB = {
 VAE_TENSORS = 10  # of full size that are alive at once while a batch is decoded
 PROCESS = int(0.7e9)
 PROCESS_WITH_CLIP = int(0.9e9)
-# Bytes per pixel of encoded photographs; drawings take less.
-ENCODED = {"png": 1.6, "webp": 0.35, "jpeg": 0.4}
 ROW = 1_600  # bytes of a row besides its image: prompts, ids, an embedding
 SURE = 0.25  # of the images' estimated size, that they surely take
 OPTIMIZER_STATES = {"sgd": 1, "momentum": 1, "nesterov": 1, "lion": 1, "rmsprop": 1, "adafactor": 1}
@@ -212,7 +211,7 @@ def image_bytes(config: Config) -> int:
     """Bytes per image's row, encoded, as photographs of the format take."""
     generation = config.generation
     pixels = _pixels(generation)
-    return int(pixels * ENCODED[generation.encoding["image_format"]] + ROW)
+    return int(pixels * BYTES_PER_PIXEL[generation.encoding["image_format"]] + ROW)
 
 
 def _pixels(generation: GenerationConfig) -> int:

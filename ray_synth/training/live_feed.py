@@ -87,23 +87,21 @@ class LiveFeed:
             self._error = error
         finally:
             with self._changed:
+                self.ended = self.ended or work == self._drain
                 self._changed.notify_all()
 
     def _drain(self, stream: Iterator[Row]) -> None:
-        try:
-            for row in stream:
-                item = self.decoder.keep(row) if row.get("accepted", True) else None
-                if item is None:
-                    continue
-                with self._changed:
-                    self._changed.wait_for(self._room_for_fresh)
-                    if self._closed:
-                        return
-                    self.fresh.append(self.images.put(item))
-                    self.arrived += 1
-                    self._changed.notify_all()
-        finally:
-            self.ended = True
+        for row in stream:
+            item = self.decoder.keep(row) if row.get("accepted", True) else None
+            if item is None:
+                continue
+            with self._changed:
+                self._changed.wait_for(self._room_for_fresh)
+                if self._closed:
+                    return
+                self.fresh.append(self.images.put(item))
+                self.arrived += 1
+                self._changed.notify_all()
 
     def _read_again(self, rows: Iterator[Row]) -> None:
         for row in rows:
