@@ -50,6 +50,8 @@ class TransformersLLM:
             the GPUs that it is spread over, or "chat" is asked of a tokenizer without a chat template.
     """
 
+    _prefix_is_exact = True  # until a cache says otherwise
+
     def __init__(
         self,
         model: str = "embedded",
@@ -94,7 +96,6 @@ class TransformersLLM:
             _refuse_offloaded(model, getattr(network, "hf_device_map", {}), self.device)
             self.device = str(network.device)  # of its first layer, which takes what comes in
         self._model: Any = network.eval() if spread else network.eval().to(device=self.device)
-        self._prefix_is_exact = True  # until a cache says otherwise
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self.style = _choose_style(style, model, bool(self._tokenizer.chat_template))

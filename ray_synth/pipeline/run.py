@@ -137,13 +137,15 @@ def check_run(
     folder = runs.child(config.name)
     folder.check_readable()
     kept_in = kept_in or folder
-    config = config.model_copy(update={"generation": filled(config.generation)})
-    # Finished stages are compared by what was asked for: a branch's name, not its commit.
-    inputs = stage_inputs(config, fingerprint(config.generation))
     commits = read_commits(kept_in)
     if commits or not folder.exists("config.yaml"):  # a run of before there were commits has none
         commits = find_commits(config, commits)
-    config = at_commits(config, commits)
+    pinned = at_commits(config, commits)
+    generation = filled(pinned.generation)
+    # Finished stages are compared by what was asked for: a branch's name, not its commit.
+    asked = generation.model_copy(update={"revision": config.generation.revision})
+    inputs = stage_inputs(config.model_copy(update={"generation": asked}), fingerprint(asked))
+    config = pinned.model_copy(update={"generation": generation})
     names = read_class_names(config.data.class_names)
     train = require_every_class(load_index(config.data.train, names), "data.train")
     train, validation = hold_out(train, config.data.validation)

@@ -31,11 +31,29 @@ def test_workers_reach_the_hub_as_the_run_does_and_the_token_stands_nowhere(tmp_
         }, who  # fmt: skip
     assert hub.downloads == dict.fromkeys(FILES, 1), "by two nodes, which share a cache here"
     assert hub.tokens == {f"Bearer {TOKEN}"}
-    assert "no such" not in seen["refused"] and "someone/none' is not at" in seen["refused"]
+    told = [line for line in seen["lines"] if line.startswith("fetching someone/gated: ")]
+    assert all("of 2 nodes are ready" in line for line in told) and "0.0 GB so far" in told[-1]
+    assert any(line.startswith("fetched someone/gated in ") for line in seen["lines"])
+    assert "someone/none' is not at" in seen["refused"]
     assert seen["refused"].startswith("on node ")
     # What goes by `env_vars` is in the logs of the nodes, so the token would have been found there.
     assert any(b"RAY_DATA_DISABLE_PROGRESS_BARS" in text for text in texts)
     assert not any(TOKEN.encode() in text for text in texts)
+
+
+def tell_often() -> list[str]:
+    """Make downloads tell how far they are at once; the lines to come."""
+    import logging
+
+    from ray_synth.cluster import downloads
+
+    downloads.QUIET_S = downloads.LINE_EVERY_S = 0.2
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    downloads.log.addHandler(handler)
+    downloads.log.setLevel(logging.INFO)
+    return lines
 
 
 def drive(folder_name: str, url: str) -> None:
@@ -71,12 +89,14 @@ def drive(folder_name: str, url: str) -> None:
     seen = {}
     with connect(ClusterConfig(address=cluster.address)):
         repo = Repo("generation.model", "someone/gated", None, "transformers")
+        lines = tell_often()
         fetch_on_nodes([repo], num_cpus=1, num_gpus=0)
         try:
             missing = Repo("generation.model", "someone/none", None, "transformers")
             fetch_on_nodes([missing], num_cpus=1, num_gpus=0)
         except UserError as error:
             seen["refused"] = str(error)
+        seen["lines"] = lines
         seen["task"] = ray.get(ray.remote(variables).remote())
         seen["actor"] = ray.get(ray.remote(Teller).remote().tell.remote())
         serve.start(proxy_location="Disabled")
