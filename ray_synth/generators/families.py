@@ -94,16 +94,17 @@ OPENRAIL_PP = "CreativeML OpenRAIL++-M"
 STABILITY = "Stability AI Community: free below a yearly revenue of 1 M USD"
 FLUX_NC = "FLUX non-commercial"
 APACHE = "Apache-2.0"
+KLEIN_LICENCE = "Apache-2.0 (4B), FLUX non-commercial (9B)"
 
-SD = Family("Stable Diffusion", 20, 7.5, size=0, licence=OPENRAIL)
-SDXL = Family("SDXL", 30, 5.0, size=0, licence=OPENRAIL_PP)
-SD3 = Family("Stable Diffusion 3", 28, 4.5, size=0, multiple=16, licence=STABILITY)
+SD = Family("Stable Diffusion", 20, 7.5, size=0, context=77, licence=OPENRAIL)
+SDXL = Family("SDXL", 30, 5.0, size=0, context=77, licence=OPENRAIL_PP)
+SD3 = Family("Stable Diffusion 3", 28, 4.5, size=0, multiple=16, context=256, licence=STABILITY)
 FLUX_DEV = Family("FLUX.1 [dev]", 28, 3.5, multiple=16, context=512, licence=FLUX_NC)
 FLUX2 = Family(
     "FLUX.2 [dev]", 28, 4.0, multiple=16, context=512, template=60, float16=False, licence=FLUX_NC
 )
-KLEIN = replace(FLUX2, name="FLUX.2 [klein] base", steps=50, template=20, licence=APACHE)
-PIXART = Family("PixArt", 20, 4.5, size=0, licence=OPENRAIL_PP)
+KLEIN = replace(FLUX2, name="FLUX.2 [klein] base", steps=50, template=20, licence=KLEIN_LICENCE)
+PIXART = Family("PixArt", 20, 4.5, size=0, context=120, licence=OPENRAIL_PP)
 SANA = Family(
     "Sana", 20, 4.5, multiple=32, context=300, template=2, float16=False, licence="NVIDIA's own"
 )
@@ -223,7 +224,7 @@ FAMILIES: dict[str, tuple[tuple[Rule, ...], Family]] = {
         ),
         replace(PIXART, name="PixArt-alpha"),
     ),
-    "PixArtSigmaPipeline": ((), replace(PIXART, name="PixArt-Sigma")),
+    "PixArtSigmaPipeline": ((), replace(PIXART, name="PixArt-Sigma", context=300)),
     "SanaPipeline": ((), SANA),
     "SanaSprintPipeline": ((), _few(SANA, "Sana-Sprint", 2, 4.5, guided_above=20.0)),
     "Lumina2Pipeline": ((), LUMINA2),
@@ -242,6 +243,15 @@ FAMILIES: dict[str, tuple[tuple[Rule, ...], Family]] = {
     ),
     "Kandinsky5T2IPipeline": ((), KANDINSKY5),
 }
+
+
+def listed() -> list[Family]:
+    """All families of the table, each name once."""
+    found: dict[str, Family] = {}
+    for rules, otherwise in FAMILIES.values():
+        for family in (otherwise, *(variant for _, variant in rules)):
+            found.setdefault(family.name, family)
+    return list(found.values())
 
 
 def recognise(facts: Facts) -> Family:

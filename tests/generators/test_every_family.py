@@ -9,13 +9,14 @@ import sentencepiece
 import torch
 from language_pipelines import LANGUAGE_FAMILIES
 from pipelines import FAMILIES, flux, pixart_sigma, sdxl
+from samples import ROOT
 from test_store import plan_rows
 from torch._dynamo.testing import CompileCounter
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
 from ray_synth.generators.diffusion import DiffusionGenerator
-from ray_synth.generators.families import Facts, recognise
+from ray_synth.generators.families import Facts, listed, recognise
 from ray_synth.generators.registry import filled, fingerprint, prompt_tokens
 from ray_synth.generators.settings import advice, check_size, family_of
 
@@ -153,6 +154,16 @@ def test_what_a_config_leaves_open_is_the_familys(folders, name):
     check_size(now)
     assert fingerprint(now) == fingerprint(config), "the same pixels, so the same name"
     assert filled(config_of(folders(name), num_inference_steps=7)).num_inference_steps == 7
+
+
+def test_the_table_of_the_documents_is_the_one_of_the_code():
+    lines = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8").splitlines()
+    head = next(at for at, line in enumerate(lines) if line.startswith("| family | steps"))
+    assert lines[head + 2 : head + 2 + len(listed())] == [
+        f"| {f.name} | {f.steps} | {f.guidance:g} | {f.size or 'by its folder'} | {f.context} | "
+        f"{'any' if f.float16 else 'bfloat16'} | {f.licence} |"
+        for f in listed()
+    ]
 
 
 @pytest.mark.parametrize(
