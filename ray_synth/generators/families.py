@@ -31,13 +31,12 @@ class Family:
             the denoiser's config has it (`sample_size`, in latents).
         most_steps, most_guidance: more is of no use, and mostly does harm.
         guided_above: guidance is computed, at the cost of a second pass, above this scale.
-        carries: the argument of the call that guidance goes by.
         multiple: width and height must be multiples of it.
         sizes: the only (width, height) that it makes; empty: any.
         context: tokens that its text encoder reads; 0: what the call or the tokenizer says.
         template: tokens of those that the pipeline writes itself.
-        alone: its denoiser cuts a batch's text to the longest prompt, so that each prompt needs a call
-            of its own. (Where embeddings are as long as their prompt that is found out without.)
+        alone: a batch's text is padded or cut to its longest prompt, so that each prompt needs a call
+            of its own. (Of a family that is not listed, the generator finds it out.)
         float16: whether its activations stay within float16; else it is run in bfloat16.
         licence: of the weights, as their card names it.
     """
@@ -49,7 +48,6 @@ class Family:
     most_steps: int = 100
     most_guidance: float = 20.0
     guided_above: float = 1.0
-    carries: str = "guidance_scale"
     multiple: int = 8
     sizes: tuple[tuple[int, int], ...] = ()
     context: int = 0
@@ -113,15 +111,15 @@ LUMINA2 = Family(
     licence=APACHE,
 )  # fmt: skip
 QWEN = Family(
-    "Qwen-Image", 50, 4.0, carries="true_cfg_scale", multiple=16, context=512, template=6,
+    "Qwen-Image", 50, 4.0, multiple=16, context=512, template=6, alone=True,
     float16=False, licence=APACHE,
 )  # fmt: skip
 Z_IMAGE = Family(
-    "Z-Image", 28, 4.0, guided_above=0.0, multiple=16, context=512, template=16, float16=False,
-    licence=APACHE,
+    "Z-Image", 28, 4.0, guided_above=0.0, multiple=16, context=512, template=16, alone=True,
+    float16=False, licence=APACHE,
 )  # fmt: skip
 KANDINSKY5 = Family(
-    "Kandinsky 5", 50, 3.5, context=512, template=6, float16=False, licence="MIT",
+    "Kandinsky 5", 50, 3.5, context=512, template=6, alone=True, float16=False, licence="MIT",
     sizes=(
         (1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896),
     ),
@@ -288,7 +286,6 @@ def _by_signature(pipeline: str) -> Family:
 
     kind = getattr(diffusers, pipeline, None)
     call = inspect.signature(kind.__call__).parameters if kind else {}
-    carries = guidance_argument(call) or "guidance_scale"
 
     def default(name: str, otherwise: Any) -> Any:
         found = call[name].default if name in call else None
@@ -297,9 +294,8 @@ def _by_signature(pipeline: str) -> Family:
     return Family(
         pipeline,
         steps=int(default("num_inference_steps", 30)),
-        guidance=float(default(carries, 5.0)),
+        guidance=float(default(guidance_argument(call), 5.0)),
         size=int(default("height", 1024)),
-        carries=carries,
     )
 
 
