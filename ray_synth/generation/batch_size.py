@@ -17,6 +17,8 @@ from ray_synth.generation.store import ImageStore
 log = logging.getLogger("ray_synth")
 RECORD = "batch.json"
 LARGEST = 64  # larger batches gain nothing: the device is full long before
+# Of models that make one image at a time: rows that are kept and counted as done together.
+ONE_BY_ONE = 8
 RESERVE = 0.1  # of the memory, left for what the probe did not see
 
 
@@ -60,14 +62,25 @@ def find_batch_size(config: GenerationConfig, store: ImageStore) -> int:
 
     probe = ray.remote(num_cpus=config.num_cpus, num_gpus=config.num_gpus, max_retries=3)(measure)
     found = ray.get(probe.remote(config))
-    size = fit_batch({1: found["one"], 4: found["four"]}, found["available"])
+    size = batch_of(found)
     log.info("batches of %d images fit in memory", size)
     store.folder.write_json(RECORD, {"batch_size": size, **found})
     return size
 
 
+def batch_of(found: dict[str, Any]) -> int:
+    """The batch size by what `measure` found. Raises UserError as `fit_batch`."""
+    size = fit_batch({1: found["one"], 4: found["four"]}, found["available"])
+    if found["alone"]:
+        return ONE_BY_ONE
+    return size if found["at_once"] == 4 else found["at_once"]  # not even four fitted
+
+
 def measure(config: GenerationConfig) -> dict[str, Any]:
-    """Peak bytes for batches of one and of four, and the bytes that one actor may use."""
+    """Peak bytes for batches of one and of four, and the bytes that one actor may use.
+
+    Besides, how many of the four were made at once, and whether the model makes them one by one.
+    """
     import torch
 
     from ray_synth.device import pick_device
@@ -75,7 +88,7 @@ def measure(config: GenerationConfig) -> dict[str, Any]:
 
     on_gpu = pick_device(config.device).startswith("cuda")
     row = {"prompt": "a photo", "negative_prompt": "", "seed": 0, "class_name": "", "meaning": ""}
-    used = {}
+    used: dict[str, Any] = {}
     for name, size in (("one", 1), ("four", 4)):
         probed = config.model_copy(update={"batch_size": size, "compile": False, "reference": None})
         generator = generator_class(config.generator)(probed)
@@ -83,6 +96,8 @@ def measure(config: GenerationConfig) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         generator.generate([{**row, "class_index": 0}] * size)
         used[name] = _peak_bytes(on_gpu)
+        used["at_once"] = getattr(generator, "batch_size", size)
+        used["alone"] = getattr(generator, "alone", False)
         del generator
     kind = torch.cuda.get_device_name() if on_gpu else "cpu"
     return {**used, "available": _available_bytes(config, on_gpu), "kind": kind}

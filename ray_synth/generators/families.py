@@ -31,13 +31,12 @@ class Family:
             the denoiser's config has it (`sample_size`, in latents).
         most_steps, most_guidance: more is of no use, and mostly does harm.
         guided_above: guidance is computed, at the cost of a second pass, above this scale.
-        carries: the argument of the call that guidance goes by.
         multiple: width and height must be multiples of it.
         sizes: the only (width, height) that it makes; empty: any.
         context: tokens that its text encoder reads; 0: what the call or the tokenizer says.
         template: tokens of those that the pipeline writes itself.
-        alone: its denoiser cuts a batch's text to the longest prompt, so that each prompt needs a call
-            of its own. (Where embeddings are as long as their prompt that is found out without.)
+        alone: a batch's text is padded or cut to its longest prompt, so that each prompt needs a call
+            of its own. (Of a family that is not listed, the generator finds it out.)
         float16: whether its activations stay within float16; else it is run in bfloat16.
         licence: of the weights, as their card names it.
     """
@@ -49,7 +48,6 @@ class Family:
     most_steps: int = 100
     most_guidance: float = 20.0
     guided_above: float = 1.0
-    carries: str = "guidance_scale"
     multiple: int = 8
     sizes: tuple[tuple[int, int], ...] = ()
     context: int = 0
@@ -94,16 +92,17 @@ OPENRAIL_PP = "CreativeML OpenRAIL++-M"
 STABILITY = "Stability AI Community: free below a yearly revenue of 1 M USD"
 FLUX_NC = "FLUX non-commercial"
 APACHE = "Apache-2.0"
+KLEIN_LICENCE = "Apache-2.0 (4B), FLUX non-commercial (9B)"
 
-SD = Family("Stable Diffusion", 20, 7.5, size=0, licence=OPENRAIL)
-SDXL = Family("SDXL", 30, 5.0, size=0, licence=OPENRAIL_PP)
-SD3 = Family("Stable Diffusion 3", 28, 4.5, size=0, multiple=16, licence=STABILITY)
+SD = Family("Stable Diffusion", 20, 7.5, size=0, context=77, licence=OPENRAIL)
+SDXL = Family("SDXL", 30, 5.0, size=0, context=77, licence=OPENRAIL_PP)
+SD3 = Family("Stable Diffusion 3", 28, 4.5, size=0, multiple=16, context=256, licence=STABILITY)
 FLUX_DEV = Family("FLUX.1 [dev]", 28, 3.5, multiple=16, context=512, licence=FLUX_NC)
 FLUX2 = Family(
     "FLUX.2 [dev]", 28, 4.0, multiple=16, context=512, template=60, float16=False, licence=FLUX_NC
 )
-KLEIN = replace(FLUX2, name="FLUX.2 [klein] base", steps=50, template=20, licence=APACHE)
-PIXART = Family("PixArt", 20, 4.5, size=0, licence=OPENRAIL_PP)
+KLEIN = replace(FLUX2, name="FLUX.2 [klein] base", steps=50, template=20, licence=KLEIN_LICENCE)
+PIXART = Family("PixArt", 20, 4.5, size=0, context=120, licence=OPENRAIL_PP)
 SANA = Family(
     "Sana", 20, 4.5, multiple=32, context=300, template=2, float16=False, licence="NVIDIA's own"
 )
@@ -112,15 +111,15 @@ LUMINA2 = Family(
     licence=APACHE,
 )  # fmt: skip
 QWEN = Family(
-    "Qwen-Image", 50, 4.0, carries="true_cfg_scale", multiple=16, context=512, template=6,
+    "Qwen-Image", 50, 4.0, multiple=16, context=512, template=6, alone=True,
     float16=False, licence=APACHE,
 )  # fmt: skip
 Z_IMAGE = Family(
-    "Z-Image", 28, 4.0, guided_above=0.0, multiple=16, context=512, template=16, float16=False,
-    licence=APACHE,
+    "Z-Image", 28, 4.0, guided_above=0.0, multiple=16, context=512, template=16, alone=True,
+    float16=False, licence=APACHE,
 )  # fmt: skip
 KANDINSKY5 = Family(
-    "Kandinsky 5", 50, 3.5, context=512, template=6, float16=False, licence="MIT",
+    "Kandinsky 5", 50, 3.5, context=512, template=6, alone=True, float16=False, licence="MIT",
     sizes=(
         (1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896),
     ),
@@ -223,7 +222,7 @@ FAMILIES: dict[str, tuple[tuple[Rule, ...], Family]] = {
         ),
         replace(PIXART, name="PixArt-alpha"),
     ),
-    "PixArtSigmaPipeline": ((), replace(PIXART, name="PixArt-Sigma")),
+    "PixArtSigmaPipeline": ((), replace(PIXART, name="PixArt-Sigma", context=300)),
     "SanaPipeline": ((), SANA),
     "SanaSprintPipeline": ((), _few(SANA, "Sana-Sprint", 2, 4.5, guided_above=20.0)),
     "Lumina2Pipeline": ((), LUMINA2),
@@ -242,6 +241,15 @@ FAMILIES: dict[str, tuple[tuple[Rule, ...], Family]] = {
     ),
     "Kandinsky5T2IPipeline": ((), KANDINSKY5),
 }
+
+
+def listed() -> list[Family]:
+    """All families of the table, each name once."""
+    found: dict[str, Family] = {}
+    for rules, otherwise in FAMILIES.values():
+        for family in (otherwise, *(variant for _, variant in rules)):
+            found.setdefault(family.name, family)
+    return list(found.values())
 
 
 def recognise(facts: Facts) -> Family:
@@ -278,7 +286,6 @@ def _by_signature(pipeline: str) -> Family:
 
     kind = getattr(diffusers, pipeline, None)
     call = inspect.signature(kind.__call__).parameters if kind else {}
-    carries = guidance_argument(call) or "guidance_scale"
 
     def default(name: str, otherwise: Any) -> Any:
         found = call[name].default if name in call else None
@@ -287,9 +294,8 @@ def _by_signature(pipeline: str) -> Family:
     return Family(
         pipeline,
         steps=int(default("num_inference_steps", 30)),
-        guidance=float(default(carries, 5.0)),
+        guidance=float(default(guidance_argument(call), 5.0)),
         size=int(default("height", 1024)),
-        carries=carries,
     )
 
 

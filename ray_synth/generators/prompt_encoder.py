@@ -5,8 +5,7 @@ family is known and plain strings where it is not.
 
 Families with a language model for their text encoder (Qwen-Image, Z-Image, Kandinsky 5) have
 embeddings as long as their prompt. In a batch they are padded to its longest prompt: pixels would depend
-on the other prompts, and each length would be compiled anew. Such families get strings, one at a time:
-see `text_varies`.
+on the other prompts, and each length would be compiled anew. Such families get strings, one at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray_synth")
 Encoded = dict[str, "Tensor"]
 
-SHORT, LONG = (
-    "a cat",
-    "a photo of a large red cat that sits on a small chair beside the window " * 3,
-)
+SHORT = "a cat"
+LONG = "a photo of a large red cat that sits on a small chair beside the window, and of a bird"
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 DIMENSIONS = {"prompt_embeds": 3, "pooled_prompt_embeds": 2, "prompt_attention_mask": 2}
 _EMBEDS = frozenset({"prompt_embeds"})
@@ -305,11 +302,8 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
         return [tuple(value.shape)]
     if isinstance(value, dict):
         value = list(value.values())
-    return (
-        [shape for item in value for shape in _shapes(item)]
-        if isinstance(value, tuple | list)
-        else []
-    )
+    items = value if isinstance(value, tuple | list) else ()
+    return [shape for item in items for shape in _shapes(item)]
 
 
 @contextmanager

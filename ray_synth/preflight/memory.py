@@ -27,6 +27,7 @@ from ray_synth.config import Config, GenerationConfig, TrainingConfig
 from ray_synth.errors import UserError
 from ray_synth.generation.packs import BYTES_PER_PIXEL
 from ray_synth.generators.registry import filled
+from ray_synth.generators.settings import family_of
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, fewest
 from ray_synth.preflight.hub_models import hub_parameters
 from ray_synth.preflight.reach import GIB, Reach
@@ -214,6 +215,14 @@ def image_bytes(config: Config) -> int:
     return int(pixels * BYTES_PER_PIXEL[generation.encoding["image_format"]] + ROW)
 
 
+def _one_by_one(generation: GenerationConfig) -> bool:
+    """Whether the model makes one image at a time, whatever the batch size; no where it is unknown."""
+    try:
+        return generation.generator == "diffusers" and family_of(generation).alone
+    except UserError:
+        return False
+
+
 def _pixels(generation: GenerationConfig) -> int:
     """Of an image; of most models' where the one that is named cannot be read from here."""
     try:
@@ -266,6 +275,7 @@ def memory_needs(config: Config) -> list[Need]:
     if generation.generator == "diffusers" and not generation.offload:
         weights = _weights(generation.model, generation.revision, size)
     batch = generation.batch_size if isinstance(generation.batch_size, int) else 1
+    batch = 1 if _one_by_one(generation) else batch
     pixels = _pixels(generation)
     decoded = batch * VAE_TENSORS * _vae_channels(generation.model) * pixels * size
     base = 0 if generation.num_gpus else PROCESS_WITH_CLIP

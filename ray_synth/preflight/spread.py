@@ -6,6 +6,8 @@ largest first, and splits none. What does not fit the GPU whose turn it is lands
 
 from __future__ import annotations
 
+from typing import Any
+
 GIB = 2**30
 
 
@@ -20,7 +22,8 @@ def place(parts: dict[str, int], gpus: int, room: int) -> list[str]:
     from diffusers.pipelines.pipeline_loading_utils import _assign_components_to_devices
 
     largest_first = dict(sorted(parts.items(), key=lambda item: item[1], reverse=True))
-    placed = _assign_components_to_devices(largest_first, dict.fromkeys(range(gpus), room))
+    rooms: dict[Any, Any] = dict.fromkeys(range(gpus), room)
+    placed = _assign_components_to_devices({**largest_first}, rooms)
     on_gpus = {name for device, names in placed.items() if device != "cpu" for name in names}
     return [name for name in largest_first if name not in on_gpus]
 

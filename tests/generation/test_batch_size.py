@@ -3,9 +3,17 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from language_pipelines import z_image_turbo
 
 from ray_synth.config import GenerationConfig, load_config
-from ray_synth.generation.batch_size import LARGEST, fit_batch, measure, recorded_batch_size
+from ray_synth.generation.batch_size import (
+    LARGEST,
+    ONE_BY_ONE,
+    batch_of,
+    fit_batch,
+    measure,
+    recorded_batch_size,
+)
 from ray_synth.generation.cost import cost_note, hours_and_cost
 from ray_synth.generation.store import ImageStore
 from ray_synth.storage.folder import Folder
@@ -31,6 +39,30 @@ def test_the_embedded_model_is_measured_for_real():
     found = measure(config)
     assert 0 < found["one"] <= found["four"] < found["available"] + found["four"]
     assert 1 <= fit_batch({1: found["one"], 4: found["four"] + 1}, found["available"]) <= LARGEST
+
+    assert (found["at_once"], found["alone"]) == (4, False)
+
+
+def test_a_model_that_makes_one_image_at_a_time_is_no_batch_of_64(tmp_path):
+    """Of which a chunk would take longer than what counts as a stall."""
+    config = GenerationConfig(
+        model=str(z_image_turbo(tmp_path / "model")),
+        width=64,
+        height=64,
+        num_inference_steps=1,
+        batch_size="auto",
+    )
+    found = measure(config)
+    assert (found["at_once"], found["alone"]) == (1, True)
+    assert batch_of({**found, "available": 10**12}) == ONE_BY_ONE
+    with pytest.raises(ValueError, match="too much"):
+        batch_of({**found, "available": 10**6})
+
+
+def test_a_probe_that_ran_out_of_memory_at_four_is_not_taken_for_one_of_four():
+    found = {"one": 10**9, "four": 10**9, "available": 10**10, "at_once": 2, "alone": False}
+    assert batch_of(found) == 2
+    assert batch_of({**found, "four": 2 * 10**9, "at_once": 4}) == 16
 
 
 def test_a_store_keeps_its_batch_size(tmp_path):

@@ -1,21 +1,25 @@
 """Each family, as a tiny folder: recognised, run with what it needs, and the same whatever the batch."""
 
+import inspect
 import re
 from functools import partial
 
+import diffusers
 import numpy as np
 import pytest
 import sentencepiece
 import torch
 from language_pipelines import LANGUAGE_FAMILIES
 from pipelines import FAMILIES, flux, pixart_sigma, sdxl
+from samples import ROOT
 from test_store import plan_rows
 from torch._dynamo.testing import CompileCounter
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
+from ray_synth.generators import diffusion
 from ray_synth.generators.diffusion import DiffusionGenerator
-from ray_synth.generators.families import Facts, recognise
+from ray_synth.generators.families import Facts, guidance_argument, listed, recognise
 from ray_synth.generators.registry import filled, fingerprint, prompt_tokens
 from ray_synth.generators.settings import advice, check_size, family_of
 
@@ -155,6 +159,16 @@ def test_what_a_config_leaves_open_is_the_familys(folders, name):
     assert filled(config_of(folders(name), num_inference_steps=7)).num_inference_steps == 7
 
 
+def test_the_table_of_the_documents_is_the_one_of_the_code():
+    lines = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8").splitlines()
+    head = next(at for at, line in enumerate(lines) if line.startswith("| family | steps"))
+    assert lines[head + 2 : head + 2 + len(listed())] == [
+        f"| {f.name} | {f.steps} | {f.guidance:g} | {f.size or 'by its folder'} | {f.context} | "
+        f"{'any' if f.float16 else 'bfloat16'} | {f.licence} |"
+        for f in listed()
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "negative", "says"),
     [
@@ -217,7 +231,36 @@ def test_variants_of_a_class_are_told_apart_by_their_folders(tmp_path):
     # One that the table has not: as its pipeline's own call has it.
     other = recognise(Facts("a/b", "CogView4Pipeline"))
     assert (other.name, other.steps, other.guidance) == ("CogView4Pipeline", 50, 5.0)
-    assert recognise(Facts("a/b", "QwenImage21Pipeline")).carries == "true_cfg_scale"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "argument"),
+    [
+        ("QwenImagePipeline", "true_cfg_scale"),  # its guidance_scale is for models to come
+        ("QwenImage21Pipeline", "true_cfg_scale"),
+        ("FluxPipeline", "guidance_scale"),
+        ("ZImagePipeline", "guidance_scale"),
+        ("WuerstchenCombinedPipeline", "prior_guidance_scale"),
+        ("UnCLIPPipeline", "prior_guidance_scale"),
+        ("DDPMPipeline", ""),
+    ],
+)
+def test_guidance_goes_by_the_argument_that_the_pipeline_heeds(pipeline, argument):
+    call = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    assert guidance_argument(call) == argument
+
+
+@pytest.mark.parametrize(("name", "overflows"), [("sd15", False), ("qwen-image", True)])
+def test_half_precision_is_one_that_the_family_stays_within(folders, name, overflows, monkeypatch):
+    asked = {}
+
+    def pick_dtype(dtype, device, **more):
+        asked.update(more)
+        return torch.float32
+
+    monkeypatch.setattr(diffusion, "pick_dtype", pick_dtype)
+    load(folders(name))
+    assert asked == {"overflows": overflows}
 
 
 @pytest.mark.parametrize(("name", "reads"), [("flux", True), ("sd3", True), ("sd15", False)])

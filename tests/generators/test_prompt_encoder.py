@@ -157,6 +157,7 @@ def test_no_negative_prompt_is_zeros_in_sdxl_also_beside_others(loaded):
 
 def test_negative_prompts_that_a_family_has_no_use_for_are_told(loaded, caplog):
     encoder = PromptEncoder(loaded("flux"))
+    caplog.clear()
     encoder.arguments(PROMPTS, NONE, 4.0)
     assert not caplog.records
     encoder.arguments(PROMPTS, NEGATIVE, 4.0)
@@ -189,7 +190,6 @@ def test_a_pipeline_from_elsewhere_is_given_strings(loaded):
         lambda embeds, texts: embeds,
         lambda embeds, texts: ([embeds], None),
         lambda embeds, texts: (embeds.mean(1), None),
-        lambda embeds, texts: (embeds[:, : len(texts[0])], None),  # as long as its prompt
     ],
 )
 def test_embeddings_of_another_form_than_expected_are_not_used(
@@ -206,7 +206,30 @@ def test_embeddings_of_another_form_than_expected_are_not_used(
     encoder = PromptEncoder(pipeline)
     for _ in range(2):
         assert encoder.arguments(PROMPTS, NONE, 1.0) == {"prompt": PROMPTS}
-    assert len(caplog.records) == 1 and "in a way of its own" in caplog.text
+    ours = [record.getMessage() for record in caplog.records if record.name == "ray_synth"]
+    assert len(ours) == 1
+    assert "in a way of its own" in ours[0]
+
+
+@pytest.mark.parametrize("form", [torch.clone, list])
+def test_embeddings_as_long_as_their_prompt_are_found_out_at_the_start(loaded, monkeypatch, form):
+    pipeline = loaded("sd15")
+    original = pipeline.encode_prompt
+
+    @functools.wraps(original)
+    def encode_prompt(**kwargs):
+        embeds, negative = original(**kwargs)
+        return form(embeds[:, : len(kwargs["prompt"][0])]), negative
+
+    assert not PromptEncoder(pipeline).varies
+    monkeypatch.setattr(pipeline, "encode_prompt", encode_prompt)
+    encoder = PromptEncoder(pipeline)
+    assert encoder.varies
+    assert not encoder.caches
+    assert encoder.arguments(PROMPTS, NEGATIVE, 4.0) == {
+        "prompt": PROMPTS,
+        "negative_prompt": NEGATIVE,
+    }
 
 
 HANDED = {

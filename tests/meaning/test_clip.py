@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from ray_synth.errors import UserError
+from ray_synth.meaning import clip as clip_module
 from ray_synth.meaning.clip import ClipModel
 
 
@@ -23,6 +24,18 @@ def test_embeddings_are_unit_rows(clip: ClipModel) -> None:
     other_batch = 1e-5 if clip.dtype is torch.float32 else 0.02  # it rounds otherwise
     assert np.allclose(texts[0], texts[18], atol=other_batch)
     assert clip.encode_images([]).shape == (0, texts.shape[1])
+
+
+def test_on_a_gpu_it_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, str] = {}
+
+    def pick_dtype(dtype: str, device: str, **more: str) -> torch.dtype:
+        asked.update(more)
+        return torch.float32
+
+    monkeypatch.setattr(clip_module, "pick_dtype", pick_dtype)
+    ClipModel("embedded")
+    assert asked == {"gpu": "float16"}
 
 
 def test_tokens_are_counted_with_their_marks_and_beyond_the_context(clip: ClipModel) -> None:
