@@ -33,8 +33,8 @@ PEAK = {
 SD_IMAGES_PER_S = {False: 7.35, True: 10.6}
 SD_STEPS, SD_PIXELS = 20, 512 * 512
 # Share of the data sheet's peak that training reaches: ResNet-50 at 224 px on an H100, eager and compiled
-# (measured); of models without BatchNorm, larger matrices (ours, not measured).
-BN_SHARE = {False: 0.10, True: 0.14}
+# (measured; taken for all convolutional networks); of transformers, whose products are larger (ours).
+CONV_SHARE = {False: 0.10, True: 0.14}
 OTHER_SHARE = 0.3
 DECODED_PER_CORE_S = 170  # photographs to 224 px with random crops, per core (measured)
 
@@ -161,8 +161,8 @@ def _training(arm: str, config: Config, sizes: Sizes, peak: float) -> Part:
     alone = recipe_alone(training) if arm == "recipe" else training
     batch = alone.num_real + (alone.num_synth if arm == "mixed" else 0)
     steps = total_steps(alone, sizes.real) * alone.accumulate_steps
-    forward, has_bn = forward_flops(alone.model, json.dumps(alone.model_kwargs), alone.image_size)
-    share = BN_SHARE[alone.compile] if has_bn else OTHER_SHARE
+    forward, conv = forward_flops(alone.model, json.dumps(alone.model_kwargs), alone.image_size)
+    share = CONV_SHARE[alone.compile] if conv else OTHER_SHARE
     computed = share * peak * 1e12 * max(alone.num_gpus, 1e-9) / (3 * forward)
     decoded = _decoded_per_second(alone)
     rate = min(computed, decoded)
@@ -183,9 +183,9 @@ def _decoded_per_second(training: TrainingConfig) -> float:
 
 @lru_cache(maxsize=8)
 def forward_flops(model: str, model_kwargs: str, image_size: int) -> tuple[float, bool]:
-    """Operations of one image's forward pass (a multiply-add is two), and whether there is BatchNorm."""
+    """Operations of one image's forward pass (a multiply-add is two), and whether it is a convolutional
+    network: one with more than the layer that cuts an image into patches."""
     import torch
-    from torch.nn.modules.batchnorm import _BatchNorm
     from torch.utils.flop_counter import FlopCounterMode
 
     from ray_synth.training import recipe
@@ -197,7 +197,8 @@ def forward_flops(model: str, model_kwargs: str, image_size: int) -> tuple[float
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         built(torch.empty(1, 3, image_size, image_size, device="meta"))
-    return counter.get_total_flops(), any(isinstance(m, _BatchNorm) for m in built.modules())
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in built.modules())
+    return counter.get_total_flops(), convolutions > 1
 
 
 def lines(found: Outlook, name: str = "in all") -> list[str]:

@@ -297,7 +297,7 @@ def test_the_job_runs_on_the_same_cluster_and_fits_it(tmp_path: Path) -> None:
 
     read = _as_ray_reads(job["rayClusterSpec"])
     reach = reach_of_cluster_yaml(yaml.safe_dump(read))
-    for config in ("imagenet_resnet50", "imagenet_convnext"):
+    for config in ("imagenet_resnet50", "imagenet_convnext", "imagenet_lt"):
         run = load_config(ROOT / f"jobs/configs/{config}.yaml", overrides)
         assert not [fit.problem for fit in fit_stages(run, reach) if fit.problem]
         given = run.cluster.max_reach
