@@ -11,6 +11,7 @@ from bench_scale import plan_rows
 from PIL import Image
 
 from ray_synth.config import ClusterConfig, GenerationConfig, PoolConfig, QualityConfig
+from ray_synth.generators.protocol import plugin_size
 
 
 class Ready:
@@ -19,7 +20,7 @@ class Ready:
     def __init__(self, config: GenerationConfig) -> None:
         from sklearn.datasets import load_sample_images
 
-        size = (config.width, config.height)
+        size = plugin_size(config)
         rng = np.random.default_rng(0)
         self.images = []
         for at in range(32):

@@ -42,7 +42,8 @@ def pack_rows(config: GenerationConfig) -> int:
 
 
 def _rows(config: GenerationConfig, size: int, most: int) -> int:
-    each = config.width * config.height * BYTES_PER_PIXEL[config.encoding["image_format"]]
+    pixels = (config.width or 512) * (config.height or 512)
+    each = pixels * BYTES_PER_PIXEL[config.encoding["image_format"]]
     fits = max(1, int(size / each))
     return min(most, 1 << (fits.bit_length() - 1))
 

@@ -58,6 +58,7 @@ REFUSALS = {
     "fails (": SERVER,
     "has answered nothing to all": SERVER,
     "cannot load the LLM": LOADED,
+    "is larger than its GPUs": LOADED,
     "the embedded LLM": ON_ITS_NODE,
     "holds no GGUF file": ON_ITS_NODE,
     "no such GGUF file": LLM,
