@@ -1,8 +1,8 @@
 """A training step on a GPU that is not there: torch's fake tensors compute shapes, types and devices, and
 refuse operations that mix devices. Augmentation, mixing, dual BN, both losses, half precision.
 
-PyTorch's engine runs a backward pass on a real GPU alone, so gradients are given here; of our own backward,
-dual BN's, the code is called.
+PyTorch's engine runs a backward pass on a real GPU alone, so gradients are given here; of our own, dual
+BN's, the code is called.
 """
 
 from collections.abc import Iterator
