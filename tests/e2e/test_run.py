@@ -245,7 +245,12 @@ def test_both_baselines_are_trained_tested_and_named(tmp_path):
             }
         )
     )
-    both = [f"training.recipe={recipe}", "training.baseline=both", "training.loss=cross_entropy"]
+    both = [
+        f"training.recipe={recipe}",
+        "training.baseline=both",
+        "training.loss=cross_entropy",
+        "training.batch_size=16",
+    ]
     found = run(command("run", tmp_path, *SMALL, *NO_LLM, *both, "name=both"))
     assert found.returncode == 0, found.stderr[-4000:]
     assert "gains over real only (matched baseline)" in found.stdout

@@ -21,7 +21,7 @@ from ray_synth.training.augmentation import (
     resolve_augmentation,
     train_transform,
 )
-from ray_synth.training.decoder import Decoder, Item
+from ray_synth.training.decoder import Decoder, Draw, Item
 
 
 def image(height: int, width: int) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_images_that_are_drawn_posterized_are_not_called_corrupt(augment):
     good = encode_image(Image.fromarray(image(24, 24).permute(1, 2, 0).numpy()))
     decoder = Decoder(train_transform(16, augment))
     for step in range(6):
-        decoder.batch([Item(good, 0, f"{step}-{i}") for i in range(100)], step)
+        decoder.batch(Draw([Item(good, 0, f"{step}-{i}") for i in range(100)], step))
     assert decoder.corrupt == []
 
 
@@ -168,7 +168,7 @@ def test_an_error_of_a_transform_is_no_corrupt_image(augment, error, monkeypatch
 
     monkeypatch.setattr(transform, "prepare", broken)
     with pytest.raises(error, match="a bug"):
-        decoder.batch([decoder.keep(row)], 0)
+        decoder.batch(Draw([decoder.keep(row)], 0))
     assert decoder.corrupt == []
 
 
