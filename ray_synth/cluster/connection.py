@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ray_synth.storage.folder import Folder
 from ray_synth.storage.hub import PASSED_ON
 
 log = logging.getLogger("ray_synth")
+STARTS = 6  # of a local Ray, 30 s each
 NOISY = (
     "ray.data",
     "ray.serve",
@@ -84,19 +85,12 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         }
     try:
         with own_handlers():
-            ray.init(**options)
+            _start(options)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         raise UserError(
             f"no Ray cluster available at {address or 'this machine'}: {error}; check cluster.address"
             " and RAY_ADDRESS (a cluster with token authentication needs RAY_AUTH_MODE=token and "
             "the token on both sides)"
-        ) from None
-    except Exception as error:  # Ray raises no class of its own for this
-        if "timed out during startup" not in str(error):
-            raise
-        raise UserError(
-            "Ray did not start on this machine in the 30 s it gives itself: the machine is too busy, "
-            "or short of memory; run the same command again when it is not"
         ) from None
     logs.adopt("ray")  # ray.init gave it a new format
     try:
@@ -120,6 +114,34 @@ def _hub_access() -> dict[str, Any]:
         os.environ.update(values)
 
     return {"worker_process_setup_hook": take_hub_access}
+
+
+def _start(options: dict[str, Any]) -> None:
+    """`ray.init`, again where a busy machine takes longer than the 30 s that Ray gives itself.
+
+    Raises:
+        UserError: it did not start in `STARTS` attempts.
+    """
+    import psutil
+    import ray
+
+    before = set(psutil.Process().children(recursive=True))
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises no class of its own for this
+            if "timed out during startup" not in str(error):
+                raise
+        for child in set(psutil.Process().children(recursive=True)) - before:
+            with suppress(psutil.NoSuchProcess):
+                if any("ray" in word for word in child.cmdline()):
+                    child.kill()  # half a cluster, which would go on starting beside the next
+        log.warning("Ray is not up after %d s: this machine is busy; trying again", 30 * attempt)
+    raise UserError(
+        f"Ray did not start on this machine in {30 * STARTS} s: the machine is too busy, or short of "
+        "memory; run the same command again when it is not"
+    )
 
 
 def _require_answer(address: str) -> None:
