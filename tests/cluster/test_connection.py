@@ -1,6 +1,7 @@
-"""A local Ray on a machine that is busy: started again for as long as it may take, and nothing left over."""
+"""A local Ray on a busy machine: started again for as long as it may take, and nothing left over."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import ray
@@ -18,7 +19,7 @@ def starts(monkeypatch, failures: int) -> list[subprocess.Popen[bytes]]:
     def init(**options):
         if len(left) < failures:
             left.append(subprocess.Popen(["bash", "-c", "exec -a raylet sleep 60"]))
-            while "raylet" not in open(f"/proc/{left[-1].pid}/cmdline").read():
+            while "raylet" not in Path(f"/proc/{left[-1].pid}/cmdline").read_text():
                 pass
             raise Exception(LATE)
 
