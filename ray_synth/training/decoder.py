@@ -56,11 +56,13 @@ class Task(NamedTuple):
     """What is sent to a process for one batch; one entry per image.
 
     Attributes:
+        slot: which part of the memory that all share the pixels are for.
         forms: a place; the number of bytes, which then come next in `packed`; or None: already pixels.
         seeds: of what is drawn for each image.
         packed: encoded bytes one after the other, (total,) uint8 in shared memory.
     """
 
+    slot: int
     forms: list[Readable | int | None]
     seeds: list[int]
     packed: Tensor
@@ -82,7 +84,6 @@ class Decoder:
         workers: processes that read and decode, a whole batch each, for what is not pixels yet; 0: the
             calling thread does.
         on_cluster: they are Ray tasks on any node's CPUs, not processes of this node.
-        pin: batches of theirs come in page-locked memory, for a GPU.
     """
 
     def __init__(
@@ -93,13 +94,12 @@ class Decoder:
         num_classes: int | None = None,
         workers: int = 0,
         on_cluster: bool = False,
-        pin: bool = False,
     ) -> None:
         self.ready = not transform.random
         self.transform, self.max_pixels = transform, max_pixels
         self.num_classes = num_classes
         self.corrupt: list[str] = []
-        self.workers, self.on_cluster, self.pin = workers, on_cluster, pin
+        self.workers, self.on_cluster = workers, on_cluster
 
     def keep(self, row: Row) -> Item | None:
         """The form in which a row is held; None where it cannot be decoded.
@@ -142,6 +142,9 @@ class Decoder:
     def batches(self, draws: Iterator[Sequence[Draw]]) -> Generator[Batch, None, None]:
         """A batch for each of the draws, in their order; with processes, `AHEAD` for each of them.
 
+        Those write into memory that is shared and used again: a batch's images are there until the next
+        is asked for. All batches must be of one size.
+
         Raises:
             UserError: as `batch` does.
         """
@@ -153,13 +156,18 @@ class Decoder:
                 yield self.batch(*some)
             return
         waiting: deque[Sequence[Draw]] = deque()  # batches come back in the order of their tasks
+        # One more than are under way: the batch that was yielded last.
+        slots = AHEAD * self.workers + 1
 
         def tasks() -> Iterator[Task]:
-            for some in draws:
+            for number, some in enumerate(draws):
                 waiting.append(some)
-                yield _task(some)
+                yield _task(some, number % slots)
 
-        found = self._ray_tasks(tasks()) if self.on_cluster else self._processes(tasks())
+        count = sum(len(draw.items) for draw in first)
+        found = (
+            self._ray_tasks(tasks()) if self.on_cluster else self._processes(tasks(), slots, count)
+        )
         for images, errors in found:
             yield self._whole(waiting.popleft(), images, errors)
 
@@ -175,9 +183,7 @@ class Decoder:
 
         def fetched() -> Decoded:
             array, errors = ray.get(waiting.popleft())
-            images = torch.empty(array.shape, dtype=torch.uint8, pin_memory=self.pin)
-            np.copyto(images.numpy(), array)
-            return images.permute(0, 3, 1, 2), errors
+            return torch.from_numpy(array.copy()).permute(0, 3, 1, 2), errors  # it is read-only
 
         for task in tasks:
             waiting.append(decode.remote(task.forms, task.seeds, task.packed.numpy(), settings))
@@ -186,7 +192,7 @@ class Decoder:
         while waiting:
             yield fetched()
 
-    def _processes(self, tasks: Iterator[Task]) -> Iterator[Decoded]:
+    def _processes(self, tasks: Iterator[Task], slots: int, count: int) -> Iterator[Decoded]:
         """What processes of a DataLoader have decoded, in order."""
         import multiprocessing
 
@@ -195,19 +201,22 @@ class Decoder:
         # Not fork: the worker that calls has threads (Ray's, torch's), whose locks a child would inherit.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
+        # Allocated once: fresh memory for each batch would cost as much as copying it.
+        size = self.transform.image_size
+        shared = _shared(slots * count * 3 * size**2).view(slots, count, size, size, 3)
         loader: DataLoader[Any] = DataLoader(
-            _Tasks(self.transform, self.max_pixels),  # type: ignore[arg-type]
+            _Tasks(self.transform, self.max_pixels, shared),  # type: ignore[arg-type]
             batch_sampler=tasks,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=_as_it_is,
             prefetch_factor=AHEAD,
             multiprocessing_context=context,
             generator=torch.Generator(),  # else its seed is drawn from the state that training uses
-            pin_memory=self.pin,
         )
         batches: Any = iter(loader)
         try:
-            yield from batches
+            for slot, errors in batches:
+                yield shared[slot].permute(0, 3, 1, 2), errors
         except (ConnectionError, EOFError) as error:  # while a batch was being handed over
             raise RuntimeError(
                 "a decoding process exited unexpectedly: was it killed, or out of memory?"
@@ -239,12 +248,15 @@ class Decoder:
 class _Tasks:
     """What a decoding process does with a task; a map-style dataset whose indices are tasks."""
 
-    def __init__(self, transform: ImageTransform, max_pixels: int) -> None:
-        self.transform, self.max_pixels = transform, max_pixels
+    def __init__(self, transform: ImageTransform, max_pixels: int, shared: Tensor) -> None:
+        self.transform, self.max_pixels, self.shared = transform, max_pixels, shared
 
-    def __getitems__(self, task: Task) -> Decoded:
+    def __getitems__(self, task: Task) -> tuple[int, dict[int, str]]:
         forms = _unpacked(task.forms, task.packed.numpy())
-        return decode_all(forms, task.seeds, self.transform, self.max_pixels)
+        images = self.shared[task.slot].permute(0, 3, 1, 2)
+        assert len(forms) == len(images), "batches of one size"
+        _, errors = decode_all(forms, task.seeds, self.transform, self.max_pixels, images)
+        return task.slot, errors
 
 
 def _decode_on_cluster(
@@ -278,14 +290,19 @@ def decode_all(
     seeds: Sequence[int],
     transform: ImageTransform,
     max_pixels: int,
+    images: Tensor | None = None,
 ) -> Decoded:
     """Read and decode images; those that are None are left out.
+
+    Args:
+        images: where the pixels go; default: new memory.
 
     Returns:
         (n, 3, size, size) uint8, of channels last; and why an image could not be decoded, by position.
     """
     size = transform.image_size
-    images = torch.empty(len(forms), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    if images is None:
+        images = torch.empty(len(forms), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     errors: dict[int, str] = {}
     places = [at for at, form in enumerate(forms) if form is not None]
     for at, data in zip(places, read_all(f for f in forms if f is not None), strict=True):
@@ -311,7 +328,7 @@ def decode(
     return transform.prepare(image, seed)
 
 
-def _task(draws: Sequence[Draw]) -> Task:
+def _task(draws: Sequence[Draw], slot: int) -> Task:
     forms: list[Readable | int | None] = []
     encoded: list[bytes] = []
     for draw in draws:
@@ -321,15 +338,18 @@ def _task(draws: Sequence[Draw]) -> Task:
                 forms.append(len(item.form))
             else:
                 forms.append(None if isinstance(item.form, Tensor) else item.form)
-    return Task(forms, _seeds(draws), _shared(encoded))
+    return Task(slot, forms, _seeds(draws), _packed(encoded))
 
 
-def _shared(parts: list[bytes]) -> Tensor:
+def _shared(size: int) -> Tensor:
+    """(size,) uint8 in memory that processes share, as torch's own default_collate makes its batches."""
+    storage = torch.UntypedStorage._new_shared(size) if size else torch.UntypedStorage(0)
+    return torch.tensor([], dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
+
+
+def _packed(parts: list[bytes]) -> Tensor:
     """Bytes one after the other in shared memory, copied once; (total,) uint8."""
-    total = sum(map(len, parts))
-    # As torch's own default_collate makes its batches.
-    storage = torch.UntypedStorage._new_shared(total) if total else torch.UntypedStorage(0)
-    packed = torch.tensor([], dtype=torch.uint8).set_(storage, 0, (total,))  # type: ignore[call-overload]
+    packed = _shared(sum(map(len, parts)))
     view, start = memoryview(packed.numpy()), 0
     for part in parts:
         view[start : start + len(part)] = part

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ray_synth.data.dataset import Index
+from ray_synth.data.places import Place
 from ray_synth.errors import UserError
 from ray_synth.training.decoder import Decoder, Draw, Item, Row
 from ray_synth.training.recipe import balanced_weights
@@ -72,7 +73,10 @@ class IndexedImages:
 
     def __getitem__(self, at: int) -> Item:
         index = self.index
-        return Item(index.locate(at), int(index.label[at]), index.image_id(at))
+        place = index.locate(at)
+        if isinstance(place, Place) and place.size < 0:  # a whole file: its path is its id
+            return Item(place, int(index.label[at]), place.path)
+        return Item(place, int(index.label[at]), index.image_id(at))
 
 
 class ShuffledFeed:

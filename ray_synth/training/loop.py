@@ -53,7 +53,6 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         num_classes=len(job.class_names),
         workers=config.decoders,
         on_cluster=config.decode_on == "cluster",
-        pin=learner.device.type == "cuda",
     )
     first = history["step"] * config.accumulate_steps
     feeds = open_feeds(job, decoder, rank=rank, world_size=world_size, first=first)

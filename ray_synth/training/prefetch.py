@@ -81,12 +81,13 @@ class Prefetcher:
     def _prepare(self, batch: Batch, number: int) -> Prepared:
         images, labels = batch.images, batch.labels
         if self._stream:
-            labels = labels.pin_memory()
-            images = images if images.is_pinned() else images.pin_memory()
+            images, labels = images.pin_memory(), labels.pin_memory()
         images = images.to(self.device, non_blocking=True)
         labels = targets = labels.to(self.device, non_blocking=True)
         if self.finish is not None:
             images, targets = self.finish(images, labels, number)
+        elif not self._stream:
+            images = images.clone()  # the decoder writes the next ones there
         ready = self._stream.record_event() if self._stream else None
         return Prepared(images, labels, targets, batch.names, ready)
 
