@@ -37,7 +37,8 @@ class Ready:
 
 
 def storing(image_format: str, size: int, cores: int, images: int) -> dict[str, Any]:
-    """Images that one actor encodes and stores per second, and the share of encoding in its time."""
+    """Images that one actor encodes and stores per second, and the share of its cores' time that its
+    threads were encoding."""
     import pyarrow as pa
     import ray
 
@@ -83,6 +84,6 @@ def storing(image_format: str, size: int, cores: int, images: int) -> dict[str, 
         "cores": cores,
         "stored_images_per_second": round(rate, 1),
         "stored_images_per_second_and_core": round(rate / cores, 1),
-        "encode_share": round(encoding * rate / images, 3),
+        "encode_share": round(encoding / images * rate / cores, 3),
         "kilobytes_per_image": round(bytes_each / images / 1e3, 1),
     }

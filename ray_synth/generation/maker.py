@@ -170,14 +170,17 @@ class ImageMaker:
 
     def _encode(self, images: list[Image.Image | None]) -> list[bytes]:
         """The bytes of each image, empty where there is none."""
-        started = time.perf_counter()
-        how = self.job.config.encoding
-        data = list(
-            self._encoders.map(lambda image: encode_image(image, **how) if image else b"", images)
-        )
+
+        def encode(image: Image.Image | None) -> tuple[bytes, float]:
+            started = time.perf_counter()
+            data = b"" if image is None else encode_image(image, **self.job.config.encoding)
+            return data, time.perf_counter() - started
+
+        encoded = list(self._encoders.map(encode, images))
         if self.job.board is not None:
-            self.job.board.add_all.remote({"encode_seconds": time.perf_counter() - started})
-        return data
+            seconds = sum(seconds for _, seconds in encoded)
+            self.job.board.add_all.remote({"encode_seconds": seconds})
+        return [data for data, _ in encoded]
 
     def _judged(
         self, image: Image.Image | None, reason: str, verdict: Verdict | None
