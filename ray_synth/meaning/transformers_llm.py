@@ -166,7 +166,7 @@ class TransformersLLM:
             text = answer.strip() if chat else f" {answer.strip()}"
             wanted.append(self._tokenizer(text, add_special_tokens=False)["input_ids"])
         rows = [a + b for a, b in zip(given, wanted, strict=True)]
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = sorted(range(len(rows)), key=lambda i: len(given[i]))
         scores = [0.0] * len(rows)
         for start in range(0, len(order), self.max_batch_size):
             some = order[start : start + self.max_batch_size]
@@ -174,20 +174,22 @@ class TransformersLLM:
             batch = self._tokenizer.pad(
                 {"input_ids": [rows[i] for i in some]}, padding_side="right", return_tensors="pt"
             )
-            longest = batch["input_ids"].shape[1]
-            first = min(len(given[i]) for i in some) - 1  # the first position whose logits are read
+            # the positions before each token of an answer, of all rows: no others' logits are computed
+            before = {i: range(len(given[i]) - 1, len(rows[i]) - 1) for i in some}
+            read = sorted(set().union(*before.values()))
+            place = {position: number for number, position in enumerate(read)}
             with torch.inference_mode():
                 logits = self._model(
                     batch["input_ids"].to(self.device),
                     attention_mask=batch["attention_mask"].to(self.device),
-                    logits_to_keep=longest - first,
-                ).logits.float()
-            log_probs = logits.log_softmax(-1).cpu()
+                    logits_to_keep=torch.tensor(read, dtype=torch.long, device=self.device),
+                ).logits
             for row, i in enumerate(some):
-                targets = torch.tensor(wanted[i])
-                start_of_answer = len(given[i]) - 1 - first
-                told = log_probs[row, start_of_answer : start_of_answer + len(targets)]
-                scores[i] = float(told.gather(1, targets[:, None]).sum())
+                own = (
+                    logits[row, [place[position] for position in before[i]]].float().log_softmax(-1)
+                )
+                targets = torch.tensor(wanted[i], device=own.device)
+                scores[i] = float(own.gather(1, targets[:, None]).sum())
         return scores
 
     def _encode(self, prompt: FewShot | str) -> list[int]:
