@@ -63,7 +63,6 @@ REFUSALS = {
     "holds no GGUF file": ON_ITS_NODE,
     "no such GGUF file": LLM,
     "has no chat template": LOADED,
-    "is larger than its GPUs": LOADED,
     # generators
     "BigGAN draws ImageNet": RESULT,
     "generator_kwargs.truncation": GENERATOR,
