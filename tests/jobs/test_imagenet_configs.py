@@ -6,6 +6,7 @@ import pytest
 import yaml
 from samples import ROOT
 
+from ray_synth.cli.doctor import _outlook
 from ray_synth.config import load_config, load_recipe
 from ray_synth.data import imagenet
 from ray_synth.preflight import outlook
@@ -144,3 +145,15 @@ def test_the_command_needs_neither_data_nor_cluster(capsys):
     with pytest.raises(SystemExit) as ended:
         main([*line, "--classes", "0"])
     assert ended.value.code == 2
+
+
+def test_doctor_prints_it_for_the_gpus_that_there_are():
+    config, sizes, _ = of(ROOT / "jobs/configs/imagenet_resnet50.yaml")
+    there = Reach((Nodes(8, 8, 1, accelerator="H100"),))
+    assert _outlook(config, sizes, there) == outlook.lines(
+        outlook.outlook(config, sizes, "H100"), config.name
+    )
+    unnamed = Reach((Nodes(8, 8, 1),))  # what max_reach says then
+    assert _outlook(config, sizes, unnamed) == outlook.lines(
+        outlook.outlook(config, sizes, "A10G"), config.name
+    )
