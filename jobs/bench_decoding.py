@@ -40,6 +40,18 @@ class Shape(NamedTuple):
     batches: int
 
 
+class Locked:
+    """Copies each batch into the same memory, as into page-locked memory where there is a GPU."""
+
+    def __init__(self) -> None:
+        self.memory: Any = None
+
+    def __call__(self, images: Any) -> Any:
+        if self.memory is None:
+            self.memory = images.clone()
+        return self.memory.copy_(images)
+
+
 class Rate(NamedTuple):
     """How fast, and what an image costs.
 
@@ -121,19 +133,14 @@ def _figures(found: dict[tuple[str, int], list[Rate]], workers: list[int]) -> di
 
 
 def _rate(loader: Loader, shape: Shape, workers: int) -> Rate:
-    import torch
-
     batches = loader(shape, workers)
     # A whole number of turns of all processes: batches come in bunches of as many.
     turns = -(-shape.batches // workers) * workers
-    # As each batch is copied into page-locked memory where there is a GPU. Ours is copied by the
-    # prefetcher without one.
-    locked = torch.empty_like(next(batches))
-    for _ in range(3 * workers - 1):
-        locked.copy_(next(batches))
+    for _ in range(3 * workers):
+        next(batches)
     started, all_of_us, parent = time.perf_counter(), _cpu_seconds(), time.process_time()
     for _ in range(turns):
-        locked.copy_(next(batches))
+        assert len(next(batches)) == shape.batch_size
     images = turns * shape.batch_size
     seconds, parent = time.perf_counter() - started, time.process_time() - parent
     all_of_us = _cpu_seconds() - all_of_us
@@ -161,7 +168,8 @@ def _ours(shape: Shape, workers: int, source: SourceConfig | None = None) -> Ite
     source = source or SourceConfig(format="imagefolder", path=str(shape.folder / "files"))
     feed = ShuffledFeed(IndexedImages(load_index(source)), batch_size=shape.batch_size, seed=0)
     decoder = Decoder(train_transform(SIZE, shape.policy), workers=workers)
-    prefetcher = Prefetcher([feed], decoder, start=0)
+    copied = Locked()
+    prefetcher = Prefetcher([feed], decoder, start=0, finish=lambda x, y, _: (copied(x), y))
     try:
         while True:
             yield prefetcher.next().images
@@ -200,9 +208,10 @@ def _dataloader(shape: Shape, workers: int) -> Iterator[Any]:
         dataset, shape.batch_size, shuffle=True, num_workers=workers, collate_fn=fast_collate,
         drop_last=True, persistent_workers=True,
     )  # fmt: skip
+    copied = Locked()
     while True:
         for images, _ in loader:
-            yield images
+            yield copied(images)
 
 
 def _webdataset(shape: Shape, workers: int) -> Iterator[Any]:
@@ -218,8 +227,9 @@ def _webdataset(shape: Shape, workers: int) -> Iterator[Any]:
         .map_tuple(_transform(shape.policy), int)
         .batched(shape.batch_size, collation_fn=fast_collate, partial=False)
     )
+    copied = Locked()
     for images, _ in webdataset.WebLoader(dataset, batch_size=None, num_workers=workers):
-        yield images
+        yield copied(images)
 
 
 def write_pictures(folder: Path, count: int) -> float:

@@ -350,7 +350,7 @@ def _shared(size: int) -> Tensor:
 def _packed(parts: list[bytes]) -> Tensor:
     """Bytes one after the other in shared memory, copied once; (total,) uint8."""
     packed = _shared(sum(map(len, parts)))
-    view, start = memoryview(packed.numpy()), 0
+    view, start = packed.numpy().data, 0
     for part in parts:
         view[start : start + len(part)] = part
         start += len(part)
