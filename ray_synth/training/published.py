@@ -87,8 +87,8 @@ def recipe_alone(training: TrainingConfig) -> TrainingConfig:
 
 # What a recipe does not decide: where and how fast it is trained, and from which draw of the classes.
 _KEPT = (
-    "compile", "sync_bn", "class_balance", "memory_mb", "decode_workers", "checkpoint_every",
-    "log_every", "num_workers", "num_cpus", "num_gpus", "max_failures", "feed",
+    "compile", "sync_bn", "class_balance", "memory_mb", "decode_workers", "decode_on",
+    "checkpoint_every", "log_every", "num_workers", "num_cpus", "num_gpus", "max_failures", "feed",
 )  # fmt: skip
 
 
