@@ -9,7 +9,7 @@ CONFIG ?= jobs/configs/quickstart.yaml
 KUBERAY := 1.7.1
 CRDS := https://raw.githubusercontent.com/ray-project/kuberay/v$(KUBERAY)/helm-chart/kuberay-operator/crds
 
-.PHONY: run test test-slow lint format bench studies clean install
+.PHONY: run test test-slow lint format bench rehearsal studies clean install
 .PHONY: constraints compat licences sbom crds
 
 run: $(VENV)/.installed
@@ -35,6 +35,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python jobs/bench.py feed
 	$(BIN)/python jobs/bench.py training
 	$(BIN)/python jobs/bench.py serving
+
+# The ImageNet config with all its counts and tiny sizes, on this machine: an hour and more.
+rehearsal: $(VENV)/.installed
+	cd jobs && ../$(BIN)/python -m rehearsal ../build/rehearsal
 
 studies: $(VENV)/.installed
 	$(BIN)/ray-synth study all --config $(CONFIG)
