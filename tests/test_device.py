@@ -1,5 +1,9 @@
 """A device that is not there is named, with what to set; `auto` takes what Ray gave and no more."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,16 +13,7 @@ from ray_synth.config import ClipConfig, ClusterConfig, LlmConfig
 from ray_synth.device import pick_device, pick_dtype, ray_gave_gpu
 from ray_synth.errors import UserError
 
-
-@pytest.fixture(scope="module")
-def two_gpus():
-    """A Ray that counts two GPUs, on a node where CUDA shows them to every process."""
-    import ray
-
-    from ray_synth.cluster.connection import connect
-
-    with connect(ClusterConfig(num_cpus=4, num_gpus=2)):
-        yield ray
+HERE = Path(__file__).parent
 
 
 def device_of(given: str = "auto") -> tuple[str, bool | None]:
@@ -29,32 +24,46 @@ def device_of(given: str = "auto") -> tuple[str, bool | None]:
         return pick_device(given), ray_gave_gpu()
 
 
-def test_auto_is_the_gpu_that_ray_gave_and_else_the_cpu(two_gpus):
+def check_processes_of_ray() -> None:
+    """With a Ray that counts two GPUs, on a node where CUDA shows them to every process."""
+    import ray
+    import ray.data
+
+    from ray_synth.cluster.connection import connect
+
     class Actor:
         def device(self) -> tuple[str, bool | None]:
             return device_of()
-
-    for num_gpus, expected in ((0, "cpu"), (1, "cuda"), (0.25, "cuda")):
-        options = {"num_cpus": 0.5, "num_gpus": num_gpus}
-        gave = num_gpus > 0
-        task = two_gpus.remote(**options)(device_of)
-        assert two_gpus.get(task.remote()) == (expected, gave)
-        actor = two_gpus.remote(**options)(Actor).remote()
-        assert two_gpus.get(actor.device.remote()) == (expected, gave)
-    assert device_of() == ("cuda", None), "the driver is no worker: as without Ray"
-
-
-def test_pools_of_ray_data_ask_ray_too(two_gpus):
-    import ray.data
 
     class Predictor:
         def __call__(self, batch):
             return {"device": [device_of()[0]]}
 
-    rows = ray.data.range(1).map_batches(
-        Predictor, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.5, num_gpus=0
+    with connect(ClusterConfig(num_cpus=4, num_gpus=2)):
+        for num_gpus, expected in ((0, "cpu"), (1, "cuda"), (0.25, "cuda")):
+            options = {"num_cpus": 0.5, "num_gpus": num_gpus}
+            gave = num_gpus > 0
+            task = ray.remote(**options)(device_of)
+            assert ray.get(task.remote()) == (expected, gave)
+            actor = ray.remote(**options)(Actor).remote()
+            assert ray.get(actor.device.remote()) == (expected, gave)
+            ray.kill(actor)
+        assert device_of() == ("cuda", None), "the driver is no worker: as without Ray"
+        rows = ray.data.range(1).map_batches(
+            Predictor, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.5, num_gpus=0
+        )
+        assert rows.take_all() == [{"device": "cpu"}]
+
+
+def test_auto_is_the_gpu_that_ray_gave_and_else_the_cpu():
+    """In a process of its own: the Ray of other tests has no GPUs."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}
+    env.pop("RAY_ADDRESS", None)
+    code = "import test_device; test_device.check_processes_of_ray()"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
     )
-    assert rows.take_all() == [{"device": "cpu"}]
+    assert found.returncode == 0, found.stderr[-4000:]
 
 
 def test_every_device_setting_leaves_it_to_ray_by_default():
