@@ -177,4 +177,4 @@ def _build(job: TrainJob, device: torch.device, world_size: int) -> nn.Module:
             model = convert_sync_batchnorm(model)  # torch's would drop timm's activations
         else:
             log.warning("training.sync_bn needs GPUs: each worker keeps its own BN statistics")
-    return model.to(device).to(memory_format=torch.channels_last)
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
