@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -80,13 +79,3 @@ class Memory:
         if name.startswith("ray::"):
             return next((role for part, role in ROLES.items() if part in name), "other Ray workers")
         return next((role for part, role in ROLES.items() if name.endswith(part)), "")
-
-
-def wait_until(condition: object, seconds: float, every_s: float = 0.5) -> bool:
-    """Whether something came to be so in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():  # type: ignore[operator]
-            return True
-        time.sleep(every_s)
-    return False

@@ -18,8 +18,9 @@ from ray_synth.config import SourceConfig
 from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
 from ray_synth.data.places import Readable, read_all
-from ray_synth.data.sources import Shard, at_once, list_shards, read_labels, read_rows
+from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
 from ray_synth.errors import UserError, shortened
+from ray_synth.storage.filesystems import at_once
 
 if TYPE_CHECKING:
     import ray.data

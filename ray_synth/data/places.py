@@ -12,12 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ray_synth.storage.filesystems import open_uri, patiently
+from ray_synth.storage.filesystems import AT_ONCE, open_uri, patiently
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-AT_ONCE = 32  # reads of one process: an object store answers each in tens of milliseconds
 
 
 class Readable(Protocol):

@@ -6,11 +6,10 @@ tables), so that a source is indexed without reading its pictures. No Ray here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -20,16 +19,14 @@ from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.image_lists import read_image_list
 from ray_synth.data.images import EXTENSIONS, encode_array
-from ray_synth.data.places import AT_ONCE, Place, Readable, read_all
+from ray_synth.data.places import Place, Readable, read_all
 from ray_synth.data.tars import scan_tar
 from ray_synth.errors import UserError, first_line, shortened
-from ray_synth.storage.filesystems import open_uri
+from ray_synth.storage.filesystems import at_once, open_uri
 from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
-T = TypeVar("T")
-S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -88,15 +85,6 @@ class Cell(NamedTuple):
     def read(self) -> bytes:
         (found,) = read_rows(self.shard, [self.row])
         return found[1]
-
-
-def at_once(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
-    """The results of many waits for a storage, in order."""
-    items = list(items)
-    if len(items) < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(work, items))
 
 
 def list_shards(source: SourceConfig) -> list[Shard]:

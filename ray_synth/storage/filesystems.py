@@ -12,7 +12,8 @@ import os
 import re
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ray_synth")
 PATIENCE_S = 600  # how long a storage that does not answer is waited for
+AT_ONCE = 32  # requests of one process: an object store answers each in tens of milliseconds
 T = TypeVar("T")
+S = TypeVar("S")
 # Whoever opens a file system again must see these as they were: they are part of the cache's key.
 ENVIRONMENT = (
     "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE",
@@ -180,6 +183,15 @@ def _first(text: str) -> str:
     """The first line of an error, cut: some clients add their whole history."""
     line = redact(text.strip().splitlines()[0]) if text.strip() else "no reason given"
     return line if len(line) <= 200 else line[:200] + "…"
+
+
+def at_once(work: Callable[[S], T], items: Iterable[S]) -> list[T]:
+    """The results of many waits for a storage, `AT_ONCE` at a time, in order."""
+    items = list(items)
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(work, items))
 
 
 def patiently(work: Callable[[], T], *, remote: bool = True) -> T:

@@ -6,12 +6,10 @@ A file that is written anew for each class would be written whole a thousand tim
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ray_synth.storage.filesystems import at_once
 from ray_synth.storage.folder import Folder
-
-AT_ONCE = 32  # files read or deleted
 
 
 class Journal:
@@ -26,9 +24,9 @@ class Journal:
 
     def entries(self) -> dict[str, Any]:
         """What was added under this digest, by this process or an earlier one."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            kept = pool.map(self.folder.read_json, self._names())
-            return {item["key"]: item["value"] for item in kept}
+        names = [n for n in self.folder.names(".json") if n.startswith(f"{self.digest}-")]
+        kept = at_once(self.folder.read_json, names)
+        return {item["key"]: item["value"] for item in kept}
 
     def add(self, key: str, value: Any) -> None:
         """Keep a value; it replaces an earlier one of its key."""
@@ -37,9 +35,5 @@ class Journal:
 
     def clear(self) -> None:
         """Delete all files, of other digests too."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self.folder.delete, self.folder.names(".json")))
+        at_once(self.folder.delete, self.folder.names(".json"))
         self.folder.remove_empty()
-
-    def _names(self) -> list[str]:
-        return [n for n in self.folder.names(".json") if n.startswith(f"{self.digest}-")]
