@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ray_synth.config import GenerationConfig
+
 WIDTH = 32  # of the text encoders
 TEXT_WEIGHTS = (
     "attn2.to_v.",
@@ -338,6 +340,13 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 # What each family is asked for in tests: real checkpoints of these kinds take no guidance.
 GUIDANCE = {"sdxl-turbo": 0.0, "flux-schnell": 0.0}
+
+
+def config_of(model: Path, **settings: Any) -> GenerationConfig:
+    """A small, quick run of a model's folder on the CPU, with some settings of a test's own."""
+    small = {"width": 64, "height": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
+    exact = {"dtype": "float32", "device": "cpu", "batch_size": 2, "num_threads": 1}
+    return GenerationConfig(**{"model": str(model), **small, **exact, **settings})
 
 
 def load(name: str, folder: Path) -> Any:

@@ -4,12 +4,12 @@ import threading
 from functools import partial
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 from pipelines import sd15
 from test_store import plan_rows
 
-from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
 from ray_synth.generators.compilation import first_on_this_node
 from ray_synth.generators.diffusion import DiffusionGenerator
@@ -33,21 +33,7 @@ def folder(tmp_path_factory):
     return sd15(tmp_path_factory.mktemp("sd") / "sd15")
 
 
-def config_of(folder, **settings):
-    return GenerationConfig(
-        **{
-            "model": str(folder),
-            "dtype": "float32",
-            "device": "cpu",
-            "width": 64,
-            "height": 64,
-            "num_inference_steps": 40,
-            "guidance_scale": 1.0,
-            "batch_size": 4,
-            "num_threads": 1,
-            **settings,
-        }
-    )
+config_of = partial(pipelines.config_of, num_inference_steps=40, batch_size=4)
 
 
 def pixels(images):

@@ -6,6 +6,7 @@ from functools import partial
 
 import diffusers
 import numpy as np
+import pipelines
 import pytest
 import sentencepiece
 import torch
@@ -15,7 +16,6 @@ from samples import ROOT
 from test_store import plan_rows
 from torch._dynamo.testing import CompileCounter
 
-from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
 from ray_synth.generators import diffusion
 from ray_synth.generators.diffusion import DiffusionGenerator
@@ -66,21 +66,7 @@ def folders(tmp_path_factory):
     return get
 
 
-def config_of(folder, **settings):
-    return GenerationConfig(
-        **{
-            "model": str(folder),
-            "dtype": "float32",
-            "device": "cpu",
-            "width": 64,
-            "height": 64,
-            "num_inference_steps": 2,
-            "guidance_scale": 2.0,
-            "batch_size": 2,
-            "num_threads": 1,
-            **settings,
-        }
-    )
+config_of = partial(pipelines.config_of, guidance_scale=2.0)
 
 
 def rows_of(*prompts, negative=""):

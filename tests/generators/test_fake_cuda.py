@@ -11,11 +11,10 @@ from operator import attrgetter
 
 import pytest
 import torch
-from pipelines import FAMILIES
+from pipelines import FAMILIES, config_of
 from test_store import plan_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ray_synth.config import GenerationConfig
 from ray_synth.generators.diffusion import DiffusionGenerator
 
 
@@ -55,18 +54,7 @@ def on_fake_cuda(generator):
 
 
 def load(name, folder, **settings):
-    config = GenerationConfig(
-        model=str(FAMILIES[name](folder / name)),
-        dtype="float32",
-        device="cpu",
-        width=64,
-        height=64,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        batch_size=2,
-        num_threads=1,
-        **settings,
-    )
+    config = config_of(FAMILIES[name](folder / name), guidance_scale=3.0, **settings)
     generator = DiffusionGenerator(config)
     if "flux" not in name:
         generator.pipeline.scheduler = Straight(generator.pipeline.scheduler.config)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import AutoPipelineForText2Image
 from PIL import Image
-from pipelines import FAMILIES, GUIDANCE, load, sd15_with_safety_checker
+from pipelines import FAMILIES, GUIDANCE, config_of, load, sd15_with_safety_checker
 from samples import encoded
 from test_store import plan_rows
 
-from ray_synth.config import GenerationConfig, ReferenceConfig
+from ray_synth.config import ReferenceConfig
 from ray_synth.data.images import encode_array, encode_image
 from ray_synth.embedded import sd_folder
 from ray_synth.generators.diffusion import DiffusionGenerator
@@ -23,23 +23,6 @@ from ray_synth.generators.prompt_encoder import PromptEncoder
 from ray_synth.generators.protocol import Failure
 
 IMAGE_TO_IMAGE = ("sd15", "lcm", "sdxl", "sdxl-turbo", "sd3", "flux", "embedded")
-
-
-def config_of(model, **settings):
-    return GenerationConfig(
-        **{
-            "model": str(model),
-            "dtype": "float32",
-            "device": "cpu",
-            "width": 64,
-            "height": 64,
-            "num_inference_steps": 2,
-            "guidance_scale": 1.0,
-            "batch_size": 2,
-            "num_threads": 1,
-            **settings,
-        }
-    )
 
 
 def pixels(image):
