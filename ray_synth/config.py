@@ -311,6 +311,15 @@ class QualityConfig(Section):
     clip_quantile: Fraction = result(
         0.01, description="an image fails below this quantile of real images' own CLIP scores"
     )
+    label: bool = result(True, description="CLIP must not find another class likelier")
+    label_quantile: Fraction = result(
+        0.1, description="by as much as it does for this share of the real images"
+    )
+
+    @property
+    def need_clip(self) -> bool:
+        """Whether images are judged by CLIP, against a reference measured on real ones."""
+        return self.policy != "off" and (self.clip or self.label)
 
     @field_validator("policy", mode="before")
     @classmethod

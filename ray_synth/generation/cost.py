@@ -16,7 +16,7 @@ from ray_synth.prompting.plan_index import PlanIndex
 from ray_synth.storage.folder import Folder
 
 DUPLICATES = "duplicates.parquet"
-REASONS = ("blank", "saturated", "clip score", "near-duplicate", "copy of a real")
+REASONS = ("blank", "saturated", "another class", "clip score", "near-duplicate", "copy of a real")
 MOST_COMPARED = 500_000  # embeddings of more do not fit the driver
 
 

@@ -215,12 +215,12 @@ class ImageMaker:
         from ray_synth.generation.quality import Judge
         from ray_synth.generation.thresholds import load_reference
 
-        if self.job.clip is None or self.job.run is None or not checks.clip:
+        if self.job.clip is None or self.job.run is None or not checks.need_clip:
             return Judge(None, None)
         from ray_synth.meaning.clip import load_clip
 
         reference = load_reference(self.job.run.child("quality"))
-        return Judge(reference, load_clip(self.job.clip))
+        return Judge(reference, load_clip(self.job.clip), scores=checks.clip, labels=checks.label)
 
     def _judge_all(
         self, rows: list[Row], images: list[Image.Image | None]

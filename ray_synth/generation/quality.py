@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_synth.errors import UserError
+from ray_synth.generation.label_check import Prototypes, prototypes
 from ray_synth.generation.thresholds import EXACT_COPY, QualityReference, Thresholds
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Judge:
         reference: what real images were like; needed with `clip`.
         clip: the model that measured the reference; None: only the pixels are looked at.
         pixels: look for blank and saturated images.
+        scores, labels: ask for a class's least CLIP score; whether another class is likelier.
 
     Raises:
         ValueError: `clip` comes without a reference, or with another model's.
@@ -115,8 +117,14 @@ class Judge:
         clip: ClipModel | None = None,
         *,
         pixels: bool = True,
+        scores: bool = True,
+        labels: bool = True,
     ) -> None:
         self.reference, self.clip, self.pixels = reference, clip, pixels
+        self.scores = scores
+        self.prototypes: Prototypes | None = None
+        if labels and reference is not None and reference.thresholds.least_margin is not None:
+            self.prototypes = prototypes(reference.text_features, reference.real_features)
         if clip is not None and reference is None:
             raise ValueError(
                 "images can be scored with CLIP only against a reference: measure_reference makes one"
@@ -134,9 +142,10 @@ class Judge:
     ) -> list[Verdict]:
         """A verdict for each image, from this batch's rows alone.
 
-        The first of these that holds is the reason: it cannot be read, a pixel fault, a low CLIP
-        score, a copy of a real image of its class, a near-duplicate of an earlier row of its class
-        that itself passed. All that can be read is scored and embedded, whatever its faults.
+        The first of these that holds is the reason: it cannot be read, a pixel fault, another class
+        is likelier (`label_check`), a low CLIP score, a copy of a real image of its class, a
+        near-duplicate of an earlier row of its class that itself passed. All that can be read is
+        scored and embedded, whatever its faults.
 
         Args:
             rows: plan rows: `sample_id` and `class_index` are used.
@@ -181,18 +190,44 @@ class Judge:
         return None if text is None else float(feature @ text)
 
     def _fault(self, class_index: int, score: float | None, feature: np.ndarray) -> str:
-        """A low score or a copy of a real image, or ""."""
+        """Another class, a low score or a copy of a real image, or ""."""
         assert self.reference is not None
-        least = self.reference.thresholds.least_score.get(class_index)
-        if score is not None and least is not None and score < least:
-            digits = 3 if f"{score:.3f}" != f"{least:.3f}" else 6
-            return f"clip score {score:.{digits}f} below {least:.{digits}f}"
+        low = self._low_score(class_index, score)
+        if other := self._other_class(class_index, feature, shown=bool(low)):
+            return other
+        if low:
+            return low
         real = self.reference.real_features.get(class_index)
         if real is None or len(real) == 0:
             return ""
         reach = self.reference.thresholds.duplicate_distance.get(class_index, EXACT_COPY)
         nearest = float(_distances(_unit(feature[None])[0], _unit(real)).min())
         return f"copy of a real training image (distance {nearest:.4f})" if nearest < reach else ""
+
+    def _low_score(self, class_index: int, score: float | None) -> str:
+        assert self.reference is not None
+        least = self.reference.thresholds.least_score.get(class_index)
+        if not self.scores or score is None or least is None or score >= least:
+            return ""
+        digits = 3 if f"{score:.3f}" != f"{least:.3f}" else 6
+        return f"clip score {score:.{digits}f} below {least:.{digits}f}"
+
+    def _other_class(self, class_index: int, feature: np.ndarray, *, shown: bool) -> str:
+        """The class that an image is nearer to; with `shown`, only one whose score it reaches.
+
+        What fails its score and every other class's shows nothing: the score is its fault then.
+        """
+        assert self.reference is not None
+        found = self.prototypes and self.prototypes.margin(class_index, feature)
+        thresholds = self.reference.thresholds
+        least = thresholds.least_margin
+        if not found or least is None or found[0] >= least:
+            return ""
+        margin, rival = found
+        if shown and self._low_score(rival, self._score(rival, feature)):
+            return ""
+        text = thresholds.texts[rival]
+        return f"another class: nearer to {text!r} (margin {margin:.3f} below {least:.3f})"
 
 
 def _read(image: Image.Image | None) -> tuple[Image.Image | None, str]:

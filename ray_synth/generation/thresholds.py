@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
+from ray_synth.generation.label_check import least_margin
 from ray_synth.meaning.candidates import TEMPLATES, with_article
 from ray_synth.meaning.ranking import unit_means
 from ray_synth.storage.folder import Folder
@@ -50,6 +51,7 @@ class Thresholds:
         clip_model: the CLIP model that measured it; scores of another one do not compare.
         clip_quantile: the share of real images that `least_score` gives up.
         duplicate_quantile: the share of real images that `duplicate_distance` gives up.
+        least_margin: see `label_check.least_margin`; None: labels are not checked.
     """
 
     texts: dict[int, str]
@@ -59,6 +61,7 @@ class Thresholds:
     clip_model: str
     clip_quantile: float
     duplicate_quantile: float
+    least_margin: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `json` writes; class indices become strings."""
@@ -102,6 +105,7 @@ def measure_reference(
     *,
     clip_quantile: float = 0.01,
     duplicate_quantile: float = 0.01,
+    label_quantile: float = 0.1,
     images_per_class: int = 1000,
 ) -> QualityReference:
     """Embed real images and their classes' meanings, and set the thresholds by them.
@@ -112,6 +116,7 @@ def measure_reference(
             it, whose average is scored against.
         clip_quantile: see `least_scores`.
         duplicate_quantile: see `duplicate_distances`.
+        label_quantile: see `label_check.least_margin`.
         images_per_class: how many images of a class will be made, roughly.
 
     Raises:
@@ -132,6 +137,7 @@ def measure_reference(
         clip_model=clip.name,
         clip_quantile=clip_quantile,
         duplicate_quantile=duplicate_quantile,
+        least_margin=least_margin(features, real, label_quantile),
     )
     return QualityReference(thresholds, features, real)
 
@@ -295,6 +301,7 @@ def measure_run(
         load_clip(clip),
         clip_quantile=checks.clip_quantile,
         duplicate_quantile=checks.clip_quantile,
+        label_quantile=checks.label_quantile,
         images_per_class=images_per_class,
     )
     save_reference(folder, reference)

@@ -98,7 +98,7 @@ def fetch_generator(config: Config) -> None:
 
     checks, generation = config.generation.checks, config.generation
     wanted = {"generation.model"}
-    if checks.policy != "off" and checks.clip:
+    if checks.need_clip:
         wanted.add("meaning.clip.model")
     repos = [repo for repo in hub_repos(config) if repo.setting in wanted]
     fetch_on_nodes(repos, num_cpus=generation.num_cpus, num_gpus=generation.num_gpus)

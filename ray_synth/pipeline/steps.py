@@ -218,7 +218,7 @@ def measure_quality(run: Run, per_class: int | None = None) -> dict[str, Any]:
     from ray_synth.generation.thresholds import REAL_PER_CLASS, measure_run
 
     checks, clip = run.config.generation.checks, run.config.meaning.clip
-    if checks.policy == "off" or not checks.clip:
+    if not checks.need_clip:
         return {"measured": False}
     few = select(run.train, per_class or REAL_PER_CLASS, run.config.seed)
     images = ImagesByClass(few)

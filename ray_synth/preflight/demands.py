@@ -70,7 +70,7 @@ def demands(config: Config, sizes: Sizes | None = None) -> dict[str, list[Demand
         "data": [Demand("a task that decodes", 1, INSPECT_CPUS)],
         "meaning": service if config.meaning.enabled else [],
         "plan": service if asks_for_contexts(config) else [],
-        "quality": [judge] if checks.policy != "off" and checks.clip else [],
+        "quality": [judge] if checks.need_clip else [],
         "generation": [pool, read],
         "training": [
             workers,

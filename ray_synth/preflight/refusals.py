@@ -29,7 +29,7 @@ def refuse_early(
     )
     if asked:
         check_llm(meaning.llm, local=local)
-    judged = generation.checks.policy != "off" and generation.checks.clip
+    judged = generation.checks.need_clip
     if asked or (judged and {"quality", "generation", "training"} & set(todo)):
         check_clip(meaning.clip)
     if local and meaning.enabled and meaning.lexicon != "off" and "meaning" in todo:

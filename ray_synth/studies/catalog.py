@@ -1,4 +1,4 @@
-"""The nine studies: their questions and their arms. Pure.
+"""The ten studies: their questions and their arms. Pure.
 
 "The whole" is the method as the config has it: label ambiguity resolution, the config's mix of prompts,
 dual BN, balanced batches.
@@ -267,6 +267,35 @@ def _generators(config: Config, counts: dict[str, int]) -> Study:
     )
 
 
+def _quality(config: Config, counts: dict[str, int]) -> Study:
+    """The same number of accepted images by `retry`; fewer at the cost of the plain ones by `reject`."""
+    scale = config.studies.scale
+    off = {"generation.checks.policy": "off"}
+
+    def checks(policy: str, *, clip: bool, label: bool) -> dict[str, Any]:
+        given = {"policy": policy, "clip": clip, "label": label}
+        return {f"generation.checks.{name}": value for name, value in given.items()}
+
+    return Study(
+        "quality",
+        "Which images are trained on",
+        "Images that fail a check are made again with new seeds, or left out: is it worth it?",
+        (
+            REAL,
+            Arm("unchecked", "all images", scale, off),
+            Arm("scores", "thresholds, made again", scale,
+                checks("retry", clip=True, label=False), "unchecked"),
+            Arm("labels", "label check, made again", scale,
+                checks("retry", clip=False, label=True), "unchecked"),
+            Arm("both", "both, made again", scale,
+                checks("retry", clip=True, label=True), "unchecked"),
+            Arm("both_rejected", "both, left out", scale,
+                checks("reject", clip=True, label=True), "unchecked"),
+        ),
+        measures=("generation",),
+    )  # fmt: skip
+
+
 def _domain_shift(config: Config, counts: dict[str, int]) -> Study:
     scale = config.studies.scale
     return Study(
@@ -327,6 +356,7 @@ WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {
     "mix": _mix,
     "llms": _llms,
     "generators": _generators,
+    "quality": _quality,
     "domain_shift": _domain_shift,
     "diversity": _diversity,
     "robustness": _robustness,

@@ -77,7 +77,7 @@ class Measured:
         if table["embedding"].null_count:
             raise UserError(
                 "this study compares images by CLIP's features, which are kept where "
-                "generation.checks has clip: true and a policy other than off"
+                "generation.checks has clip or label, and a policy other than off"
             )
         rows = np.stack([np.asarray(row, np.float32) for row in table["embedding"].to_pylist()])
         return {

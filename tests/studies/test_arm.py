@@ -122,8 +122,8 @@ def test_a_wrong_setting_of_an_arm_is_named(config):
         one(config, Arm("odd", "odd", 6.0, {"training.lambda_synth": -1}))
 
 
-def test_all_nine_studies_see_the_same_number_of_real_images_in_every_arm(config, catalogue):
-    assert list(catalogue) == list(WRITERS) and len(catalogue) == 9
+def test_all_ten_studies_see_the_same_number_of_real_images_in_every_arm(config, catalogue):
+    assert list(catalogue) == list(WRITERS) and len(catalogue) == 10
     for study in catalogue.values():
         names = [arm.name for arm in study.arms]
         assert len(set(names)) == len(names)
