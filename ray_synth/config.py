@@ -263,7 +263,15 @@ class PromptingConfig(Section):
     """Prompt diversification and the size of the plan (paper, section 3.2)."""
 
     multiplier: Annotated[float, Field(gt=0)] = result(
-        6.0, description="synthetic images = multiplier x real training images"
+        6.0, description="synthetic images = multiplier x real training images, evenly over classes"
+    )
+    fill_to: Positive | Literal["even"] | None = result(
+        None,
+        description="real and synthetic images per class together: classes are filled up to this "
+        "number; 'even': what multiplier gives is dealt so that they are as even as can be",
+    )
+    class_multipliers: dict[str, Annotated[float, Field(ge=0)]] = result(
+        default_factory=dict, description="synthetic images of a class = this x its real ones"
     )
     mix: dict[Kind, Annotated[float, Field(ge=0)]] = result(default_factory=_even_mix)
     contexts_per_class: Annotated[int, Field(ge=0)] = result(
@@ -278,6 +286,12 @@ class PromptingConfig(Section):
         if sum(mix.values()) <= 0:
             raise UserError("at least one kind of prompt needs a weight above 0")
         return mix
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> PromptingConfig:
+        if self.fill_to and self.class_multipliers:
+            raise UserError("prompting has fill_to and class_multipliers: give one of them")
+        return self
 
 
 class PoolConfig(Section):

@@ -67,7 +67,9 @@ class Run:
     def sizes(self) -> Sizes:
         """How much there is to do."""
         tests = {name: len(index) for name, index in self.tests.items()}
-        return Sizes(len(self.train), len(self.train.class_names), tests)
+        return Sizes(
+            len(self.train), len(self.train.class_names), tests, counts=self.train.counts()
+        )
 
     def todo(self, until: str) -> list[str]:
         """The stages up to one, or to `report`, that are not done."""

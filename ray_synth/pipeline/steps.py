@@ -135,6 +135,7 @@ def _tell_refused(class_name: str, pieces: int) -> None:
 
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
     """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet."""
+    from ray_synth.prompting.budgets import class_budgets
     from ray_synth.prompting.plan import ClassPrompts, plan_tables
     from ray_synth.prompting.plan_settings import plan_settings, read_contexts
 
@@ -154,10 +155,13 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     ]
     num_images = run.sizes.synthetic(config)
     assert num_images is not None
+    budgets = class_budgets(config.prompting, run.train.counts())
     sources: Counter[str] = Counter()
 
     def tables() -> Iterator[pa.Table]:
-        for table in plan_tables(classes, num_images=num_images, **plan_settings(config)):
+        for table in plan_tables(
+            classes, num_images=num_images, budgets=budgets, **plan_settings(config)
+        ):
             for item in pc.value_counts(table["context_source"]).to_pylist():
                 sources[item["values"]] += item["counts"]
             yield table

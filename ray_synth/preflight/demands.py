@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from ray_synth.config import Config
 from ray_synth.preflight.packing import Demand
+from ray_synth.prompting.budgets import class_budgets, planned
 
 READ = "a read task"
 READ_CPUS = 1.0  # Ray Data needs room for one task that reads or selects, beside its actors
@@ -25,17 +26,23 @@ class Sizes:
         real: training images.
         classes: their classes.
         tests: test images by set.
+        counts: training images by class name.
     """
 
     real: int | None = None
     classes: int | None = None
     tests: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] | None = None
 
     def synthetic(self, config: Config) -> int | None:
         """Images that the plan will have."""
-        if self.real is None:
+        prompting = config.prompting
+        budgets = class_budgets(prompting, self.counts) if self.counts else None
+        if budgets is not None:
+            return int(budgets.sum())
+        if self.real is None or isinstance(prompting.fill_to, int):
             return None
-        return max(1, round(config.prompting.multiplier * self.real))
+        return planned(prompting.multiplier, self.real)
 
 
 def demands(config: Config, sizes: Sizes | None = None) -> dict[str, list[Demand]]:

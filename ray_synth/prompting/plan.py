@@ -2,11 +2,13 @@
 
 Row r of a class depends on the seed, the class and r alone, and each round takes every class once in
 a shuffled order: any prefix is balanced over classes, and the plan for 1x is the first sixth of 6x.
+Where classes have budgets of their own, a prefix has of each what its share of the plan is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +60,7 @@ def plan_tables(
     seed: int,
     count_tokens: Callable[[str], int],
     max_tokens: int,
+    budgets: np.ndarray | None = None,
     table_rows: int = TABLE_ROWS,
 ) -> Iterator[pa.Table]:
     """The plan of exactly `num_images` rows, in tables (schema `PLAN_SCHEMA`) of `table_rows`.
@@ -69,13 +72,15 @@ def plan_tables(
         mix: share of each kind of prompt; kept in every prefix of each class, as near as can be.
         fingerprint: of the generator, part of each row's id.
         count_tokens: of the generator's text encoder; prompts stay within `max_tokens`.
+        budgets: (num_classes,) images of each class, `num_images` in all; None: the same for each.
         table_rows: the last table may have fewer.
     """
     prompts = _Prompts(classes, styles, count_tokens=count_tokens, max_tokens=max_tokens)
     id_heads = np.empty(num_images, np.uint64)
     done = 0
-    rounds = _rounds(classes, num_images=num_images, mix=mix, num_styles=len(styles), seed=seed)
-    for slots in _in_chunks(rounds, table_rows):
+    turns = _even_turns(len(classes), num_images) if budgets is None else _turns(budgets)
+    rounds = _rounds(classes, turns, mix=mix, num_styles=len(styles), seed=seed)
+    for slots in _in_chunks(_first(rounds, num_images), table_rows):
         table = _table(slots, classes, styles, prompts, negative_prompt, fingerprint, seed)
         id_heads[done : done + table.num_rows] = id_keys(table["sample_id"].to_pylist())
         done += table.num_rows
@@ -85,10 +90,26 @@ def plan_tables(
     assert (id_heads[1:] != id_heads[:-1]).all(), "two rows of the plan have the same sample_id"
 
 
+def _even_turns(num_classes: int, num_images: int) -> Iterator[np.ndarray]:
+    """For each round the number of each class's row, in a round of all classes; cut at the end."""
+    for number in range(-(-num_images // num_classes)):
+        yield np.full(num_classes, number)
+
+
+def _turns(budgets: np.ndarray) -> Iterator[np.ndarray]:
+    """As `_even_turns`, -1 for a class that has no row in a round: they are spread evenly."""
+    most = int(budgets.max(initial=0))
+    before = np.zeros_like(budgets)
+    for number in range(1, most + 1):
+        after = budgets * number // most
+        yield np.where(after > before, before, -1)
+        before = after
+
+
 def _rounds(
     classes: Sequence[ClassPrompts],
+    turns: Iterable[np.ndarray],
     *,
-    num_images: int,
     mix: dict[str, float],
     num_styles: int,
     seed: int,
@@ -96,27 +117,47 @@ def _rounds(
     """The rows in numbers, `(6, rows)` int64 per round.
 
     Each row has the position of its class, its kind, its context, style and reference (-1: none),
-    and the number of the round.
+    and its number within its class.
     """
-    num_classes = len(classes)
     contexts = [len(known.contexts) for known in classes]
     references = [len(known.references) for known in classes]
     keys = [(seed, known.class_index) for known in classes]
-    none = np.full(num_classes, -1)
     context_cycles = {kind: _Cycles(contexts, keys, 1) for kind in KINDS if kind != "plain"}
-    style_cycles = _Cycles([num_styles] * num_classes, keys, 2)
+    style_cycles = _Cycles([num_styles] * len(classes), keys, 2)
     reference_cycles = _Cycles(references, keys, 3)
-    for round_number, (kind, turn) in enumerate(kinds(-(-num_images // num_classes), mix)):
-        order = np.random.default_rng((seed, round_number)).permutation(num_classes)
-        columns = [
-            np.arange(num_classes),
-            np.full(num_classes, KINDS.index(kind)),
-            none if kind == "plain" else context_cycles[kind].at(turn),
-            style_cycles.at(turn) if kind == "stylized" else none,
-            reference_cycles.at(round_number) if any(references) else none,
-            np.full(num_classes, round_number),
-        ]
-        yield np.stack(columns)[:, order[: num_images - round_number * num_classes]]
+    sequence = _Sequence(mix)
+    for number, turn in enumerate(turns):
+        order = np.random.default_rng((seed, number)).permutation(len(classes))
+        position = order[turn[order] >= 0]
+        row = turn[position]
+        kind, of_kind = sequence.at(row)
+        columns = np.stack([position, kind, *np.full((3, len(position)), -1), row])
+        for name, cycles in context_cycles.items():
+            some = kind == KINDS.index(name)
+            columns[2, some] = cycles.at(position[some], of_kind[some])
+        some = kind == KINDS.index("stylized")
+        columns[3, some] = style_cycles.at(position[some], of_kind[some])
+        if any(references):
+            columns[4] = reference_cycles.at(position, row)
+        yield columns
+
+
+class _Sequence:
+    """The kinds of a class's rows, one after the other, as far as they were asked for."""
+
+    def __init__(self, mix: dict[str, float]) -> None:
+        self._kinds = kinds(mix)
+        self._known = np.zeros((2, 0), np.int64)
+
+    def at(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The kinds (positions in `KINDS`) of some rows, and how many of their kind came before."""
+        missing = int(rows.max(initial=-1)) + 1 - self._known.shape[1]
+        if missing > 0:
+            more = itertools.islice(self._kinds, max(missing, 1024))
+            new = np.array([(KINDS.index(kind), turn) for kind, turn in more]).T
+            self._known = np.concatenate([self._known, new], axis=1)
+        kind, turn = self._known[:, rows]
+        return kind, turn
 
 
 class _Cycles:
@@ -135,15 +176,24 @@ class _Cycles:
         self._pass = np.full(len(keys), -1)
         self._items = np.zeros(self._lengths.sum(), np.int32)
 
-    def at(self, turn: int) -> np.ndarray:
-        """The item of each class at its turn, `(classes,)`; -1 where a class has none."""
-        number, offset = np.divmod(turn, self._lengths)
-        for i in np.flatnonzero((number != self._pass) & (self._lengths > 1)).tolist():
-            key = (*self._keys[i], self._stream, int(number[i]))
-            start, length = self._starts[i], int(self._lengths[i])
-            self._items[start : start + length] = np.random.default_rng(key).permutation(length)
-        self._pass = number
-        return np.where(self._empty, -1, self._items[self._starts + offset])
+    def at(self, classes: np.ndarray, turns: np.ndarray) -> np.ndarray:
+        """The item of each of some classes at its turn, (n,); -1 where a class has none."""
+        lengths = self._lengths[classes]
+        numbers, offsets = np.divmod(turns, lengths)
+        for at in np.flatnonzero((numbers != self._pass[classes]) & (lengths > 1)).tolist():
+            i, number = int(classes[at]), int(numbers[at])
+            start, length = self._starts[i], int(lengths[at])
+            rng = np.random.default_rng((*self._keys[i], self._stream, number))
+            self._items[start : start + length] = rng.permutation(length)
+        self._pass[classes] = numbers
+        return np.where(self._empty[classes], -1, self._items[self._starts[classes] + offsets])
+
+
+def _first(rounds: Iterable[np.ndarray], count: int) -> Iterator[np.ndarray]:
+    """The first `count` columns."""
+    for columns in rounds:
+        yield columns[:, :count]
+        count -= min(count, columns.shape[1])
 
 
 def _in_chunks(rounds: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -253,15 +303,15 @@ def sample_id(
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def kinds(rounds: int, mix: dict[str, float]) -> Iterator[tuple[str, int]]:
-    """The kind of each of a class's images, and how many of that kind came before it.
+def kinds(mix: dict[str, float]) -> Iterator[tuple[str, int]]:
+    """The kind of each of a class's images, without end, and how many of that kind came before it.
 
-    Each round goes to the kind that is furthest behind its share, so that every prefix is mixed.
+    Each goes to the kind that is furthest behind its share, so that every prefix is mixed.
     """
     total = sum(mix.values())
     shares = {kind: mix[kind] / total for kind in KINDS if mix.get(kind, 0) > 0}
     counts = dict.fromkeys(shares, 0)
-    for done in range(rounds):
+    for done in itertools.count():
         kind = max(shares, key=lambda k: shares[k] * (done + 1) - counts[k])
         yield kind, counts[kind]
         counts[kind] += 1

@@ -162,6 +162,20 @@ def _low_data(config: Config, counts: dict[str, int]) -> Study:
         Arm(
             "tail_whole_even", "long tail, + synthetic, classes balanced", scale, even, "tail_real"
         ),
+        Arm(
+            "tail_filled",
+            "long tail, filled up",
+            scale,
+            {**tail, "prompting.fill_to": "even"},
+            "tail_real",
+        ),
+        Arm(
+            "tail_filled_even",
+            "long tail, filled up, classes balanced",
+            scale,
+            {**even, "prompting.fill_to": "even"},
+            "tail_real",
+        ),
     ]
     return Study(
         "low_data",
