@@ -25,6 +25,7 @@ from ray_synth.pipeline.records import StageRecords, adopt_older
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
 from ray_synth.preflight.refusals import refuse_early
+from ray_synth.prompting.budgets import class_budgets
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.plan_settings import prompt_limit
 from ray_synth.stages import REPORT, stage_inputs, up_to
@@ -164,6 +165,7 @@ def check_run(
         advise(config.generation, config.prompting.negative_prompt)
     if records.record("plan") is None:
         prompt_limit(config)
+        class_budgets(config.prompting, train.counts())
     if records.record("training") is None:
         check_recipe(config.training)
     run = Run(config, runs, folder, records, train, tests, validation, commits, kept_in)

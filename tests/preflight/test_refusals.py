@@ -29,6 +29,7 @@ LLM = "ray_synth.preflight.refusals:check_llm"
 CLIP = "ray_synth.preflight.refusals:check_clip"
 EARLY = "ray_synth.preflight.refusals:refuse_early"
 DATA = "ray_synth.data.dataset:load_index"
+BUDGETS = "ray_synth.prompting.budgets:class_budgets"
 PLAN = "ray_synth.prompting.plan_settings:prompt_limit"
 ON_ITS_NODE = "why: only the node that it runs on can tell"
 LOADED = "why: only loading the weights tells; names, lists and the index are looked at before"
@@ -127,6 +128,8 @@ REFUSALS = {
     "it is of another architecture": RECIPE,
     "temporary file in": ON_ITS_NODE,
     "(error)": RESULT,  # the loss was not finite
+    "leaves no image to make": BUDGETS,
+    "which is no class": BUDGETS,
     # evaluation and report
     "has no image of any class; check its path": DATA,
     "holds no run": INTERNAL,
@@ -202,6 +205,8 @@ def save_checkpoint(path, **shapes):
         (["training.optimizer.name=adamv"], "unknown optimizer"),
         (["training.recipe=resnet50_a2", "training.baseline=recipe"], "recipe resnet50_a2 has model"),
         (["prompting.styles=nowhere.yaml"], "no such file"),
+        (["prompting.fill_to=5"], "fill_to 5 leaves no image to make"),
+        (["prompting.class_multipliers={owl: 3}"], "'owl', which is no class"),
     ],
 )  # fmt: skip
 def test_it_is_refused_before_anything_is_spent(settings, says, tmp_path, monkeypatch):
