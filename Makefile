@@ -15,8 +15,9 @@ CRDS := https://raw.githubusercontent.com/ray-project/kuberay/v$(KUBERAY)/helm-c
 run: $(VENV)/.installed
 	$(BIN)/python jobs/run.py --config $(CONFIG)
 
+# Two processes: what starts Ray, and the rest.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

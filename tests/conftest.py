@@ -25,11 +25,21 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 
 
+RAY_ROOMS = ("cluster", "e2e", "pipeline", "service", "jobs")
 # What a shell starts in the background ignores Ctrl-C, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no bug: examples may take their time.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2`: whatever starts Ray one after the other in one process, the rest in the other."""
+    for item in items:
+        room = item.path.relative_to(ROOT / "tests").parts[0]
+        starts_ray = room in RAY_ROOMS or "local_ray" in getattr(item, "fixturenames", ())
+        file = str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else file))
 
 
 @pytest.fixture(scope="module")

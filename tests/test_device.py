@@ -55,6 +55,7 @@ def check_processes_of_ray() -> None:
         assert rows.take_all() == [{"device": "cpu"}]
 
 
+@pytest.mark.slow
 def test_auto_is_the_gpu_that_ray_gave_and_else_the_cpu():
     """In a process of its own: the Ray of other tests has no GPUs."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE.parent, HERE)))}

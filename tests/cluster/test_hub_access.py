@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes end b
 FILES = {"config.json": b"{}", "model.safetensors": b"w" * 5000}
 
 
+@pytest.mark.slow
 def test_workers_reach_the_hub_as_the_run_does_and_the_token_stands_nowhere(tmp_path):
     with fake_hub() as hub, short_folder() as temporary:
         hub.add("someone/gated", FILES, "gated")

@@ -25,6 +25,7 @@ BATCH, ROWS = 8, 400
 IDS = [f"{i:06d}" for i in range(ROWS)]
 
 
+@pytest.mark.slow
 def test_a_node_lost_in_mid_run_costs_only_the_batches_in_work(tmp_path):
     with short_folder() as temporary:
         run_driver(f"test_nodes.drive({str(tmp_path)!r})", environment(temporary), tmp_path, 120)

@@ -101,6 +101,7 @@ def test_what_an_older_version_had_begun_keeps_its_name(runs):
     assert Folder(runs / "killed-in-plan").read_json("contexts.json")["digest"] == "09dba0e017ef"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_in_training_goes_on_from_its_checkpoint(runs):
     import torch
 

@@ -66,6 +66,7 @@ def test_training_in_process_gives_the_same_weights(local_ray, tmp_path):
         assert one == other
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(local_ray, tmp_path):
     optimizer = {"name": "sgd", "lr": 1e30, "clip_grad_norm": None, "warmup_fraction": 0.9}
     with pytest.raises(ValueError, match=r"the loss of step (\d+) is not a number") as error:

@@ -26,7 +26,7 @@ from ray_synth.training.state_dicts import export_aux, export_average, export_ma
 SMALL = ("test_", "atto", "femto", "pico", "nano", "tiny", "micro", "small", "_xxs", "_xs", "_s0",
          "_b0", "_t0", "18", "10t", "050", "s12", "m1", "_t", "_s")  # fmt: skip
 FAMILIES = sorted(module for module in timm.list_modules() if timm.list_models(module=module))
-SPREAD = ["efficientnet", "inception_next", "levit", "maxxvit", "mobilevit", "resnet", "resnetv2",
+SPREAD = ["efficientnet", "inception_next", "maxxvit", "mobilevit", "resnet", "resnetv2",
           "vision_transformer", "xcit"]  # fmt: skip
 # Families whose BatchNorm layers hold the activation.
 ACTIVE = ["densenet", "efficientnet", "ghostnet", "mobilenetv3", "regnet", "rexnet"]
