@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_synth.config import Config
+from ray_synth.generation.acceptance import COLUMNS, Acceptance
 from ray_synth.generation.store import ImageStore
 from ray_synth.prompting.plan_file import PLAN_FILE, WINDOW, PlanFile
 from ray_synth.prompting.plan_index import PlanIndex
@@ -53,12 +54,14 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
         `facts`: hours, cost, flagged and retried images, mean CLIP score.
     """
     index = PlanIndex(PlanFile(run).ids(WINDOW))
-    columns = ["accepted", "reject_reason", "gpu_seconds", "clip_score", "attempt"]
+    columns = ["accepted", "reject_reason", "gpu_seconds", "clip_score", "attempt", *COLUMNS]
+    acceptance = Acceptance()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     flags: Counter[str] = Counter()
     seconds = scores = 0.0
     for _, table in store.planned(index, columns):
+        acceptance.add(table)
         accepted, reason = table["accepted"], table["reject_reason"]
         flagged = reason.filter(pc.and_(accepted, pc.not_equal(reason, ""))).to_pylist()
         reasons.update(map(reason_kind, reason.filter(pc.invert(accepted)).to_pylist()))
@@ -72,6 +75,8 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
     made = counts["made"]
     assert made == len(index), f"{len(index)} rows planned, {made} in the store"
     seconds += sum(earlier_attempts(store))
+    if config.generation.checks.policy != "off":
+        acceptance.save(run)
     return {
         "num_synthetic": counts["accepted"],
         "rejected": made - counts["accepted"],

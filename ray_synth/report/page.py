@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ray_synth.config import read_run_config, run_versions
 from ray_synth.data.images import encode_image
 from ray_synth.errors import UserError, duration
+from ray_synth.generation.acceptance import ACCEPTANCE, least_accepted
 from ray_synth.report import plots
-from ray_synth.report.sheet import choose_examples, kinds_of, thumbnail
+from ray_synth.report.sheet import choose_examples, choose_refused, kinds_of, thumbnail
 from ray_synth.report.table import (
     BASELINES,
     baseline_of,
@@ -30,12 +31,16 @@ from ray_synth.storage.folder import Folder
 from ray_synth.storage.secrets import redact
 from ray_synth.training.published import published_result
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 PAGE = "report/index.html"
 ARMS = {"real_only": "Real only", "recipe": "Published recipe", "mixed": "Mixed"}
 MAIN_BN = ("", "main BN")  # how rows of comparison_rows name it
 CLASSES_SHOWN = (
     20  # in the contact sheet, in the meanings before the fold, and per end of a ranking
 )
+RANKED = 10  # styles and classes with the fewest accepted images
 THUMBNAIL = 128  # pixels; shown at half of that, for dense screens
 # What a reader wants to know of a config at a glance; the whole of it is on the page as well.
 FACTS = (
@@ -127,6 +132,8 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "total_seconds": (metrics.get("seconds") or {}).get("total"),
         "aside": set_aside(metrics, arms),
         "generation": generation_facts(metrics),
+        "acceptance": acceptance(folder),
+        "refused": refused(folder),
         "facts": [
             (label, value) for label, key in FACTS if (value := _dig(config, key)) is not None
         ],
@@ -176,17 +183,22 @@ def example_classes(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
         picture = thumbnail(row["image"], THUMBNAIL)
         if picture is None:
             continue
-        kind = "png" if max(picture.size) <= 64 else "webp"
-        data = encode_image(picture, image_format=kind, quality=80)
         entry = classes.setdefault(
             row["class_index"], {"name": row["class_name"], "meaning": row["meaning"], "kinds": {}}
         )
         shown = {key: row[key] for key in ("prompt", "style", "seed", "clip_score")}
-        uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        uri = data_uri(picture)
         entry["kinds"].setdefault(row["kind"], []).append(
             {**shown, "uri": uri, "tiny": max(picture.size) <= 32}
         )
     return list(classes.values())
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as the page holds it: PNG where it is small, else WebP."""
+    kind = "png" if max(picture.size) <= 64 else "webp"
+    data = encode_image(picture, image_format=kind, quality=80)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def meanings(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -319,6 +331,24 @@ def generation_facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("Near-duplicates in the store", facts.get("near_duplicates"), "{:,}"),
     )
     return [(label, form.format(value)) for label, value, form in shown if value is not None]
+
+
+def acceptance(folder: Folder) -> list[tuple[str, list[tuple[str, int, int]]]]:
+    """What the checks let pass: (title, rows of value, passed and made), the fewest first."""
+    found = _json(folder.child("quality"), ACCEPTANCE) or {}
+    titles = {"kind": "Kinds of prompts", "style": "Styles", "class_name": "Classes"}
+    tables = [(title, least_accepted(found, name, RANKED)) for name, title in titles.items()]
+    return [(title, rows) for title, rows in tables if rows]
+
+
+def refused(folder: Folder) -> list[dict[str, Any]]:
+    """Some images that failed a check, each with a data URI and the reason."""
+    shown = []
+    for row in choose_refused(folder):
+        picture = thumbnail(row["image"], THUMBNAIL)
+        if picture is not None:
+            shown.append({**row, "uri": data_uri(picture), "tiny": max(picture.size) <= 32})
+    return shown
 
 
 def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:

@@ -5,17 +5,20 @@ The image store in; example rows for the page, and a contact sheet as one PNG, o
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
 from ray_synth.config import Kind
 from ray_synth.data.images import decode_image, encode_image
 from ray_synth.errors import UserError
+from ray_synth.generation.cost import reason_kind
 from ray_synth.generation.selection import choose, read_chosen, scan
 from ray_synth.generation.store import ImageStore
 from ray_synth.storage.folder import Folder
@@ -75,6 +78,38 @@ def choose_examples(
                 "kind": kind,
             }
     return [found[sample_id] for sample_id in chosen]
+
+
+def choose_refused(
+    folder: Folder, *, most: int = 12, max_rows: int = 50_000
+) -> list[dict[str, Any]]:
+    """Images that failed a check, as many of each reason as can be, the first ids of each.
+
+    Args:
+        max_rows: as in `choose_examples`.
+    """
+    store = ImageStore(folder.child("images"))
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    seen = 0
+    for part, table in store.every(["sample_id", "reject_reason"]):
+        for row in table.filter(pc.not_equal(table["reject_reason"], "")).to_pylist():
+            reasons.setdefault(reason_kind(row["reject_reason"]), []).append(
+                (row["sample_id"], part)
+            )
+        seen += table.num_rows
+        if seen >= max_rows:
+            break
+    ordered = [sorted(set(found)) for _, found in sorted(reasons.items())]
+    turns = itertools.zip_longest(*ordered)
+    chosen = dict([item for turn in turns for item in turn if item is not None][:most])
+    columns = ["sample_id", "class_name", "prompt", "reject_reason", "image"]
+    found = {
+        row["sample_id"]: row
+        for part in sorted(set(chosen.values()))
+        for table in store.groups(part, columns, ids=chosen)
+        for row in table.to_pylist()
+    }
+    return [found[sample_id] for sample_id in chosen if sample_id in found]
 
 
 def kinds_of(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from ray_synth.data.images import encode_image
 from ray_synth.evaluation.accuracy import interval
+from ray_synth.generation.acceptance import COLUMNS, Acceptance, least_accepted
 from ray_synth.generation.store import ImageStore
 from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.report.page import (
@@ -25,6 +26,7 @@ from ray_synth.report.page import (
 from ray_synth.report.plots import accuracy_plot, loss_plot, smooth, thin
 from ray_synth.report.sheet import (
     choose_examples,
+    choose_refused,
     contact_sheet,
     sheet_of,
     sheet_size,
@@ -568,3 +570,29 @@ def test_generation_facts_leave_out_what_is_not_known():
         "Cost": "2.00",
         "Images flagged": "1,234",
     }
+
+
+def test_what_the_checks_found_is_shown_with_pictures_and_reasons(judged):
+    counts = Acceptance()
+    for _, table in ImageStore(judged.child("images")).every([*COLUMNS, "reject_reason"]):
+        counts.add(table)
+    counts.save(judged)
+    found = counts.as_dict()
+    assert sum(made for _, made in found["class_name"].values()) == sum(
+        made for _, made in found["kind"].values()
+    )
+    assert found["kind"]["plain"] == [9, 10]
+    write_report(judged)
+    page = read_page(judged)
+    assert "checks" in page.ids
+    (bad,) = choose_refused(judged)
+    assert bad["sample_id"] == "bad"
+    shown = [image for image in page.images if image["alt"].endswith("that did not pass")]
+    assert len(shown) == 1
+    assert f"{bad['class_name']}: {bad['reject_reason']}" in page.text
+
+
+def test_the_least_accepted_come_first():
+    found = {"style": {"a": [9, 10], "b": [1, 10], "c": [5, 10]}}
+    assert least_accepted(found, "style", 2) == [("b", 1, 10), ("c", 5, 10)]
+    assert least_accepted({}, "style", 2) == []
