@@ -47,6 +47,44 @@ def deploy(
 
 
 @app.command()
+def images(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="a run's config; default: embedded models")
+    ] = None,
+    port: int = 8001,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. generation.num_gpus=1")
+    ] = None,
+) -> None:
+    """Serve the generator of a config by OpenAI's images API, on the loopback address."""
+    import json
+    import tempfile
+
+    from ray_synth.config import GenerationConfig, load_config
+
+    if config is None and overrides:
+        raise UserError("--set changes a config: give one with --config")
+    generation = load_config(config, overrides).generation if config else GenerationConfig()
+    values = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "images",
+                "route_prefix": "/",
+                "import_path": "ray_synth.service.images_app:build",
+                "args": {"generation": generation.model_dump(mode="json")},
+            }
+        ],
+    }
+    folder = Path(tempfile.mkdtemp(prefix="ray-synth-images-"))
+    path = folder / "images.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    _check(path)
+    _hand_over("run", str(path))
+
+
+@app.command()
 def ask(
     class_name: Annotated[str, typer.Argument(help="as in the class list: crane")],
     images: Annotated[

@@ -33,10 +33,10 @@ class Failure(str):
 class ImageGenerator(Protocol):
     """A loaded generator, in one process.
 
-    A class may have, besides: `check(config)` (raises UserError before a cluster is started),
-    `filled(config) -> config` (its own size, steps and guidance for what is None; else 512 x 512, 20
-    and 7.5), `fingerprint(config) -> str` (of all that decides the pixels besides the row), and
-    `prompt_tokens(config) -> (count, limit)`.
+    A class may have, besides: `check(config)` and `check_plan(config, num_images)` (raise UserError
+    before a cluster is started), `filled(config) -> config` (its own size, steps and guidance for what
+    is None; else 512 x 512, 20 and 7.5), `fingerprint(config) -> str` (of all that decides the pixels
+    besides the row), and `prompt_tokens(config) -> (count, limit)`.
     """
 
     def __init__(self, config: GenerationConfig) -> None: ...

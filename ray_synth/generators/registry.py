@@ -52,6 +52,13 @@ def check_generator(config: GenerationConfig) -> None:
         check(config)
 
 
+def check_plan(config: GenerationConfig, num_images: int) -> None:
+    """Raises UserError where the generator refuses a plan of so many images: its budget is too small."""
+    check = getattr(generator_class(config.generator), "check_plan", None)
+    if check is not None:
+        check(config, num_images)
+
+
 def filled(config: GenerationConfig) -> GenerationConfig:
     """The config with steps, guidance and size set, where it leaves them to the generator.
 

@@ -104,7 +104,7 @@ class OpenAILLM:
             max_retries=MAX_RETRIES,
         )
         self._threads = ThreadPoolExecutor(max_concurrency, thread_name_prefix="openai")
-        self._limiter = _limiter(requests_per_minute)
+        self._limiter = limiter(requests_per_minute)
         self._thinks = False  # known from its first answer that was nothing but a thought
         self._refused: frozenset[str] = frozenset()  # arguments that the server does not take
 
@@ -272,7 +272,8 @@ def _from_json(text: str) -> str:
     )
 
 
-def _limiter(requests_per_minute: int | None) -> Any:
+def limiter(requests_per_minute: int | None) -> Any:
+    """What lets so many requests a minute pass, evenly; None where there is no limit."""
     if requests_per_minute is None:
         return None
     from pyrate_limiter import Duration, Limiter, Rate

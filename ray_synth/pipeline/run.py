@@ -19,7 +19,7 @@ from ray_synth.data.dataset import (
 )
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
-from ray_synth.generators.registry import advise, check_generator, filled, fingerprint
+from ray_synth.generators.registry import advise, check_generator, check_plan, filled, fingerprint
 from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.records import StageRecords, adopt_older
 from ray_synth.preflight.demands import Sizes
@@ -169,6 +169,9 @@ def check_run(
     if records.record("training") is None:
         check_recipe(config.training)
     run = Run(config, runs, folder, records, train, tests, validation, commits, kept_in)
+    planned = run.sizes.synthetic(config)
+    if planned is not None and records.record("generation") is None:
+        check_plan(config.generation, planned)
     refuse_early(config, train.class_names, run.todo(REPORT), local=is_local(config))
     return run
 

@@ -20,9 +20,11 @@ from ray_synth.config import RETIRED, ClipConfig, LlmConfig, parse_config
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.service.app import Disambiguation, ServeConfig
 from ray_synth.service.clip_deployment import ClipDeployment
+from ray_synth.service.images_app import ImagesConfig
 from ray_synth.service.llm_deployment import LlmDeployment
 
 OUR_APP = ("ray_synth.service.app:build", "ray_synth.service.app.build")
+IMAGES_APP = ("ray_synth.service.images_app:build", "ray_synth.service.images_app.build")
 # Where the app was while `serve` was a package: configs of then name it so.
 MOVED_FROM = ("serve.app:build", "serve.app.build")
 _DEPLOYMENTS: tuple[Any, ...] = (Disambiguation, LlmDeployment, ClipDeployment)
@@ -95,8 +97,8 @@ def _parts_of(part: Part) -> Iterator[Part]:
             continue
         annotation: Any = part.model.model_fields[key].annotation
         special = READ_AS.get((part.model, key))
-        if key == "args" and _is_ours(part):
-            special = ServeConfig
+        if key == "args" and part.model is ServeApplicationSchema:
+            special = _arguments_of(part.value.get("import_path")) or special
         many = isinstance(value, list)
         model, free = _reading(annotation, many=many)
         model, free = (special, True) if special else (model, free)
@@ -124,6 +126,13 @@ def _reading(annotation: Any, *, many: bool) -> tuple[type[BaseModel] | None, bo
 
 def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) not in (None, list, dict, tuple)
+
+
+def _arguments_of(import_path: Any) -> type[BaseModel] | None:
+    """What reads `args` of an app of ours."""
+    if import_path in IMAGES_APP:
+        return ImagesConfig
+    return ServeConfig if import_path in OUR_APP else None
 
 
 def _is_ours(part: Part) -> bool:

@@ -14,6 +14,7 @@ import yaml
 
 from ray_synth.cli.command import main
 from ray_synth.errors import UserError
+from ray_synth.service import images_app
 from ray_synth.service.app import ServeConfig, build
 from ray_synth.service.deploy_config import check_serve_config, load_serve_config
 
@@ -56,6 +57,15 @@ def test_the_shipped_configs_pass_and_listen_on_the_loopback_address(name, proxy
     assert values["proxy_location"] == proxy
     *_, application = values["applications"]
     build(ServeConfig(**application["args"]))
+
+
+def test_the_images_config_passes_and_a_wrong_setting_in_it_is_named(tmp_path):
+    values = load_serve_config(ROOT / "serve/images.yaml")
+    assert values["http_options"] == {"host": "127.0.0.1", "port": 8001}
+    images_app.build(images_app.ImagesConfig(**values["applications"][0]["args"]))
+    values["applications"][0]["args"]["generation"]["wdith"] = 64
+    with pytest.raises(ValueError, match=r"generation\.wdith: unknown key; did you mean 'width'"):
+        check_serve_config(values)
 
 
 def test_the_app_asks_the_model_that_is_deployed_beside_it():
