@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,30 @@ def _stage_table(metrics: dict[str, Any]) -> Any:
     return table
 
 
+def import_(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="images made elsewhere")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    format: Annotated[
+        str, typer.Option(help="imagefolder, parquet, webdataset or huggingface")
+    ] = "imagefolder",
+) -> None:
+    """Make images from elsewhere a run's synthetic images, each once; then `run` goes on with them."""
+    import json
+
+    source = json.dumps({"format": format, "path": folder})
+    more = [
+        "generation.generator=imported",
+        f"generation.generator_kwargs={{source: {source}}}",
+        "prompting.mix={plain: 1}",
+    ]
+    settings = load_config(config, [*more, *(overrides or ())])
+    _run(settings, "generation", None)
+    _say_written(settings, stage_of("generation").shown)
+    words = " ".join(shlex.join(["--set", item]) for item in [*more, *(overrides or ())])
+    typer.echo(f"train on them: ray-synth run --config {shlex.quote(str(config))} {words}")
+
+
 def _shorter(stage: str) -> Callable[..., None]:
     def verb(
         config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
@@ -189,5 +214,6 @@ def register(app: typer.Typer) -> None:
     for name, stage in SHORTER.items():
         said = stage_of(stage).says
         app.command(name, help=f"{said[0].upper()}{said[1:]}, and stop.")(_shorter(stage))
+    app.command("import")(import_)
     for verb in (evaluate, report, study):
         app.command()(verb)

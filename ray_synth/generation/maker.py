@@ -230,7 +230,7 @@ class ImageMaker:
         return self._judge.judge(rows, images)
 
     def _reference(self, row: Row) -> dict[str, bytes]:
-        if not row.get("reference"):
+        if self.job.config.reference is None or not row.get("reference"):
             return {}
         return {"reference_image": self._references[row["reference"]]}
 

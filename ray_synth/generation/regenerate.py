@@ -80,7 +80,7 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
         )
     generator = generator_class(config.generation.generator)(as_made(config.generation, facts))
     inputs = {**row, "seed": attempt_seed(row["seed"], row["attempt"])}
-    if row["reference"]:
+    if row["reference"] and config.generation.reference is not None:
         inputs["reference_image"] = read_references(run)[row["reference"]]
     image, reason = generate_all(generator, [inputs])[0]
     if image is None:

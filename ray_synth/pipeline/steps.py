@@ -27,6 +27,7 @@ from ray_synth.data.dataset import (
 )
 from ray_synth.generation.chunks import missing_rows
 from ray_synth.generation.maker import write_references
+from ray_synth.generators.registry import generator_class
 from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.commits import fetch_generator
 from ray_synth.pipeline.run import Run
@@ -135,7 +136,7 @@ def _tell_refused(class_name: str, pieces: int) -> None:
 
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
     """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet."""
-    from ray_synth.prompting.budgets import class_budgets
+    from ray_synth.prompting.budgets import class_budgets, within
     from ray_synth.prompting.plan import ClassPrompts, plan_tables
     from ray_synth.prompting.plan_settings import plan_settings, read_contexts
 
@@ -156,6 +157,11 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     num_images = run.sizes.synthetic(config)
     assert num_images is not None
     budgets = class_budgets(config.prompting, run.train.counts())
+    if guides and config.generation.reference is None:  # imported images, each of them once
+        there = [len(guides.get(index, ())) for index in range(len(classes))]
+        budgets = within(budgets, num_images, there)
+        log.info("%d images of %d that were asked for are there", budgets.sum(), num_images)
+        num_images = int(budgets.sum())
     sources: Counter[str] = Counter()
 
     def tables() -> Iterator[pa.Table]:
@@ -195,8 +201,13 @@ def _written_contexts(run: Run, service: Any, meanings: dict[str, str]) -> dict[
 
 
 def choose_references(run: Run) -> dict[int, list[str]]:
-    """Ids, by class, of the real images that guide image-to-image rows; kept with the run."""
-    if run.config.generation.reference is None:
+    """By class, the ids of the real images that guide image-to-image rows, which are kept with the run;
+    or what the generator itself says that rows name (`references`)."""
+    generation = run.config.generation
+    own = getattr(generator_class(generation.generator), "references", None)
+    if own is not None:
+        return own(generation, run.train.class_names, run.config.seed)
+    if generation.reference is None:
         return {}
     few = select(run.train, GUIDES_PER_CLASS, run.config.seed)
     images: dict[str, bytes] = {}

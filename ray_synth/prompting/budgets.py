@@ -6,7 +6,7 @@ al. 2023); and a user may give a class more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -71,6 +71,12 @@ def filled_up(real: np.ndarray, total: int) -> np.ndarray:
     found = np.zeros(len(real), np.int64)
     found[order[:lifted]] = level - ordered[:lifted] + (np.arange(lifted) < rest)
     return found
+
+
+def within(budgets: np.ndarray | None, total: int, there: Sequence[int]) -> np.ndarray:
+    """Budgets (None: an even share of `total` for each) of at most what there is of each class."""
+    wanted = even_shares(len(there), total) if budgets is None else budgets
+    return np.minimum(wanted, there)
 
 
 def _multiplied(

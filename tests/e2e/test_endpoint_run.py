@@ -1,6 +1,7 @@
 """A run whose images come from a server: our own, by OpenAI's interface, on a Ray of its own."""
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -9,7 +10,8 @@ import urllib.request
 
 import pyarrow.parquet as pq
 import pytest
-from small_runs import NO_LLM, SMALL, command, line, planned_ids, run, stored_ids
+import yaml
+from small_runs import NO_LLM, QUICKSTART, SMALL, command, line, planned_ids, run, stored_ids
 
 
 def free_port() -> int:
@@ -58,3 +60,31 @@ def _wait(url: str, server: subprocess.Popen) -> None:
         except OSError:
             time.sleep(0.5)
     raise AssertionError(f"{url} does not answer")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_images_made_elsewhere_are_checked_trained_on_and_reported(tmp_path):
+    from ray_synth.data.digits import load_digits
+    from ray_synth.data.images import encode_array
+
+    pixels, names = load_digits("uci_digits", "train")
+    for name in ("six", "seven"):
+        (tmp_path / "made" / name).mkdir(parents=True)
+        for at in [i for i, found in enumerate(names) if found == name][:20]:
+            (tmp_path / "made" / name / f"{at}.png").write_bytes(encode_array(pixels[at]))
+    config = tmp_path / "mine.yaml"
+    values = yaml.safe_load(QUICKSTART.read_text())
+    config.write_text(yaml.safe_dump({**values, "runs_dir": str(tmp_path / "runs")}))
+    small = [item for setting in [*SMALL, "meaning.enabled=false"] for item in ("--set", setting)]
+    found = run(
+        line("import", str(tmp_path / "made"), "--config", str(config), *small), timeout=500
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    folder = tmp_path / "runs" / "quickstart"
+    assert len(stored_ids(folder)) == 40, "each image once, though 64 were planned"
+    again = shlex.split(found.stdout.splitlines()[-1].partition(": ray-synth ")[2])
+    found = run(line(*again), timeout=500)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "8 real and 40 synthetic images" in found.stdout
+    assert len(stored_ids(folder)) == 40
