@@ -216,7 +216,7 @@ def save_checkpoint(path, **shapes):
         (["training.optimizer.name=adamv"], "unknown optimizer"),
         (["training.recipe=resnet50_a2", "training.baseline=recipe"], "recipe resnet50_a2 has model"),
         (["prompting.styles=nowhere.yaml"], "no such file"),
-        (["generation.generator=imported", "generation.generator_kwargs={source: {format: digits}}",
+        (["generation.generator=imported", "generation.generator_kwargs={source: {format: digits, split: train}}",
           "data.class_names=[owl]", "data.train.class_map={one: owl}", "data.test.class_map={one: owl}",
           "data.ood={}"], r"the imported images are of eight, .*none of which is a class \(owl\)"),
         (["generation.generator=endpoint", "generation.model=m",
