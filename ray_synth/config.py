@@ -31,6 +31,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 SMALL_SIDE = 128  # pixels: pictures no larger are kept as PNG where the format is "auto"
+IN_DOMAIN = "in_domain"  # what `data.test` is called among the test sets
 RECIPES = Path(__file__).parent / "training" / "recipes"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 # training.baseline -> the arms that are trained on real images alone.
