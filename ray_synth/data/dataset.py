@@ -16,7 +16,7 @@ import numpy as np
 from ray_synth.config import IN_DOMAIN, DataConfig, SourceConfig
 from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
-from ray_synth.data.labels import LeftOut, joined, match_classes
+from ray_synth.data.labels import LeftOut, closest, joined, match_classes, tidy
 from ray_synth.data.places import Readable, read_all
 from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
 from ray_synth.errors import UserError, shortened
@@ -179,9 +179,12 @@ def select(index: Index, images_per_class: int | dict[str, int] | None, seed: in
         return index
     most = np.full(len(index.class_names), len(index))
     if isinstance(images_per_class, dict):
-        unknown = set(images_per_class) - set(index.class_names)
+        images_per_class = {tidy(name): number for name, number in images_per_class.items()}
+        unknown = sorted(set(images_per_class) - set(index.class_names))
         if unknown:
-            raise UserError(f"images_per_class: no class is named {sorted(unknown)[0]!r}")
+            near = closest(unknown[0], index.class_names)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise UserError(f"images_per_class: no class is named {unknown[0]!r}{hint}")
         for name, number in images_per_class.items():
             most[index.class_names.index(name)] = number
     else:
