@@ -27,7 +27,7 @@ from pydantic_core import PydanticUndefined
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.storage.secrets import redact, refuse_secrets
 from ray_synth.storage.texts import read_text
-from ray_synth.storage.typed_yaml import branches, child, read_typed, typed_value
+from ray_synth.storage.typed_yaml import child, problems, read_typed, typed_value
 
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
@@ -869,7 +869,7 @@ def parse_config(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(*problem, model) for problem in _problems(error, model)]
+        lines = [_explain(*problem, model) for problem in problems(error, model)]
         raise UserError(f"{origin}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -897,47 +897,6 @@ def _first_part(node: dict[str, Any], key: str) -> str:
     """`data` of `data.train`; a name that is there already may hold dots: a test set `v2.0`."""
     there = [name for name in node if isinstance(name, str) and f"{key}.".startswith(f"{name}.")]
     return max(there, key=len, default=key.partition(".")[0])
-
-
-def _problems(
-    error: ValidationError, model: type[BaseModel]
-) -> list[tuple[list[Any], str, dict[str, Any]]]:
-    """(place, what may be there, problem) of each; of a setting of several kinds, what fits best.
-
-    pydantic tries each kind, and puts its name into the place of what is wrong with it.
-    """
-    found: dict[tuple[Any, ...], list[tuple[list[Any], str, dict[str, Any]]]] = {}
-    for problem in error.errors():
-        place, several, hint = _place(problem["loc"], model)
-        key = ("one of", *several) if several is not None else (len(found),)
-        found.setdefault(key, []).append((place, hint, problem))
-    best = []
-    for alike in found.values():
-        alike.sort(key=lambda each: (-len(each[0]), each[2]["type"].endswith("_type")))
-        deepest = len(alike[0][0])
-        same_kind = [each for each in alike if len(each[0]) == deepest]
-        best += same_kind if deepest > len(alike[-1][0]) else same_kind[:1]
-    return best
-
-
-def _place(
-    location: tuple[Any, ...], model: type[BaseModel]
-) -> tuple[list[Any], tuple[Any, ...] | None, str]:
-    """A problem's place without the names of kinds; that of the setting which takes several kinds, if it
-    lies in one; and that setting's description."""
-    place: list[Any] = []
-    several, hint, annotation, chosen = None, "", model, False
-    for part in location:
-        kinds = [kind for kind in branches(annotation) if kind is not type(None)]
-        if len(kinds) > 1 and not chosen:
-            several, chosen = tuple(place) if several is None else several, True
-            continue
-        if several is None:
-            field = getattr(kinds[0], "model_fields", {}).get(part)
-            hint = (field.description or "") if field else ""
-        annotation, chosen = child(annotation, part), False
-        place.append(part)
-    return place, several, hint if several is not None else ""
 
 
 def _explain(

@@ -42,7 +42,8 @@ def _lines(place: str) -> list[str]:
         hint = "; give a list as [cat, dog]" if "," in place else ""
         raise UserError(f"data.class_names: no file of class names at {place}{hint}")
     text = read_text(place)
-    if "\0" in text:
-        raise UserError(f"{place} is no text file (it holds a zero byte): save it as UTF-8")
+    odd = next((c for c in text if c < "\t"), None)
+    if odd is not None:
+        raise UserError(f"{place} is no text file (it holds the byte {ord(odd)}): save it as UTF-8")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return [line for line in lines if tidy(line)]

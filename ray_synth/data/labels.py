@@ -8,6 +8,7 @@ some (Hugging Face's ClassLabel), and through the run's class names otherwise. R
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import unicodedata
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ray_synth.errors import UserError, did_you_mean, nearest, shortened
+from ray_synth.errors import UserError, did_you_mean, first_line, nearest, shortened
 
 NUMBER = re.compile(r"[0-9]{1,18}")
 NEGATIVE = re.compile(r"-[0-9]+")
@@ -148,6 +149,30 @@ def label_of(value: Any, names: Sequence[str] = ()) -> str | None:
 def shortened_value(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "…"
+
+
+def class_label(metadata: dict[bytes, bytes] | None, column: str, origin: str) -> list[str]:
+    """The names in Hugging Face's metadata of a Parquet file, where a column is a ClassLabel; else none.
+
+    Raises:
+        UserError: the metadata is there and cannot be read.
+    """
+    text = (metadata or {}).get(b"huggingface")
+    if text is None:
+        return []
+    try:
+        feature = json.loads(text).get("info", {}).get("features", {}).get(column) or {}
+        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
+        if isinstance(names, dict):  # as a dataset card spells it: {"0": "cat", "1": "dog"}
+            names = [names[str(number)] for number in range(len(names))]
+        if not all(isinstance(name, str) for name in names or []):
+            raise TypeError("a class name is no text")
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{origin}: its Hugging Face metadata cannot be read ({first_line(error)}): write the file "
+            "again with the `datasets` library, or without that metadata"
+        ) from None
+    return list(names or [])
 
 
 def read_column(

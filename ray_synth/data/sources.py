@@ -6,7 +6,6 @@ tables), so that a source is indexed without reading its pictures. No Ray here.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.image_lists import read_image_list
 from ray_synth.data.images import EXTENSIONS, encode_array
-from ray_synth.data.labels import Labels, read_column, read_texts
+from ray_synth.data.labels import Labels, class_label, read_column, read_texts
 from ray_synth.data.listing import ending, list_files
 from ray_synth.data.places import Place, Readable, read_all
 from ray_synth.data.tars import scan_tar
@@ -269,30 +268,6 @@ def _parquet_labels(shard: Shard) -> Labels:
     table = _row_group(shard, [column])
     names = class_label(table.schema.metadata, column, shard.place)
     return read_column(table.column(0), f"{shard.place}, column {column!r}", names)
-
-
-def class_label(metadata: dict[bytes, bytes] | None, column: str, origin: str) -> list[str]:
-    """The names in Hugging Face's metadata of a Parquet file, where a column is a ClassLabel; else none.
-
-    Raises:
-        UserError: the metadata is there and cannot be read.
-    """
-    text = (metadata or {}).get(b"huggingface")
-    if text is None:
-        return []
-    try:
-        feature = json.loads(text).get("info", {}).get("features", {}).get(column) or {}
-        names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-        if isinstance(names, dict):  # as a dataset card spells it: {"0": "cat", "1": "dog"}
-            names = [names[str(number)] for number in range(len(names))]
-        if not all(isinstance(name, str) for name in names or []):
-            raise TypeError("a class name is no text")
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{origin}: its Hugging Face metadata cannot be read ({first_line(error)}): write the file "
-            "again with the `datasets` library, or without that metadata"
-        ) from None
-    return list(names or [])
 
 
 def _row_group(shard: Shard, columns: list[str]) -> Any:
