@@ -30,7 +30,8 @@ from jobs.llms_table import markdown, read_backends, read_truth, same_meaning
 from jobs.meaning_models import MeaningModels
 from ray_synth.cli.command import prepare_process
 from ray_synth.config import Config, LlmConfig, load_config
-from ray_synth.data.dataset import hold_out, load_index, read_class_names, read_index, select
+from ray_synth.data.class_names import read_class_names
+from ray_synth.data.dataset import hold_out, load_index, read_index, select
 from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
 from ray_synth.meaning.backends import load_llm

@@ -7,6 +7,7 @@ Every section refuses keys it does not know and names the nearest one that it do
 from __future__ import annotations
 
 import copy
+import os
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -25,12 +26,16 @@ from pydantic_core import PydanticUndefined
 
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.storage.secrets import redact, refuse_secrets
+from ray_synth.storage.texts import read_text
+from ray_synth.storage.typed_yaml import child, problems, read_typed, typed_value
 
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 SMALL_SIDE = 128  # pixels: pictures no larger are kept as PNG where the format is "auto"
+IN_DOMAIN = "in_domain"  # what `data.test` is called among the test sets
+TAKEN = (IN_DOMAIN, "training", "validation")  # names of sets that no `data.ood` may have
 RECIPES = Path(__file__).parent / "training" / "recipes"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 # training.baseline -> the arms that are trained on real images alone.
@@ -54,7 +59,13 @@ def _on_this_machine(value: str) -> str:
     return value
 
 
-Place = Annotated[str, AfterValidator(refuse_secrets)]  # a path or URI; it goes to config.yaml
+def at_home(value: Any) -> Any:
+    """`~/photos` as the folder that it is; all else as it is."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+# A path or URI; it goes to config.yaml.
+Place = Annotated[str, AfterValidator(refuse_secrets), AfterValidator(at_home)]
 Replicas = Annotated[
     Positive | tuple[Positive, Positive],
     Field(description="a number, or [fewest, most] to follow the load"),
@@ -175,6 +186,23 @@ class DataConfig(Section):
         "themselves",
     )
     max_pixels: Positive = result(50_000_000, description="larger images are set aside")
+
+    @field_validator("class_names")
+    @classmethod
+    def _names_at_home(cls, value: Any) -> Any:
+        return at_home(value)
+
+    @field_validator("ood")
+    @classmethod
+    def _names_of_their_own(cls, ood: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        for name in ood:
+            if name in TAKEN or not name.strip():
+                raise UserError(
+                    f"a test set cannot be called {name!r}: "
+                    + ("that is the name of another set; " if name.strip() else "")
+                    + "give it another name"
+                )
+        return ood
 
 
 class LlmConfig(Section):
@@ -711,12 +739,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no config file at {path}; `ray-synth init --images DIR` writes one")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    text = read_text(path)
+    if not text.strip("\0 \n"):
+        raise UserError(
+            f"{path} is empty, as a full disk leaves files; `ray-synth init --images DIR` writes one"
+        )
+    values = read_typed(text, Config, str(path))
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no settings")
+        raise UserError(f"{path} holds no settings; `ray-synth init --images DIR` writes one")
     for override in overrides or []:
         _apply(values, override)
     _merge_recipe(values)
@@ -831,7 +861,9 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not path.is_file():
         hint = did_you_mean(name, recipe_names())
         raise UserError(f"training.recipe: no recipe {name!r}; {hint} Or give a YAML file")
-    values = yaml.safe_load(path.read_text())
+    values = read_typed(read_text(path), TrainingConfig, str(path))
+    if not isinstance(values, dict):
+        raise UserError(f"training.recipe: {path} holds no settings")
     parse_config(values, origin=f"recipe {path.name}", model=TrainingConfig)
     return values
 
@@ -860,7 +892,7 @@ def parse_config(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem, model) for problem in error.errors()]
+        lines = [_explain(*problem, model) for problem in problems(error, model)]
         raise UserError(f"{origin}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -868,25 +900,36 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set {override!r}: expected a.b=value")
-    *parents, leaf = key.strip().split(".")
-    node = values
-    for parent in parents:
-        node = node.setdefault(parent, {})
+    node: Any = values
+    annotation: Any = Config
+    left = key.strip()
+    while True:
+        part = _first_part(node, left)
+        annotation, left = child(annotation, part), left[len(part) + 1 :]
+        if not left:
+            break
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {parent} is a value, not a section")
-    try:
-        node[leaf] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--set {override!r}: {error}") from None
+            raise UserError(f"--set {override!r}: {part} is a value, not a section")
+    node[part] = typed_value(text, annotation, f"--set {override!r}")
 
 
-def _explain(problem: Any, model: type[BaseModel]) -> str:
-    location = list(problem["loc"])
+def _first_part(node: dict[str, Any], key: str) -> str:
+    """`data` of `data.train`; a name that is there already may hold dots: a test set `v2.0`."""
+    there = [name for name in node if isinstance(name, str) and f"{key}.".startswith(f"{name}.")]
+    return max(there, key=len, default=key.partition(".")[0])
+
+
+def _explain(
+    location: list[Any], hint: str, problem: dict[str, Any], model: type[BaseModel]
+) -> str:
     dotted = ".".join(map(str, location))
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
-        return redact(f"{dotted or model.__name__}: {message}{given}")
+        return redact(f"{dotted or model.__name__}: {message}{f' ({hint})' if hint else ''}{given}")
     # A recipe, or another part of a config, is validated on its own: its names lack the first parts.
     part = model is not Config
     retired = [n for n in RETIRED if n == dotted or (part and n.endswith(f".{dotted}"))]

@@ -64,7 +64,7 @@ def diagnose(config: Config | None, *, estimate: bool = False) -> tuple[list[str
 
 def _look(config: Config) -> tuple[list[str], list[str]]:
     """What is wrong with a config on the connected cluster, and the lines to print."""
-    sizes, wrong = _sizes(config)
+    sizes, wrong, left_out = _sizes(config)
     reach = cluster_reach(config)
     fits = fit_stages(config, reach, sizes)
     lines = table(fits, reach)
@@ -78,7 +78,7 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
     if not runs.is_local:
         runs.check_writable()
         lines.append(f"storage: {runs.address()} can be written")
-    lines += memory.notes + [f"warning: {warning}" for warning in memory.warnings]
+    lines += memory.notes + [f"warning: {line}" for line in [*left_out, *memory.warnings]]
     if not wrong and config.generation.num_gpus and config.training.num_gpus:
         lines += _outlook(config, sizes, reach)
     problems = [fit.problem for fit in fits if fit.problem]
@@ -112,14 +112,15 @@ def _estimate(config: Config) -> list[str]:
     return lines(forecast(run, "report", shared=share_cores(config, cluster_reach(config))))
 
 
-def _sizes(config: Config) -> tuple[Sizes, list[str]]:
-    """How much there is to do, and what a run would refuse to start with."""
+def _sizes(config: Config) -> tuple[Sizes, list[str], list[str]]:
+    """How much there is to do, what a run would refuse to start with, and what it would leave out."""
     from ray_synth.pipeline.run import check_run
 
     try:
-        return check_run(config).sizes, []
+        run = check_run(config)
     except UserError as error:
-        return Sizes(), [str(error)]
+        return Sizes(), [str(error)], []
+    return run.sizes, [], run.left_out
 
 
 def _devices() -> list[str]:

@@ -84,13 +84,14 @@ def _print_results(settings: Config, metrics: dict[str, Any]) -> None:
     )
     runs = runs_folder(settings.runs_dir)
     folder = runs.child(settings.name)
-    console.print(f"report:  {folder.address('report/index.html')}", soft_wrap=True)
-    console.print(f"metrics: {folder.address('metrics.json')}", soft_wrap=True)
+    console.print(f"report:  {folder.address('report/index.html')}", soft_wrap=True, markup=False)
+    console.print(f"metrics: {folder.address('metrics.json')}", soft_wrap=True, markup=False)
     if settings.tracking.enabled:
         from ray_synth.monitoring.mlflow_run import tracking_uri
 
         uri = tracking_uri(settings, runs)
-        console.print(f"MLflow:  mlflow ui --backend-store-uri {uri}", soft_wrap=True)
+        command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+        console.print(f"MLflow:  {command}", soft_wrap=True, markup=False)
 
 
 def _stage_table(metrics: dict[str, Any]) -> Any:

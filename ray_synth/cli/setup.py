@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import re
+import shlex
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from ray_synth.config import SourceConfig
-from ray_synth.data.dataset import Index, load_index, read_index, select
-from ray_synth.errors import UserError
-
-TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
+from ray_synth.config import IN_DOMAIN, DataConfig, SourceConfig, parse_config
+from ray_synth.data.dataset import Index, left_out, load_index, load_tests, read_index, select
+from ray_synth.data.splits import find_splits
+from ray_synth.errors import UserError, shortened
 
 
 def write_config(
@@ -24,25 +25,28 @@ def write_config(
     """Write `out` for an image folder: `images/CLASS/*.jpg`, or with train/ and test/ inside.
 
     Returns:
-        What was found: class counts, sizes, and where training and test images lie.
+        What was found: class counts, sizes, where training and test images lie, what is left out.
 
     Raises:
-        UserError: the folder is missing or empty, has no test images, or `out` exists already.
+        UserError: the folder is missing or empty, has no test images, `name` is none that a run may have,
+            or `out` exists already.
     """
-    if out.exists():
+    images, out = images.expanduser(), out.expanduser()
+    if out.exists() and out.stat().st_size:  # a full disk leaves empty ones
         raise UserError(f"{out} exists already; name another with --out")
     if not images.is_dir():
         raise UserError(f"no such folder: {images}")
-    train = _first(images, TRAIN_NAMES) or images
-    test = test or _first(images, TEST_NAMES)
+    train, found_test, others = find_splits(images)
+    test = test.expanduser() if test else found_test
     if test is None:
         raise UserError(
             f"{images} has no test images: put them in {images}/test/CLASS/ (and the others in "
             f"{images}/train/CLASS/), or name a folder with --test. What is gained can only be "
             "shown on real images that were not trained on."
         )
-    index = load_index(SourceConfig(format="imagefolder", path=str(train)))
-    tested = load_index(SourceConfig(format="imagefolder", path=str(test)), index.class_names)
+    index = load_index(_folder(train))
+    data = DataConfig(train=_folder(train), test=_folder(test))
+    tests = load_tests(data, index.class_names, 0)
     counts = index.counts()
     sizes = _sizes(index)
     side = int(np.median([min(size) for size in sizes])) if sizes else 224
@@ -51,25 +55,48 @@ def write_config(
         "test": str(test),
         "counts": counts,
         "num_train": len(index),
-        "num_test": len(tested),
+        "num_test": len(tests[IN_DOMAIN]),
         "median_side": side,
+        "left_out": left_out(index, tests),
     }
-    run_name = name or images.resolve().name.lower().replace(" ", "-") or "images"
-    config = _config(run_name, found)
+    if others:
+        found["left_out"].append(f"not used: {shortened([f'{name}/' for name in others], 5)}")
+    config = _config(name or run_name(images), found)
+    parse_config(config, origin="--name" if name else "the config that init would write")
     header = (
         f"# Written by `ray-synth init` for {len(counts)} classes and {len(index)} training images "
-        f"of about {side} pixels.\n# Run it with: ray-synth run --config {out}\n"
+        f"of about {side} pixels.\n# Run it with: ray-synth run --config {_in_shell(out)}\n"
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(header + yaml.safe_dump(config, sort_keys=False))
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from None
+    _write(out, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return found
 
 
-def _first(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+def _folder(path: Path) -> SourceConfig:
+    return SourceConfig(format="imagefolder", path=str(path))
+
+
+def run_name(images: Path) -> str:
+    """A name that a run may have, from a folder's: `Bilder Ä (1)` is bilder-a-1."""
+    text = unicodedata.normalize("NFKD", images.resolve().name.lower())
+    plain = "".join(c for c in text if not unicodedata.combining(c))
+    return re.sub(r"[^a-z0-9._]+", "-", plain).strip("-._")[:80] or "images"
+
+
+def _in_shell(path: Path) -> str:
+    """A path as a command takes it, in one line."""
+    return " ".join(shlex.quote(str(path)).splitlines())
+
+
+def _write(out: Path, text: str) -> None:
+    """The file appears whole, or not at all: an empty one would be taken for a config."""
+    begun = out.with_name(f"{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(text, encoding="utf-8")
+        begun.replace(out)
+    except OSError as error:
+        begun.unlink(missing_ok=True)
+        raise UserError(f"--out {out} cannot be written: {error}") from None
 
 
 def _sizes(index: Index, images: int = 64) -> list[tuple[int, int]]:
@@ -150,7 +177,8 @@ def describe(found: dict[str, Any], out: Path) -> str:
             f"{len(counts)} classes, {found['num_train']} training images in {found['train']}"
             f" ({counts[fewest]} of {fewest!r} to {counts[most]} of {most!r}), "
             f"{found['num_test']} test images in {found['test']}; about {found['median_side']} pixels",
-            f"wrote {out}; look it over, then: ray-synth doctor --config {out} && "
-            f"ray-synth run --config {out}",
+            *(f"warning: {line}" for line in found["left_out"]),
+            f"wrote {out}; look it over, then: ray-synth doctor --config {_in_shell(out)} && "
+            f"ray-synth run --config {_in_shell(out)}",
         ]
     )

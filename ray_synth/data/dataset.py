@@ -7,16 +7,16 @@ aside) -> `to_ray` (encoded bytes, streamed).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ray_synth.config import SourceConfig
+from ray_synth.config import IN_DOMAIN, DataConfig, SourceConfig
 from ray_synth.data import imagenet
 from ray_synth.data.images import decode_image
+from ray_synth.data.labels import LeftOut, closest, joined, match_classes, tidy
 from ray_synth.data.places import Readable, read_all
 from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
 from ray_synth.errors import UserError, shortened
@@ -39,6 +39,8 @@ class Index:
         shard: (rows,) int64, the position in `shards`.
         row: (rows,) int64, the row inside its shard.
         label: (rows,) int64, the class index.
+        numbering: what the source calls class 0, 1, ...: its own names, or `class_names`.
+        left_out: what else the source holds.
     """
 
     class_names: tuple[str, ...]
@@ -46,6 +48,8 @@ class Index:
     shard: np.ndarray
     row: np.ndarray
     label: np.ndarray
+    numbering: tuple[str, ...] = ()
+    left_out: LeftOut = field(default=LeftOut(), repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -66,68 +70,89 @@ class Index:
         return dict(zip(self.class_names, found.tolist(), strict=True))
 
 
-def read_class_names(given: list[str] | str | None) -> tuple[str, ...] | None:
-    """Class names from the config: a list, `imagenet`, or a text file with one per line."""
-    if given == "imagenet":
-        return imagenet.class_names()
-    if isinstance(given, str):
-        if not Path(given).is_file():
-            raise UserError(f"no file of class names at {given}")
-        given = [line.strip() for line in Path(given).read_text().splitlines() if line.strip()]
-    if given is None:
-        return None
-    repeated = sorted({name for name in given if given.count(name) > 1})
-    if repeated:
-        raise UserError(f"class names must differ; given twice: {', '.join(repeated)}")
-    return tuple(given)
-
-
-def load_index(source: SourceConfig, class_names: tuple[str, ...] | None = None) -> Index:
+def load_index(
+    source: SourceConfig,
+    class_names: tuple[str, ...] | None = None,
+    *,
+    numbering: tuple[str, ...] = (),
+) -> Index:
     """Index a source by its labels alone.
 
     Labels become classes by `class_map`, by being one of `class_names`, or, where all are whole
-    numbers below their count, by position. With no `class_names`, the sorted labels are the classes.
+    numbers, by position. With no `class_names`, the sorted labels are the classes.
+
+    Args:
+        numbering: what class 0, 1, ... is called, where that is not the order of `class_names`.
 
     Raises:
-        UserError: a training class has no image, or none of the labels is a known class.
+        UserError: it holds no images, no label, no label that is a known class, or what is no label.
     """
-    shards = list_shards(source)
+    origin = str(source.path or source.format)
+    found = list_shards(source)
     if source.format == "parquet":  # the others have them already
-        labels = at_once(read_labels, shards)
+        parts = at_once(read_labels, found.shards)
     else:
-        labels = [read_labels(shard) for shard in shards]
-    flat = [label for part in labels for label in part]
-    if not flat:
-        raise UserError(f"{source.path or source.format} holds no images")
-    if source.class_map:
-        mapping = source.class_map
-        if isinstance(mapping, str):
-            mapping = imagenet.class_map(mapping)
-        flat = [mapping.get(label, "") for label in flat]
-    found = set(flat) - {""}
-    if class_names is None:
-        class_names = tuple(sorted(found))
-    numbered = not found & set(class_names) and all(
-        label.isdigit() and int(label) < len(class_names) for label in found
-    )
-    position = {name: i for i, name in enumerate(class_names)}
-    lookup = {label: int(label) if numbered else position.get(label, -1) for label in found}
-    classes = np.array([lookup.get(label, -1) for label in flat], dtype=np.int64)
-    if (classes < 0).all():
-        raise UserError(
-            f"{source.path or source.format}: none of its labels "
-            f"({shortened(sorted(found), 5)}) is a class name ({shortened(class_names, 5)}); "
-            "map them with class_map"
-        )
-    counts = [len(part) for part in labels]
+        parts = [read_labels(shard) for shard in found.shards]
+    labels = joined(parts)
+    if not len(labels.codes):
+        raise UserError(f"{origin} holds no images")
+    class_map = source.class_map
+    if isinstance(class_map, str):
+        class_map = imagenet.class_map(class_map)
+    names, classes, others = match_classes(labels, origin, class_names, class_map, numbering)
+    counts = [len(part.codes) for part in parts]
     index = Index(
-        class_names,
-        tuple(shards),
-        np.repeat(np.arange(len(shards)), counts),
+        names,
+        tuple(found.shards),
+        np.repeat(np.arange(len(counts)), counts),
         np.concatenate([np.arange(count) for count in counts]),
         classes,
+        names if class_names or not set(labels.numbering) >= set(names) else labels.numbering,
+        replace(others, passed_over=found.passed_over),
     )
     return index.take(np.flatnonzero(classes >= 0))
+
+
+def load_tests(
+    data: DataConfig, class_names: tuple[str, ...], seed: int, *, numbering: tuple[str, ...] = ()
+) -> dict[str, Index]:
+    """The test sets by name, `in_domain` the first.
+
+    Args:
+        numbering: as the training set's `Index` has it.
+
+    Raises:
+        UserError: as `load_index` does, or an image has no label.
+    """
+    tests = {}
+    for name, source in {IN_DOMAIN: data.test, **data.ood}.items():
+        index = load_index(source, class_names, numbering=numbering)
+        require_labels(index, setting_of(name), source)
+        tests[name] = select(index, source.images_per_class, seed)
+    return tests
+
+
+def setting_of(test_set: str) -> str:
+    """The setting that names a test set's source."""
+    return "data.test" if test_set == IN_DOMAIN else f"data.ood.{test_set}"
+
+
+def left_out(train: Index, tests: Mapping[str, Index]) -> list[str]:
+    """What is not used of the data, a sentence for each kind of it."""
+    lines = train.left_out.told("data.train", train.class_names)
+    for name, index in tests.items():
+        lines += index.left_out.told(setting_of(name), index.class_names)
+    return lines
+
+
+def require_labels(index: Index, origin: str, source: SourceConfig) -> None:
+    """Raises UserError where an image of a test set has no label: it would not be tested on."""
+    if index.left_out.unlabelled:
+        raise UserError(
+            f"{origin}: {index.left_out.unlabelled:,} images of {source.path} have no label (null, empty "
+            "or a negative number, as hidden test labels are), and a test set needs one for each: take a "
+            "split that has labels, or leave those images out of it"
+        )
 
 
 def require_every_class(index: Index, origin: str) -> Index:
@@ -154,9 +179,12 @@ def select(index: Index, images_per_class: int | dict[str, int] | None, seed: in
         return index
     most = np.full(len(index.class_names), len(index))
     if isinstance(images_per_class, dict):
-        unknown = set(images_per_class) - set(index.class_names)
+        images_per_class = {tidy(name): number for name, number in images_per_class.items()}
+        unknown = sorted(set(images_per_class) - set(index.class_names))
         if unknown:
-            raise UserError(f"images_per_class: no class is named {sorted(unknown)[0]!r}")
+            near = closest(unknown[0], index.class_names)
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise UserError(f"images_per_class: no class is named {unknown[0]!r}{hint}")
         for name, number in images_per_class.items():
             most[index.class_names.index(name)] = number
     else:

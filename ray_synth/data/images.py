@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 # PIL reads dozens of formats, some through external programs; these are the ones image sets use.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # MPO comes through JPEG
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+    ".jfif", ".jpe", ".jif", ".pnm", ".pbm", ".dib", ".apng",
+)  # fmt: skip
 Image.MAX_IMAGE_PIXELS = None  # our own limit, in decode_image, raises instead of warning
 
 

@@ -6,6 +6,7 @@ tables), so that a source is indexed without reading its pictures. No Ray here.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -19,6 +20,8 @@ from ray_synth.config import SourceConfig
 from ray_synth.data.digits import load_digits
 from ray_synth.data.image_lists import read_image_list
 from ray_synth.data.images import EXTENSIONS, encode_array
+from ray_synth.data.labels import Labels, class_label, read_column, read_texts
+from ray_synth.data.listing import ending, list_files
 from ray_synth.data.places import Place, Readable, read_all
 from ray_synth.data.tars import scan_tar
 from ray_synth.errors import UserError, first_line, shortened
@@ -27,6 +30,7 @@ from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
+ABSENT = pafs.FileType.NotFound
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,19 @@ class Cell(NamedTuple):
         return found[1]
 
 
-def list_shards(source: SourceConfig) -> list[Shard]:
+class Found(NamedTuple):
+    """What a source is made of.
+
+    Attributes:
+        shards: its pieces, in order.
+        passed_over: files that are not read, by what they are.
+    """
+
+    shards: list[Shard]
+    passed_over: Counter[str]
+
+
+def list_shards(source: SourceConfig) -> Found:
     """Cut a source into shards.
 
     Raises:
@@ -96,38 +112,39 @@ def list_shards(source: SourceConfig) -> list[Shard]:
     match source.format:
         case "digits" | "uci_digits":
             _, labels = load_digits(source.format, source.split)
-            return [Shard(source, source.format, 0, len(labels))]
+            return Found([Shard(source, source.format, 0, len(labels))], Counter())
         case "imagefolder":
             return _folder_shards(source)
         case "parquet":
             return _parquet_shards(source)
         case "webdataset":
             filesystem, _ = open_uri(str(source.path))
-            paths = _matching(source, (".tar",))
+            paths, passed_over = _matching(source, (".tar",))
             scanned = at_once(lambda path: scan_tar(filesystem, path, source), paths)
             pairs = zip(paths, scanned, strict=True)
-            return [Shard(source, path, 0, len(found), found) for path, found in pairs]
+            shards = [Shard(source, path, 0, len(found), found) for path, found in pairs]
+            return Found(shards, passed_over)
         case "huggingface":
             count = len(_huggingface(source))
             starts = range(0, count, ROWS_PER_SHARD)
-            return [
+            cut = [
                 Shard(source, str(source.path), s, min(s + ROWS_PER_SHARD, count)) for s in starts
             ]
+            return Found(cut, Counter())
     raise AssertionError(source.format)
 
 
-def read_labels(shard: Shard) -> list[str]:
-    """The label of each row of a shard, in order."""
+def read_labels(shard: Shard) -> Labels:
+    """The label of each row of a shard, in order. Raises UserError for what is no label."""
     source = shard.source
     match source.format:
         case "digits" | "uci_digits":
-            return load_digits(source.format, source.split)[1]
+            return read_texts(load_digits(source.format, source.split)[1])
         case "imagefolder" | "webdataset":
             assert shard.members is not None
-            return shard.members["label"].to_pylist()
+            return read_column(shard.members["label"], shard.place)
         case "parquet":
-            column = _row_group(shard, [source.label_column]).column(0)
-            return [str(value) for value in column.to_pylist()]
+            return _parquet_labels(shard)
         case "huggingface":
             return _huggingface_labels(shard)
     raise AssertionError(source.format)
@@ -155,59 +172,66 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
                 yield shard.image_id(row), _image_bytes(value, source)
 
 
-def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
-    """Files under a path: the file itself, those a `*` pattern names, or all in the folder."""
+def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+    """Files under a path: the file itself, those a `*` pattern names, or all in the folder; and what
+    was passed over."""
     import fnmatch
 
     place = str(source.path)
-    pattern = None
-    if "*" in place:
-        place, _, tail = place.rpartition("/")
-        place, pattern = place or ".", tail
+    pattern = "*"
+    if "*" in place and open_uri(place)[0].get_file_info(open_uri(place)[1]).type == ABSENT:
+        place, _, pattern = place.rpartition("/")
+        place = place or "."
     filesystem, path = open_uri(place)
     info = filesystem.get_file_info(path)
-    if info.type == pafs.FileType.NotFound:
+    if info.type == ABSENT:
         raise UserError(f"no such file or folder: {source.path}")
     if info.is_file:
-        return [path]
-    found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-    names = sorted(f.path for f in found if f.is_file and f.path.lower().endswith(suffixes))
-    if pattern:
-        names = [name for name in names if fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern)]
+        return [path], Counter()
+    found = list_files(filesystem, path.rstrip("/"))
+    names = [
+        f"{path.rstrip('/')}/{name}"
+        for name in found.files
+        if name.lower().endswith(suffixes) and fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern)
+    ]
     if not names:
         raise UserError(f"no {' or '.join(suffixes)} files in {source.path}")
-    return names
+    return names, found.passed_over
 
 
-def _folder_shards(source: SourceConfig) -> list[Shard]:
+def _folder_shards(source: SourceConfig) -> Found:
     """Class folders of images, as torchvision's ImageFolder reads them."""
     filesystem, root = open_uri(str(source.path))
     root = root.rstrip("/")
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
         raise UserError(f"no such folder: {source.path}")
     if source.image_list:
-        return _chunked(source, root, read_image_list(source.image_list))
-    found = filesystem.get_file_info(pafs.FileSelector(root, recursive=True))
-    files: list[tuple[str, str]] = []  # (path below the root, label)
-    folders: set[str] = set()
-    for info in found:
-        name = info.path[len(root) :].strip("/")
-        parts = name.split("/")
-        if info.type == pafs.FileType.Directory and len(parts) == 1:
-            folders.add(parts[0])
-        elif info.is_file and len(parts) > 1 and parts[-1].lower().endswith(EXTENSIONS):
-            files.append((name, parts[0]))
-    folders = {name for name in folders if not name.startswith(".")}
-    files = sorted((name, label) for name, label in files if label in folders)
-    empty = sorted(folders - {label for _, label in files})
-    if not folders:
+        return Found(_chunked(source, root, read_image_list(source.image_list)), Counter())
+    found = list_files(filesystem, root)
+    if not found.folders:
         raise UserError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
+    files: list[tuple[str, str]] = []  # (path below the root, label)
+    others: list[str] = []
+    for name in found.files:
+        label, inside, _ = name.partition("/")
+        is_image = name.lower().endswith(EXTENSIONS)
+        if inside and is_image:
+            files.append((name, label))
+        elif inside:
+            others.append(name)
+        elif is_image:
+            found.passed_over["images beside the class folders"] += 1
+    empty = sorted(found.folders - {label for _, label in files})
     if empty:
+        kinds = Counter(ending(name) for name in others if name.startswith(f"{empty[0]}/"))
+        there = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
         raise UserError(
-            f"no images in the class folder {source.path}/{shortened(empty, 1)}; add "
+            f"no images in the class folder {source.path}/{shortened(empty, 1)}"
+            f"{f' (it holds {there})' if there else ''}; add "
             f"images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
         )
-    return _chunked(source, root, files)
+    found.passed_over.update(map(ending, others))
+    return Found(_chunked(source, root, files), found.passed_over)
 
 
 def _chunked(source: SourceConfig, root: str, files: list[tuple[str, str]]) -> list[Shard]:
@@ -221,7 +245,7 @@ def _files(files: list[tuple[str, str]]) -> pa.RecordBatch:
     )
 
 
-def _parquet_shards(source: SourceConfig) -> list[Shard]:
+def _parquet_shards(source: SourceConfig) -> Found:
     filesystem, _ = open_uri(str(source.path))
 
     def groups(path: str) -> list[Shard]:
@@ -235,7 +259,15 @@ def _parquet_shards(source: SourceConfig) -> list[Shard]:
                 raise UserError(f"{path} has no column {column!r}; it has {names}")
         return [Shard(source, path, group) for group in range(file.num_row_groups)]
 
-    return [s for shards in at_once(groups, _matching(source, (".parquet",))) for s in shards]
+    paths, passed_over = _matching(source, (".parquet",))
+    return Found([s for shards in at_once(groups, paths) for s in shards], passed_over)
+
+
+def _parquet_labels(shard: Shard) -> Labels:
+    column = shard.source.label_column
+    table = _row_group(shard, [column])
+    names = class_label(table.schema.metadata, column, shard.place)
+    return read_column(table.column(0), f"{shard.place}, column {column!r}", names)
 
 
 def _row_group(shard: Shard, columns: list[str]) -> Any:
@@ -290,11 +322,12 @@ def _open_huggingface(source: SourceConfig) -> Any:
     return loaded
 
 
-def _huggingface_labels(shard: Shard) -> list[str]:
+def _huggingface_labels(shard: Shard) -> Labels:
     dataset, column = _huggingface(shard.source), shard.source.label_column
-    values = dataset.select(range(shard.start, shard.stop)).select_columns(column)[column]
-    names = getattr(dataset.features[column], "names", None)
-    return [names[value] if names else str(value) for value in values]
+    rows = dataset.select(range(shard.start, shard.stop)).select_columns(column)
+    values = rows.with_format("arrow")[:].column(0)
+    names = getattr(dataset.features[column], "names", None) or ()
+    return read_column(values, f"{shard.place}, column {column!r}", names)
 
 
 def _image_bytes(value: Any, source: SourceConfig) -> bytes:

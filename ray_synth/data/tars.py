@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 
 from ray_synth.config import SourceConfig
 from ray_synth.data.images import EXTENSIONS
+from ray_synth.data.labels import label_of
 from ray_synth.errors import UserError
 
 MEMBERS = pa.schema(
@@ -34,13 +35,13 @@ def scan_tar(filesystem: pafs.FileSystem, path: str, source: SourceConfig) -> pa
     other than to ask for each header.
 
     Raises:
-        UserError: compressed, not a tar, or an image without a label.
+        UserError: compressed, not a tar, or a label that is none.
     """
     import webdataset
 
     local = filesystem.type_name == "local"
     opened = filesystem.open_input_file(path) if local else filesystem.open_input_stream(path)
-    rows: list[tuple[str, str, int, int]] = []
+    rows: list[tuple[str, str | None, int, int]] = []
     with opened as file:
         try:
             # Nothing is decoded by webdataset: its decoders would unpickle .pkl members.
@@ -74,14 +75,26 @@ def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
 
 def _row(
     sample: dict[str, Any], path: str, source: SourceConfig
-) -> tuple[str, str, int, int] | None:
+) -> tuple[str, str | None, int, int] | None:
     place = next((v for k, v in sample.items() if f".{k}".lower().endswith(EXTENSIONS)), None)
     if place is None:
         return None
     key = sample["__key__"]
-    if "json" in sample:
-        return key, str(json.loads(sample["json"])[source.label_column]), *place
-    raw = sample.get("cls", sample.get("txt"))
-    if raw is None:
-        raise UserError(f"{path}: {key} has no .cls, .txt or .json")
-    return key, raw.decode().strip(), *place
+    return key, _label(sample, path, source.label_column), *place
+
+
+def _label(sample: dict[str, Any], path: str, column: str) -> str | None:
+    """What a sample's .json says, or its .cls or .txt; None where it has none.
+
+    Raises:
+        UserError: no JSON, no text, or no label; names the member.
+    """
+    try:
+        if "json" not in sample:
+            return label_of(sample.get("cls", sample.get("txt")))
+        found = json.loads(sample["json"])
+        if not isinstance(found, dict) or column not in found:
+            raise UserError(f"its .json has no {column!r}; name another with label_column")
+        return label_of(found[column])
+    except (UserError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {sample['__key__']}: {error}") from None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_synth.config import Config
-from ray_synth.data.dataset import load_index, read_class_names, select
+from ray_synth.data.class_names import read_class_names
+from ray_synth.data.dataset import load_index, load_tests
 from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
 
@@ -47,18 +48,16 @@ def evaluate_checkpoint(
     if (checkpoint is None) == (not pretrained):
         raise UserError("give either --checkpoint FILE.safetensors or --pretrained")
     names = read_class_names(config.data.class_names)
+    numbering: tuple[str, ...] = ()
     if names is None:
-        names = load_index(config.data.train).class_names
+        train = load_index(config.data.train)
+        names, numbering = train.class_names, train.numbering
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name or (checkpoint.stem if checkpoint else model))
     card = _card(model, names, checkpoint, pretrained)
     folder.write_json(f"models/{name}.json", card)
     if checkpoint is not None:
         folder.write_bytes(f"models/{name}.main.safetensors", checkpoint.read_bytes())
-    sources = {"in_domain": config.data.test, **config.data.ood}
-    tests = {
-        key: select(load_index(source, names), source.images_per_class, config.seed)
-        for key, source in sources.items()
-    }
+    tests = load_tests(config.data, names, config.seed, numbering=numbering)
     with connect(config.cluster):
         found, corrupt = evaluate(
             tests,

@@ -40,6 +40,7 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
             **{f"training_{arm}": value for arm, value in arms.items()},
         },
         "corrupt": {"train": results["data"]["corrupt"], "test": evaluation["corrupt"]},
+        "left_out": run.left_out,
         "rejected": generation["rejected"],
         "reject_reasons": generation["reject_reasons"],
         "generation": generation["facts"],

@@ -9,11 +9,13 @@ from typing import Any
 import ray_synth
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config, TrainingConfig
+from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import (
     Index,
     hold_out,
+    left_out,
     load_index,
-    read_class_names,
+    load_tests,
     require_every_class,
     select,
 )
@@ -71,6 +73,11 @@ class Run:
         return Sizes(
             len(self.train), len(self.train.class_names), tests, counts=self.train.counts()
         )
+
+    @property
+    def left_out(self) -> list[str]:
+        """What is not used of the data, a sentence for each kind of it."""
+        return left_out(self.train, self.tests)
 
     def todo(self, until: str) -> list[str]:
         """The stages up to one, or to `report`, that are not done."""
@@ -153,11 +160,7 @@ def check_run(
     train = require_every_class(load_index(config.data.train, names), "data.train")
     train, validation = hold_out(train, config.data.validation)
     train = select(train, config.data.train.images_per_class, config.seed)
-    sources = {"in_domain": config.data.test, **config.data.ood}
-    tests = {
-        name: select(load_index(source, train.class_names), source.images_per_class, config.seed)
-        for name, source in sources.items()
-    }
+    tests = load_tests(config.data, train.class_names, config.seed, numbering=train.numbering)
     records = StageRecords(folder, inputs)
     records.check(force_stage)
     if records.record("generation") is None:

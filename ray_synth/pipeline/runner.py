@@ -42,6 +42,8 @@ def run_pipeline(
     started = time.perf_counter()
     redact_value_of(config.meaning.llm.api_key_env)
     run = check_run(config, force_stage)
+    for line in run.left_out:
+        log.warning("%s", line)
     if until == REPORT and run.folder.exists("metrics.json") and run.records.record("evaluation"):
         begin(run)
         write_report(run, time.perf_counter() - started)

@@ -352,7 +352,8 @@ def refused(folder: Folder) -> list[dict[str, Any]]:
 
 
 def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
-    """What the run did not use: corrupt images, rejected images, contexts not from the LLM."""
+    """What the run did not use: images without a class, corrupt and rejected ones, contexts not from the
+    LLM."""
     corrupt = metrics.get("corrupt") or {}
     train = [_corrupt(item) for item in corrupt.get("train") or []]
     known = {item["id"] for item in train}
@@ -368,6 +369,7 @@ def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
     return {
         "train": train,
         "test": [_corrupt(item) for item in test],
+        "left_out": metrics.get("left_out") or [],
         "rejected": metrics.get("rejected"),
         "reasons": metrics.get("reject_reasons") or {},
         "contexts": metrics.get("contexts") or {},

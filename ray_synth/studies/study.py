@@ -14,7 +14,8 @@ from typing import Any
 
 from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import Config
-from ray_synth.data.dataset import hold_out, load_index, read_class_names, require_every_class
+from ray_synth.data.class_names import read_class_names
+from ray_synth.data.dataset import hold_out, load_index, require_every_class
 from ray_synth.monitoring.heartbeat import watched
 from ray_synth.preflight import preflight
 from ray_synth.storage.folder import Folder

@@ -5,9 +5,12 @@ import shutil
 import pytest
 from typer.testing import CliRunner
 
+from ray_synth.cli import doctor
 from ray_synth.cli.command import app
 from ray_synth.cli.setup import write_config
 from ray_synth.config import load_config
+from ray_synth.errors import UserError
+from ray_synth.pipeline import runner
 from ray_synth.pipeline.run import open_run
 
 
@@ -27,6 +30,27 @@ def test_init_writes_a_config_that_opens(split_folder, tmp_path):
     run = open_run(config)
     assert run.train.class_names == ("cat", "dog")
     assert len(run.tests["in_domain"]) == 10
+
+
+def test_doctor_and_run_tell_what_is_left_out(split_folder, tmp_path, monkeypatch, caplog):
+    (split_folder / "test" / "cat").rename(split_folder / "test" / "Cat")
+    out = tmp_path / "my.yaml"
+    write_config(split_folder, out)
+    config = load_config(out, [f"runs_dir={tmp_path / 'runs'}", "tracking.enabled=false"])
+    said = (
+        "data.test: 5 images are left out, since their label is no class: 'Cat' (5 images; did you"
+    )
+    sizes, wrong, told = doctor._sizes(config)
+    assert (sizes.real, wrong) == (10, [])
+    assert told[0].startswith(said)
+
+    def no_cluster(_):
+        raise UserError("far enough")
+
+    monkeypatch.setattr(runner, "connect", no_cluster)
+    with pytest.raises(UserError, match="far enough"):
+        runner.run_pipeline(config)
+    assert any(record.getMessage().startswith(said) for record in caplog.records)
 
 
 def test_init_wants_test_images_and_never_overwrites(image_folder, split_folder, tmp_path):

@@ -3,7 +3,8 @@
 from samples import encoded
 
 from ray_synth.config import SourceConfig
-from ray_synth.data.dataset import load_index, read_class_names
+from ray_synth.data.class_names import read_class_names
+from ray_synth.data.dataset import load_index
 from ray_synth.data.imagenet import class_map
 
 

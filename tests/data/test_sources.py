@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_synth.config import SourceConfig
+from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import (
     drop,
     inspect,
     load_index,
-    read_class_names,
     read_index,
     require_every_class,
     select,

@@ -71,6 +71,7 @@ def metrics() -> dict:
             "training_mixed": 65.0,
             "total": 140.0,
         },
+        "left_out": ["data.test: 2 images are left out"],
         "corrupt": {"train": [{"image_id": "bad.jpg", "error": "truncated"}], "test": ["t9.png"]},
         "rejected": 4,
         "contexts": {"llm": 200, "pool": 100},
@@ -227,6 +228,7 @@ def test_page_has_every_section_and_says_what_was_gained(run):
     for text in (
         "auxiliary BN",
         "bad.jpg: truncated",
+        "data.test: 2 images are left out",
         "t9.png",
         "12.5%",
         "2 min",
