@@ -67,6 +67,8 @@ class Place(NamedTuple):
             if not its_own or self.size >= 0:  # a file of many images: no mishap of one
                 raise
             return refusal(f"cannot be read ({error.strerror or 'there is no such file'})")
+        except ValueError:  # of a NUL, or half a character
+            return refusal(f"{self.path!a} is no name of a file")
         return with_range(data, self.value_range)
 
     def is_within(self) -> bool:

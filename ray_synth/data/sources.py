@@ -21,7 +21,8 @@ from ray_synth.data.digits import load_digits
 from ray_synth.data.image_lists import read_image_list
 from ray_synth.data.images import EXTENSIONS, encode_array
 from ray_synth.data.places import Place, Readable, read_all
-from ray_synth.data.tars import scan_tar, tell_left_out
+from ray_synth.data.tar_cache import known_tar
+from ray_synth.data.tars import tell_left_out
 from ray_synth.errors import UserError, first_line, shortened
 from ray_synth.storage.filesystems import at_once, open_uri
 from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
@@ -106,7 +107,7 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         case "webdataset":
             filesystem, _ = open_uri(str(source.path))
             paths = _matching(source, (".tar",))
-            scanned = at_once(lambda path: scan_tar(filesystem, path, source), paths)
+            scanned = at_once(lambda path: known_tar(filesystem, path, source), paths)
             scans = dict(zip(paths, scanned, strict=True))
             tell_left_out(source, scans)
             return [

@@ -13,6 +13,10 @@ from ray_synth.errors import UserError
 Stretch = tuple[int, int]  # offset, size
 MAX_KEPT_BYTES = 1_000_000  # of a label
 MAX_DAMAGED_BLOCKS = 200_000  # 100 MB, looked through in seconds for the next member
+ABOUT_THE_NEXT = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
 META = re.compile(r"__[^/]*__($|/)")  # what webdataset passes over
 LEFTOVER = re.compile(r"(^|/)(__MACOSX/|\.[^/]+$)")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gz, bz2, xz, zst
@@ -54,6 +58,8 @@ class Header(tarfile.TarInfo):
             raise
         if found.size < 0:
             raise tarfile.ReadError("a member of less than 0 bytes")
+        if found.type in ABOUT_THE_NEXT and found.size > MAX_KEPT_BYTES:  # it is read whole
+            raise tarfile.ReadError(f"a name or header of {found.size:,} bytes")
         cls.begun, cls.closed = True, False
         return found
 

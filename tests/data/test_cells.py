@@ -118,7 +118,7 @@ def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place):
     (place / "set" / "cat" / "2.png").symlink_to("0.png")
     (place / "set" / "dog").symlink_to(place / "secret")
     listed = place / "list.txt"
-    listed.write_text("cat/0.png cat\ncat/1.png cat\ncat/2.png cat\ndog/0.png dog\n")
+    listed.write_text("cat/0.png cat\ncat/1.png cat\ncat/2.png cat\ndog/0.png dog\na\0b dog\n")
     for more in ({}, {"image_list": str(listed)}):
         source = SourceConfig(format="imagefolder", path=str(place / "set"), **more)
         index = load_index(source, ("cat", "dog"))

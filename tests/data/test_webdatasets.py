@@ -13,6 +13,7 @@ from pyarrow import fs
 from samples import encoded
 
 from ray_synth.config import SourceConfig
+from ray_synth.data import tar_cache
 from ray_synth.data.dataset import load_index, read_index
 from ray_synth.data.images import decode_image
 from ray_synth.data.tars import scan_tar
@@ -118,6 +119,7 @@ WHOLE = tarred(TWO)
         (b"\1" * 512 + WHOLE[512:], {}, "from byte 0: no header"),
         (WHOLE[: BLOCKS + 1024] + b"\1" * 512 + WHOLE[BLOCKS + 1536 :], {"a": "0"},
          "damaged stretches .*before 'b.cls'"),
+        (tarred([("x" * 1_100_000 + ".png", B)], format=tarfile.GNU_FORMAT), {}, "a name or header of 1,1"),
         (WHOLE[:BLOCKS] + b"\1" * 1024 + WHOLE[BLOCKS + 1024 :], {"b": "1"},
          "damaged stretches .*before 'b.png'"),
     ],
@@ -169,6 +171,40 @@ def test_a_set_without_an_image_or_a_label_is_refused(tmp_path):
         found(tmp_path, b"")
     with pytest.raises(UserError, match=r"0\.tar cannot be read as a tar file.*uncompress it"):
         found(tmp_path, gzip.compress(WHOLE))
+
+
+def test_a_remote_tar_is_read_once_and_again_as_it_changes(tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    filesystem = fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem("file")))
+    scans: list[str] = []
+    scan = tar_cache.scan_tar
+    monkeypatch.setattr(
+        tar_cache, "scan_tar", lambda *args: (scans.append(args[1]), scan(*args))[1]
+    )
+    place = tmp_path / "0.tar"
+    place.write_bytes(tarred([*GOOD, ("b.png", B)]))
+    source = SourceConfig(format="webdataset", path="x")
+    first, again = (tar_cache.known_tar(filesystem, str(place), source) for _ in range(2))
+    assert len(scans) == 1
+    assert again.images.equals(first.images)
+    assert again.left_out == first.left_out == {"images without a label": (1, "b")}
+    (kept,) = (tmp_path / "cache").rglob("*.arrow")
+    kept.write_bytes(kept.read_bytes()[:100])  # it is made again
+    assert tar_cache.known_tar(filesystem, str(place), source).images.equals(first.images)
+    named = source.model_copy(update={"label_column": "kind"})
+    tar_cache.known_tar(filesystem, str(place), named)
+    place.write_bytes(WHOLE)
+    assert len(tar_cache.known_tar(filesystem, str(place), source).images) == 2
+    place.write_bytes(b"")
+    empty = [tar_cache.known_tar(filesystem, str(place), source) for _ in range(2)]
+    assert [(len(found.images), *found.left_out) for found in empty] == [
+        (0, "tars that are cut off or damaged")
+    ] * 2
+    assert len(scans) == 5
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be kept there
+    assert len(tar_cache.known_tar(filesystem, str(place), source).images) == 0
 
 
 def test_a_header_of_less_than_nothing_ends(tmp_path, caplog):
