@@ -66,7 +66,9 @@ class Place(NamedTuple):
             its_own = isinstance(error, FileNotFoundError) or error.errno in OF_ONE_FILE
             if not its_own or self.size >= 0:  # a file of many images: no mishap of one
                 raise
-            return refusal(f"cannot be read ({error.strerror or 'there is no such file'})")
+            if isinstance(error, FileNotFoundError):
+                return refusal(f"no such file or folder: {self.path}")
+            return refusal(f"cannot be read ({error.strerror}): {self.path}")
         except ValueError:  # of a NUL, or half a character
             return refusal(f"{self.path!a} is no name of a file")
         return with_range(data, self.value_range)

@@ -43,7 +43,7 @@ class Header(tarfile.TarInfo):
     damaged = 0
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Header:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
         try:
             found = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError:

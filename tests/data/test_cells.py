@@ -61,7 +61,7 @@ def test_names_in_a_table_stay_below_its_folder(place, form):
     ):  # fmt: skip
         assert "is not below" in str(read({"bytes": None, "path": name}, source)), name
     for name, says in (
-        ("gone.png", "cannot be read"), ("loop.png", "cannot be read"), ("x" * 5000, "cannot be read"),
+        ("gone.png", "no such file"), ("loop.png", "cannot be read"), ("x" * 5000, "cannot be read"),
         ("cat", "cannot be read"), ("pipe.png", "no regular file"), ("", "empty"), ([1], "a list"),
     ):  # fmt: skip
         assert says in str(read(name, source))
@@ -110,7 +110,7 @@ def test_names_in_a_bucket_s_table_stay_in_its_folder(place):
         assert read(name, source) == IN
     for name in ("../secret/0.png", "memory://secret/0.png", "/etc/passwd", "http://x/0.png"):
         assert "is not below memory://set" in str(read(name, source))
-    assert "cannot be read" in str(read("gone.png", source))
+    assert "no such file or folder" in str(read("gone.png", source))
 
 
 def test_links_out_of_a_folder_are_followed_where_that_is_asked_for(place):
@@ -148,6 +148,6 @@ def test_a_picture_that_is_gone_is_set_aside_and_the_others_are_read(place):
     index = load_index(SourceConfig(format="imagefolder", path=str(place / "set")), ("cat",))
     (place / "set" / "cat" / "0.png").unlink()
     first, second = (row["image"] for row in read_index(index))
-    with pytest.raises(UserError, match="cannot be read .No such file"):
+    with pytest.raises(UserError, match=r"no such file or folder: .*cat/0\.png"):
         decode_image(first)
     assert second == IN
