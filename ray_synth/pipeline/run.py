@@ -19,6 +19,7 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
+from ray_synth.data.survey import tell_greys
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import advise, check_generator, check_plan, filled, fingerprint
@@ -161,6 +162,9 @@ def check_run(
     train, validation = hold_out(train, config.data.validation)
     train = select(train, config.data.train.images_per_class, config.seed)
     tests = load_tests(config.data, train.class_names, config.seed, numbering=train.numbering)
+    for key, index in {"train": train, **tests}.items():
+        at = {"train": "data.train", "in_domain": "data.test"}.get(key, f"data.ood.{key}")
+        tell_greys(at, index, max_pixels=config.data.max_pixels)
     records = StageRecords(folder, inputs)
     records.check(force_stage)
     if records.record("generation") is None:

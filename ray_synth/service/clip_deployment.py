@@ -89,7 +89,8 @@ class ClipDeployment:
     def _decode(self, data: bytes) -> Any:
         """The model's input for an image, or what is wrong with the image."""
         try:
-            image = decode_image(data, max_pixels=self.max_pixels)
+            enough = 2 * self.clip.image_size
+            image = decode_image(data, max_pixels=self.max_pixels, enough=enough)
         except UserError as error:
             return str(error)
         return self.clip.preprocess(image)

@@ -368,7 +368,7 @@ def _replace(images: Tensor, items: list[Item], domain: range, errors: dict[int,
     if not good:
         raise UserError(
             "no image of a whole batch could be decoded, the last one: "
-            f"{items[domain[-1]].name}; check the images"
+            f"{items[domain[-1]].name} ({errors[domain[-1]]}); check the images"
         )
     for at in domain:
         if at in errors:

@@ -15,6 +15,7 @@ from samples import encoded
 from ray_synth.config import SourceConfig, TrainingConfig
 from ray_synth.data.dataset import load_index
 from ray_synth.data.places import Place
+from ray_synth.errors import UserError
 from ray_synth.training.augmentation import train_transform
 from ray_synth.training.decoder import Decoder, Draw, Item, _task
 from ray_synth.training.feed import IndexedImages, ShuffledFeed
@@ -97,7 +98,7 @@ def test_an_image_that_is_elsewhere_is_sent_as_its_place():
 def test_a_file_that_is_gone_is_an_error_that_names_it(tmp_path):
     place = Place(str(tmp_path), str(tmp_path / "gone.jpg"))
     draws = iter([[Draw([Item(place, 0, "x")], 0)]])
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
+    with pytest.raises(UserError, match=r"no image .*: x \(no such file .*gone\.jpg\)"):
         list(decoder(workers=1).batches(draws))
 
 
