@@ -248,12 +248,10 @@ def label_of_member(member):
     if member is None:
         return None
     kind, data = member
-    if kind != "json":
-        return label_of_cell(data, None)
     try:
-        return label_of_cell(json.loads(data)["label"], None)
-    except (ValueError, TypeError, KeyError):
-        raise Refused from None
+        return label_of_cell(json.loads(data)["label"] if kind == "json" else data, None)
+    except (ValueError, TypeError, KeyError, Refused):
+        return None  # one bad member costs its own image alone
 
 
 def check_tar(members, given):
