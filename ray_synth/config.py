@@ -25,6 +25,7 @@ from pydantic_core import PydanticUndefined
 
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.storage.secrets import redact, refuse_secrets
+from ray_synth.storage.texts import as_yaml, read_text
 
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
@@ -175,6 +176,10 @@ class DataConfig(Section):
         "themselves",
     )
     max_pixels: Positive = result(50_000_000, description="larger images are set aside")
+    max_corrupt: Annotated[float, Field(ge=0, le=1)] = how(
+        0.25,
+        description="share of a set's images: where more cannot be used, a run does not begin",
+    )
 
 
 class LlmConfig(Section):
@@ -688,10 +693,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no config file at {path}; `ray-synth init --images DIR` writes one")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+    values = as_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings")
     for override in overrides or []:
@@ -759,7 +761,7 @@ def read_run_config(folder: Any) -> dict[str, Any]:
 
 def kept_config(folder: Any) -> dict[str, Any]:
     """A run's config.yaml as it was written, by whatever version."""
-    return yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    return as_yaml(folder.read_bytes("config.yaml"), folder.address("config.yaml")) or {}
 
 
 def run_versions(folder: Any) -> dict[str, str]:
@@ -808,7 +810,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     if not path.is_file():
         hint = did_you_mean(name, recipe_names())
         raise UserError(f"training.recipe: no recipe {name!r}; {hint} Or give a YAML file")
-    values = yaml.safe_load(path.read_text())
+    values = as_yaml(read_text(path), str(path))
     parse_config(values, origin=f"recipe {path.name}", model=TrainingConfig)
     return values
 

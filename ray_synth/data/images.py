@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ray_synth.errors import UserError
+from ray_synth.storage.texts import IS_POINTER, is_pointer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +31,9 @@ def decode_image(data: bytes, *, max_pixels: int = 50_000_000) -> Image.Image:
         UserError: not an image in a known format, truncated, or larger than `max_pixels`.
     """
     if not data:
-        raise UserError("the file is empty")
+        raise UserError(getattr(data, "why", "the file is empty"))  # of `boundary.Unreadable`
+    if is_pointer(data):
+        raise UserError(IS_POINTER)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ray_synth.data.boundary import Unreadable, reading
+from ray_synth.errors import UserError
 from ray_synth.storage.filesystems import AT_ONCE, open_uri, patiently
 
 if TYPE_CHECKING:
@@ -39,12 +41,17 @@ class Place(NamedTuple):
     size: int = -1
 
     def read(self) -> bytes:
-        """Its bytes; a storage that does not answer is tried again."""
-        if "://" not in self.uri:
-            with open(self.path, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                return file.read(self.size)
-        return patiently(self._read_remote)
+        """Its bytes; a storage that does not answer is tried again.
+
+        Raises:
+            UserError: the file is gone, or may not be read.
+        """
+        with reading(self.path):
+            if "://" not in self.uri:
+                with open(self.path, "rb", buffering=0) as file:
+                    file.seek(self.offset)
+                    return file.read(self.size)
+            return patiently(self._read_remote)
 
     def _read_remote(self) -> bytes:
         if self.size >= 0:
@@ -61,7 +68,11 @@ def _opened(uri: str, path: str) -> pa.NativeFile:
 
 
 def read_all(images: Iterable[bytes | Readable]) -> Iterator[bytes]:
-    """Encoded images in their order, `AT_ONCE` of them read at a time; bytes are passed on."""
+    """Encoded images in their order, `AT_ONCE` of them read at a time; bytes are passed on.
+
+    One that is gone or may not be read comes as `Unreadable`, which is set aside as what cannot be
+    decoded is.
+    """
     images = list(images)
     if all(isinstance(image, bytes) for image in images):
         yield from images  # type: ignore[misc]
@@ -76,7 +87,12 @@ def read_all(images: Iterable[bytes | Readable]) -> Iterator[bytes]:
 
 
 def _bytes(found: bytes | Future[bytes]) -> bytes:
-    return found if isinstance(found, bytes) else found.result()
+    if isinstance(found, bytes):
+        return found
+    try:
+        return found.result()
+    except UserError as error:
+        return Unreadable(str(error))
 
 
 @lru_cache(maxsize=1)
