@@ -9,19 +9,13 @@ from typing import Any
 import ray_synth
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config, TrainingConfig
-from ray_synth.data.dataset import (
-    Index,
-    hold_out,
-    load_index,
-    read_class_names,
-    require_every_class,
-    select,
-)
+from ray_synth.data.dataset import Index
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import advise, check_generator, filled, fingerprint
 from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.records import StageRecords, adopt_older
+from ray_synth.pipeline.sets import RealSets, open_sets
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
 from ray_synth.preflight.refusals import refuse_early
@@ -43,9 +37,7 @@ class Run:
 
     Attributes:
         config: with the commits that models and data of a hub are at.
-        train: training images, before inspection.
-        tests: the test sets.
-        validation: held out of training.
+        sets: training images, without the corrupt ones once they were inspected; and all others.
         commits: what models.json has of them, which lies in `kept_in`.
     """
 
@@ -53,11 +45,21 @@ class Run:
     runs: Folder
     folder: Folder
     records: StageRecords
-    train: Index
-    tests: dict[str, Index]
-    validation: Index
+    sets: RealSets
     commits: dict[str, Any]
     kept_in: Folder
+
+    @property
+    def train(self) -> Index:
+        return self.sets.train
+
+    @property
+    def tests(self) -> dict[str, Index]:
+        return self.sets.tests
+
+    @property
+    def validation(self) -> Index:
+        return self.sets.validation
 
     @property
     def store(self) -> ImageStore:
@@ -146,17 +148,10 @@ def check_run(
     asked = generation.model_copy(update={"revision": config.generation.revision})
     inputs = stage_inputs(config.model_copy(update={"generation": asked}), fingerprint(asked))
     config = pinned.model_copy(update={"generation": generation})
-    names = read_class_names(config.data.class_names)
-    train = require_every_class(load_index(config.data.train, names), "data.train")
-    train, validation = hold_out(train, config.data.validation)
-    train = select(train, config.data.train.images_per_class, config.seed)
-    sources = {"in_domain": config.data.test, **config.data.ood}
-    tests = {
-        name: select(load_index(source, train.class_names), source.images_per_class, config.seed)
-        for name, source in sources.items()
-    }
     records = StageRecords(folder, inputs)
-    records.check(force_stage)
+    records.redo(force_stage)
+    sets = open_sets(config, records, folder, kept_in)
+    records.check()
     if records.record("generation") is None:
         check_generator(config.generation)
         advise(config.generation, config.prompting.negative_prompt)
@@ -164,8 +159,8 @@ def check_run(
         prompt_limit(config)
     if records.record("training") is None:
         check_recipe(config.training)
-    run = Run(config, runs, folder, records, train, tests, validation, commits, kept_in)
-    refuse_early(config, train.class_names, run.todo(REPORT), local=is_local(config))
+    run = Run(config, runs, folder, records, sets, commits, kept_in)
+    refuse_early(config, sets.train.class_names, run.todo(REPORT), local=is_local(config))
     return run
 
 
@@ -181,7 +176,7 @@ def begin(run: Run, force_stage: str | None = None) -> None:
         run.store.clear()
     if run.records.record("generation") is None:
         run.folder.check_writable()
-    for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
+    for name in ("data", "images", "images/rejected", "models", "quality", "report", "stages"):
         run.folder.child(name).sweep()
     run.folder.sweep()
     if run.commits != read_commits(run.kept_in):
