@@ -140,9 +140,7 @@ def inspect_training(
     return {"num_real": len(index), "counts": index.counts(), **result}
 
 
-def inspect_tests(
-    config: Config, sets: RealSets, records: StageRecords, folder: Folder, kept_in: Folder
-) -> None:
+def inspect_tests(config: Config, sets: RealSets, records: StageRecords, kept_in: Folder) -> None:
     """Decode the images of all other sets, of huge ones a sample, unless their files are known.
 
     Raises:
@@ -161,6 +159,7 @@ def inspect_tests(
             continue
         rows = sample(index, MOST_TESTED)
         found = inspect(index.take(rows), max_pixels=config.data.max_pixels)
+        log.info("%s: looked at %d of %d images", name, len(rows), len(index))
         _tell(found.corrupt, f"{name}: ")
         refuse_broken(name, len(rows), found.corrupt, config.data.max_corrupt)
         marks, aside = np.zeros(len(index), np.int64), np.zeros(len(index), dtype=bool)
@@ -228,6 +227,11 @@ def _among(index: Index, some: Index) -> np.ndarray:
 
 
 # At a next start.
+
+
+def are_found(records: StageRecords) -> bool:
+    """Whether `found_again` has compared the training images with those that were kept."""
+    return FILES + "data.train" in records.inputs["data"]
 
 
 def found_again(config: Config, sets: RealSets, records: StageRecords, folder: Folder) -> RealSets:

@@ -23,7 +23,7 @@ from ray_synth.generation.maker import write_references
 from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.commits import fetch_generator
 from ray_synth.pipeline.run import Run
-from ray_synth.pipeline.sets import found_again, inspect_tests, inspect_training
+from ray_synth.pipeline.sets import are_found, found_again, inspect_tests, inspect_training
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.stages import up_to
@@ -58,10 +58,11 @@ def run_stages(run: Run, until: str, tracker: Any = None) -> None:
 
 def inspected(run: Run) -> Run:
     """The run with all its sets looked at: training without its corrupt images."""
+    inspect_tests(run.config, run.sets, run.records, run.kept_in)
     given = run.config, run.sets, run.records, run.folder
-    inspect_tests(*given, run.kept_in)
+    found = are_found(run.records)  # when the run was opened
     run.records.run("data", lambda: inspect_training(*given))
-    return replace(run, sets=found_again(*given))
+    return run if found else replace(run, sets=found_again(*given))
 
 
 def run_words(run: Run, service: Any, *, plan: bool = True) -> None:

@@ -418,10 +418,13 @@ def parts_parameters(folder: Path) -> dict[str, int]:
 def _numbers(path: Path) -> int:
     with path.open("rb") as file:
         start = file.read(8)
-        header = file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
-    if is_pointer(start + header):
+        length = int.from_bytes(start, "little")
+        text = file.read(min(length, path.stat().st_size))
+    if is_pointer(start + text):
         raise UserError(f"{path} is {IS_POINTER}")
-    header = as_json(header, str(path))
+    if len(text) < length:
+        raise UserError(f"{path} is not a whole safetensors file; fetch the model again")
+    header = as_json(text, str(path))
     return sum(
         math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
     )

@@ -40,7 +40,7 @@ class Start:
 
     def look(self) -> RealSets:
         given = self.config, self.sets, self.records, self.folder
-        inspect_tests(*given, self.folder)
+        inspect_tests(*given)
         self.records.run("data", lambda: inspect_training(*given))
         return found_again(*given)
 
