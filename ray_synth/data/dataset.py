@@ -298,17 +298,18 @@ def named(index: Index, image_ids: Iterable[str]) -> np.ndarray:
 
 def _rows_of(index: Index, positions: list[int], ends: list[str]) -> np.ndarray:
     """(2, n) int64: shards and rows by what follows the prefix in their names."""
-    members = [index.shards[position].members for position in positions]
-    if members[0] is None:  # rows are numbered
+    shards = [index.shards[position] for position in positions]
+    members = [shard.members for shard in shards if shard.members is not None]
+    if not members:  # rows are numbered
         numbers = (end.rpartition("/")[2] for end in ends)
         at = np.array([int(number) for number in numbers if number.isdigit()], dtype=np.int64)
-        starts = [index.shards[position].first_row for position in positions]
+        starts = np.array([shard.first_row for shard in shards])
     else:
         names = pa.chunked_array([batch["name"] for batch in members])
         at = np.flatnonzero(pc.is_in(names, pa.array(ends, pa.string())).to_numpy())
         starts = np.cumsum([0, *(len(batch) for batch in members[:-1])])
     shard = np.searchsorted(starts, at, side="right") - 1
-    return np.stack([np.array(positions)[shard], at - np.asarray(starts)[shard]])
+    return np.stack([np.array(positions)[shard], at - starts[shard]])
 
 
 def drop(index: Index, corrupt: list[dict[str, Any]]) -> Index:

@@ -150,10 +150,11 @@ def with_marks(table: pa.Table, source: SourceConfig, marks: np.ndarray | None =
         return table  # a commit is its own digest
     if marks is None:
         rows = table.select(["name", "size"]).to_pylist()
-        found = at_once(lambda row: _content(source, row["name"], row["size"]), rows)
+        known = at_once(lambda row: _content(source, row["name"], row["size"]), rows)
+        column = pa.array(known, pa.int64())
     else:
-        found = [int(value) or None for value in marks[table["row"].to_numpy()]]
-    column = pa.array(found, pa.int64())
+        mine = marks[table["row"].to_numpy()]
+        column = pa.array(mine, pa.int64(), mask=mine == 0)
     return table.set_column(MARK, "mark", column)
 
 
