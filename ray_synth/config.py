@@ -12,7 +12,6 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -26,7 +25,7 @@ from pydantic_core import PydanticUndefined
 
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.storage.secrets import redact, refuse_secrets
-from ray_synth.storage.texts import read_text
+from ray_synth.storage.texts import as_yaml, read_text
 from ray_synth.storage.typed_yaml import child, problems, read_typed, typed_value
 
 Kind = Literal["plain", "contextual", "stylized"]
@@ -203,6 +202,10 @@ class DataConfig(Section):
         "themselves",
     )
     max_pixels: Positive = result(50_000_000, description="larger images are set aside")
+    max_corrupt: Annotated[float, Field(ge=0, le=1)] = how(
+        0.25,
+        description="share of a set's images: where more cannot be used, a run does not begin",
+    )
 
     @field_validator("class_names")
     @classmethod
@@ -829,7 +832,7 @@ def read_run_config(folder: Any) -> dict[str, Any]:
 
 def kept_config(folder: Any) -> dict[str, Any]:
     """A run's config.yaml as it was written, by whatever version."""
-    return yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    return as_yaml(folder.read_bytes("config.yaml"), folder.address("config.yaml")) or {}
 
 
 def run_versions(folder: Any) -> dict[str, str]:

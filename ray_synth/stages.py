@@ -70,6 +70,9 @@ TABLE = (
     ),
 )  # fmt: skip
 STAGES = tuple(stage.name for stage in TABLE)
+FILES = (
+    "files of "  # with a set's setting, an input besides the settings: a digest of the set's files
+)
 REPORT = "report"  # written again whenever it is asked for: no stage that is done or not
 
 
@@ -139,17 +142,23 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
     return inputs
 
 
-def changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changed(
+    before: dict[str, Any], now: dict[str, Any], told: dict[str, str] | None = None
+) -> list[str]:
     """`generation.num_inference_steps: 4 -> 8`, for every input that differs.
 
     Settings that this version no longer has, or that do not change a result, do not count; one that
-    the version before did not have yet had its default.
+    the version before did not have yet had its default. The files of a set count where both know them.
+
+    Args:
+        told: what is said instead, by key.
     """
-    before = {k: v for k, v in before.items() if k == "generator" or changes_result(k)}
+    both = before.keys() & now.keys()
+    before = {k: v for k, v in before.items() if k == "generator" or k in both or changes_result(k)}
     return [
-        f"{key}: {_value(before, key)} -> {_value(now, key)}"
+        (told or {}).get(key) or f"{key}: {_value(before, key)} -> {_value(now, key)}"
         for key in sorted({*before, *now})
-        if _value(before, key) != _value(now, key)
+        if _value(before, key) != _value(now, key) and (key in both or not key.startswith(FILES))
     ]
 
 

@@ -1,21 +1,22 @@
 """An index of real images: which rows of which shards belong to which class, and a Ray Dataset of them.
 
-config -> `load_index` (labels only) -> `select` (a few per class) -> `inspect` (corrupt images set
+config -> `load_index` (labels only) -> `select` (a few per class) -> `inspection.py` (corrupt images set
 aside) -> `to_ray` (encoded bytes, streamed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ray_synth.config import IN_DOMAIN, DataConfig, SourceConfig
 from ray_synth.data import imagenet
-from ray_synth.data.images import decode_image
 from ray_synth.data.labels import LeftOut, closest, joined, match_classes, tidy
 from ray_synth.data.places import Readable, read_all
 from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
@@ -166,17 +167,27 @@ def require_every_class(index: Index, origin: str) -> Index:
     return index
 
 
-def select(index: Index, images_per_class: int | dict[str, int] | None, seed: int) -> Index:
+def select(
+    index: Index,
+    images_per_class: int | dict[str, int] | None,
+    seed: int,
+    without: np.ndarray | None = None,
+) -> Index:
     """At most `images_per_class` of each class, chosen by `seed`; nested as the number grows.
 
     Args:
         images_per_class: one number, or one by class name; a class that it lacks is taken whole.
+        without: (rows,) bool, rows that cannot be taken: the next of their class are, in their places.
 
     Raises:
         UserError: a name is not a class.
     """
-    if images_per_class is None:
-        return index
+    most = wanted(index, images_per_class)
+    return index.take(np.flatnonzero(turns(index, seed, without) < most[index.label]))
+
+
+def wanted(index: Index, images_per_class: int | dict[str, int] | None) -> np.ndarray:
+    """(classes,) int64: how many images of each class are taken at most. Raises as `select`."""
     most = np.full(len(index.class_names), len(index))
     if isinstance(images_per_class, dict):
         images_per_class = {tidy(name): number for name, number in images_per_class.items()}
@@ -187,19 +198,25 @@ def select(index: Index, images_per_class: int | dict[str, int] | None, seed: in
             raise UserError(f"images_per_class: no class is named {unknown[0]!r}{hint}")
         for name, number in images_per_class.items():
             most[index.class_names.index(name)] = number
-    else:
+    elif images_per_class is not None:
         most[:] = images_per_class
-    return index.take(np.flatnonzero(_turns(index, seed) < most[index.label]))
+    return most
 
 
-def _turns(index: Index, seed: int) -> np.ndarray:
-    """(rows,) int64: when each image's turn is among those of its class, in an order by `seed`."""
+def turns(index: Index, seed: int, without: np.ndarray | None = None) -> np.ndarray:
+    """(rows,) int64: when each image's turn is among those of its class, in an order by `seed`.
+
+    Args:
+        without: as of `select`; they have no turn, which is said by the number of all rows.
+    """
     order = np.random.default_rng(seed).permutation(len(index))
+    if without is not None:
+        order = order[~without[order]]
     by_class = order[np.argsort(index.label[order], kind="stable")]
-    counts = np.bincount(index.label, minlength=len(index.class_names))
-    turns = np.empty(len(index), dtype=np.int64)
-    turns[by_class] = np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return turns
+    counts = np.bincount(index.label[order], minlength=len(index.class_names))
+    found = np.full(len(index), len(index), dtype=np.int64)
+    found[by_class] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return found
 
 
 def hold_out(index: Index, images_per_class: int | None) -> tuple[Index, Index]:
@@ -219,7 +236,7 @@ def hold_out(index: Index, images_per_class: int | None) -> tuple[Index, Index]:
                 f"data.validation holds {images_per_class} images of each class out of training, and "
                 f"{name!r} has {count} in all: give a smaller number"
             )
-    held = _turns(index, HOLD_OUT_SEED) < images_per_class
+    held = turns(index, HOLD_OUT_SEED) < images_per_class
     return index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
 
 
@@ -289,37 +306,44 @@ class ImagesByClass(Mapping[int, list[bytes]]):
         return len(self._places)
 
 
-def inspect(index: Index, *, max_pixels: int) -> list[dict[str, Any]]:
-    """Decode every image once, in Ray tasks; the corrupt ones, for `drop`.
+def named(index: Index, image_ids: Iterable[str]) -> np.ndarray:
+    """(rows,) bool: which rows have one of these names."""
+    image_ids = set(image_ids)
+    shards = index.shards if image_ids else ()
+    by_prefix: dict[str, list[int]] = {}
+    for position, shard in enumerate(shards):
+        by_prefix.setdefault(shard.prefix, []).append(position)
+    found = [np.empty((2, 0), np.int64)]  # shards and rows
+    for prefix, positions in by_prefix.items():
+        ends = [name[len(prefix) :] for name in image_ids if name.startswith(prefix)]
+        if ends:
+            found.append(_rows_of(index, positions, ends))
+    shard, row = np.concatenate(found, axis=1)
+    width = max(index.row.max(initial=0), row.max(initial=0)) + 1
+    return np.isin(index.shard * width + index.row, shard * width + row)
 
-    Returns:
-        `{image_id, error, shard, row}` for each image that cannot be decoded.
-    """
-    import ray
 
-    def check(task: dict[str, Any]) -> list[dict[str, Any]]:
-        broken = []
-        for row, item in zip(sorted(task["rows"]), read_task(task), strict=True):
-            try:
-                decode_image(item["image"], max_pixels=max_pixels)
-            except UserError as error:
-                place = {"shard": task["position"], "row": row}
-                broken.append({"image_id": item["image_id"], "error": str(error), **place})
-        return broken
-
-    remote = ray.remote(num_cpus=0.5)(check)
-    found = ray.get([remote.remote(task) for task in tasks(index)])
-    return [item for broken in found for item in broken]
+def _rows_of(index: Index, positions: list[int], ends: list[str]) -> np.ndarray:
+    """(2, n) int64: shards and rows by what follows the prefix in their names."""
+    shards = [index.shards[position] for position in positions]
+    members = [shard.members for shard in shards if shard.members is not None]
+    if not members:  # rows are numbered
+        numbers = (end.rpartition("/")[2] for end in ends)
+        at = np.array([int(number) for number in numbers if number.isdigit()], dtype=np.int64)
+        starts = np.array([shard.first_row for shard in shards])
+    else:
+        names = pa.chunked_array([batch["name"] for batch in members])
+        at = np.flatnonzero(pc.is_in(names, pa.array(ends, pa.string())).to_numpy())
+        starts = np.cumsum([0, *(len(batch) for batch in members[:-1])])
+    shard = np.searchsorted(starts, at, side="right") - 1
+    return np.stack([np.array(positions)[shard], at - starts[shard]])
 
 
 def drop(index: Index, corrupt: list[dict[str, Any]]) -> Index:
-    """The index without what `inspect` found."""
+    """The index without what `inspect` found: `{image_id, ...}` each."""
     if not corrupt:
         return index
-    shard, row = np.array([(item["shard"], item["row"]) for item in corrupt], dtype=np.int64).T
-    width = max(index.row.max(initial=0), row.max()) + 1
-    bad = np.isin(index.shard * width + index.row, shard * width + row)
-    return index.take(np.flatnonzero(~bad))
+    return index.take(np.flatnonzero(~named(index, (item["image_id"] for item in corrupt))))
 
 
 def to_ray(index: Index, *, test_set: str | None = None) -> ray.data.Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ray_synth.errors import UserError
-from ray_synth.storage.filesystems import open_uri
+from ray_synth.storage.texts import read_text
 
 
 def read_image_list(place: str) -> list[tuple[str, str]]:
@@ -12,14 +12,8 @@ def read_image_list(place: str) -> list[tuple[str, str]]:
     Raises:
         UserError: there is no such file, a line is not of this form, or an image comes twice.
     """
-    filesystem, path = open_uri(place)
-    try:
-        with filesystem.open_input_stream(path) as file:
-            text = file.read().decode()
-    except FileNotFoundError:
-        raise UserError(f"image_list: no such file: {place}") from None
     found: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(place).splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if not line.strip():
             continue

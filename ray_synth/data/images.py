@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ray_synth.data.greys import Greys, greys_of, to_eight_bits, values_of
 from ray_synth.data.marks import Marked, ValueRange, unmarked
 from ray_synth.errors import UserError
+from ray_synth.storage.texts import IS_POINTER, is_pointer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,6 +135,8 @@ def _unmarked(data: bytes) -> Marked:
         raise UserError(marked.refused)
     if not marked.data:
         raise UserError("the file is empty")
+    if is_pointer(marked.data):
+        raise UserError(IS_POINTER)
     return marked
 
 

@@ -15,7 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ray_synth.data.boundary import reading
 from ray_synth.data.marks import ValueRange, refusal, with_range
+from ray_synth.errors import UserError
 from ray_synth.storage.filesystems import AT_ONCE, open_uri, patiently, without_file_scheme
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ class Place(NamedTuple):
         except OSError as error:
             its_own = isinstance(error, FileNotFoundError) or error.errno in OF_ONE_FILE
             if not its_own or self.size >= 0:  # a file of many images: no mishap of one
-                raise
+                with reading(self.path):
+                    raise
             if isinstance(error, FileNotFoundError):
                 return refusal(f"no such file or folder: {self.path}")
             return refusal(f"cannot be read ({error.strerror}): {self.path}")
@@ -123,7 +126,11 @@ def _opened(uri: str, path: str) -> pa.NativeFile:
 
 
 def read_all(images: Iterable[bytes | Readable]) -> Iterator[bytes]:
-    """Encoded images in their order, `AT_ONCE` of them read at a time; bytes are passed on."""
+    """Encoded images in their order, `AT_ONCE` of them read at a time; bytes are passed on.
+
+    One that is gone or may not be read comes as a refusal (see `marks`), which is set aside as what
+    cannot be decoded is.
+    """
     images = list(images)
     if all(isinstance(image, bytes) for image in images):
         yield from images  # type: ignore[misc]
@@ -138,7 +145,12 @@ def read_all(images: Iterable[bytes | Readable]) -> Iterator[bytes]:
 
 
 def _bytes(found: bytes | Future[bytes]) -> bytes:
-    return found if isinstance(found, bytes) else found.result()
+    if isinstance(found, bytes):
+        return found
+    try:
+        return found.result()
+    except UserError as error:
+        return refusal(str(error))
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ray_synth.config import SourceConfig
+from ray_synth.data.boundary import reading
 from ray_synth.data.cells import image_bytes
 from ray_synth.data.digits import load_digits
 from ray_synth.data.image_lists import read_image_list
@@ -55,20 +56,36 @@ class Shard:
         """Whether one image can be read without the others around it."""
         return self.source.format != "parquet"
 
+    @property
+    def prefix(self) -> str:
+        """What the names of its rows begin with; shards of a folder share one."""
+        source = self.source
+        match source.format:
+            case "digits" | "uci_digits":
+                return f"{source.format}/{source.split or 'test'}/"
+            case "imagefolder":
+                return f"{self.place}/"
+            case "parquet":
+                return f"{self.place}#{self.start}:"
+        return f"{self.place}#"
+
+    @property
+    def first_row(self) -> int:
+        """What its first row is called, where rows are numbered."""
+        return self.start if self.source.format == "huggingface" else 0
+
     def image_id(self, row: int) -> str:
         """The name of a row, in logs and records."""
         source = self.source
         match source.format:
             case "digits" | "uci_digits":
-                label = load_digits(source.format, source.split)[1][row]
-                return f"{source.format}/{source.split or 'test'}/{label}/{row}"
+                return f"{self.prefix}{load_digits(source.format, source.split)[1][row]}/{row}"
             case "parquet":
-                return f"{self.place}#{self.start}:{row}"
+                return f"{self.prefix}{row}"
             case "huggingface":
-                return f"{self.place}#{self.start + row}"
+                return f"{self.prefix}{self.first_row + row}"
         assert self.members is not None
-        mark = "/" if source.format == "imagefolder" else "#"
-        return f"{self.place}{mark}{self.members['name'][row]}"
+        return f"{self.prefix}{self.members['name'][row]}"
 
     def locate(self, row: int) -> Readable:
         """Where the encoded bytes of a row are read from; only of what is `addressable`."""
@@ -110,8 +127,14 @@ def list_shards(source: SourceConfig) -> Found:
     """Cut a source into shards.
 
     Raises:
-        UserError: the place does not exist, holds no images, or has an empty class folder.
+        UserError: the place does not exist, cannot be read, holds no images, or has an empty class
+            folder.
     """
+    with reading(str(source.path)):
+        return _list_shards(source)
+
+
+def _list_shards(source: SourceConfig) -> list[Shard]:
     match source.format:
         case "digits" | "uci_digits":
             _, labels = load_digits(source.format, source.split)
@@ -176,7 +199,8 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
         case "huggingface":
             dataset = _huggingface(source)
             for row in wanted:
-                value = dataset[shard.start + row][source.image_column]
+                with reading(shard.place):
+                    value = dataset[shard.start + row][source.image_column]
                 yield shard.image_id(row), image_bytes(value, source)
 
 
@@ -257,10 +281,8 @@ def _parquet_shards(source: SourceConfig) -> Found:
     filesystem, _ = open_uri(str(source.path))
 
     def groups(path: str) -> list[Shard]:
-        try:
+        with reading(path):
             file = pq.ParquetFile(path, filesystem=filesystem)
-        except pa.ArrowInvalid as error:
-            raise UserError(f"{path} is not a Parquet file: {error}") from None
         for column in (source.image_column, source.label_column):
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
@@ -280,7 +302,9 @@ def _parquet_labels(shard: Shard) -> Labels:
 
 def _row_group(shard: Shard, columns: list[str]) -> Any:
     filesystem, _ = open_uri(str(shard.source.path))
-    return pq.ParquetFile(shard.place, filesystem=filesystem).read_row_group(shard.start, columns)
+    with reading(shard.place):
+        file = pq.ParquetFile(shard.place, filesystem=filesystem)
+        return file.read_row_group(shard.start, columns)
 
 
 def _huggingface(source: SourceConfig) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import load_index, load_tests
 from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.texts import read_json
 
 
 def evaluate_checkpoint(
@@ -108,4 +108,4 @@ def _card_of(checkpoint: Path | None) -> dict[str, Any]:
     if checkpoint is None:
         return {}
     path = checkpoint.with_name(f"{checkpoint.name.split('.')[0]}.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

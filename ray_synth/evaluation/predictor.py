@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,9 @@ def evaluate(
 
     Returns:
         Results by (model, test set), and the ids of test images that could not be decoded.
+
+    Raises:
+        UserError: a test set has no image that can be used.
     """
     import ray.data
 
@@ -185,7 +188,23 @@ def evaluate(
                 tally.add_all(str(test_set), labels, verdicts)
         if board is not None:
             board.add.remote("tested", len(bad))
-    return tally.results(class_names), corrupt
+    results = tally.results(class_names)
+    require_results(test_sets, results, corrupt)
+    return results, corrupt
+
+
+def require_results(
+    test_sets: Iterable[str], results: dict[tuple[str, str], Any], corrupt: list[str]
+) -> None:
+    """Raises UserError where a test set has none: each of its images was corrupt."""
+    tested = {test_set for _, test_set in results}
+    for name in test_sets:
+        if name not in tested:
+            raise UserError(
+                f"test set {name!r} has no results: not one of its images can be used (such as "
+                f"{shortened(corrupt, 3)}). What was trained is kept: mend the set, and run the same "
+                "command again"
+            )
 
 
 def _read(

@@ -12,11 +12,12 @@ nothing.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from ray_synth.storage.texts import read_json
 
 Config = Mapping[str, Any]
 
@@ -332,5 +333,4 @@ def _read(model: str, name: str, revision: str | None) -> dict[str, Any]:
     )
     if path is None:
         return {}
-    with open(path, encoding="utf-8") as file:
-        return dict(json.load(file))
+    return dict(read_json(path))

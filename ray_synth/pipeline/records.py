@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ray_synth.config import flatten, kept_config
-from ray_synth.errors import UserError
+from ray_synth.errors import UserError, duration
 from ray_synth.monitoring.progress import under_way
-from ray_synth.stages import STAGES, changed, from_on
+from ray_synth.stages import FILES, STAGES, changed, from_on
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
@@ -32,6 +32,23 @@ class StageRecords:
     def __init__(self, folder: Folder, inputs: dict[str, dict[str, Any]]) -> None:
         self.folder, self.inputs = folder, inputs
         self._again: tuple[str, ...] = ()
+        self._told: dict[str, str] = {}
+
+    def redo(self, stage: str | None) -> None:
+        """Take a stage and all that follow it as not done. Raises UserError: there is no such stage."""
+        self._again = from_on(stage) if stage else self._again
+
+    def depend(self, key: str, value: str, first: str, told: str = "") -> None:
+        """Add an input that is no setting to a stage and to those that follow it.
+
+        Args:
+            first: the first stage that depends on it.
+            told: how it has changed, for people.
+        """
+        for stage in from_on(first):
+            self.inputs[stage] = {**self.inputs[stage], key: value}
+        if told:
+            self._told[key] = told
 
     def record(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage left; None where it is still to do."""
@@ -48,19 +65,29 @@ class StageRecords:
         Raises:
             UserError: a finished stage had other inputs; names them. Or there is no such stage.
         """
-        if force_stage:
-            self._again = from_on(force_stage)
+        self.redo(force_stage)
         for stage in STAGES:
             record = self.record(stage)
             if record is None:
                 continue
-            changes = changed(record["inputs"], self.inputs[stage])
+            inputs = self.inputs[stage]
+            changes = changed(record["inputs"], inputs, self._told)
             if changes:
+                known = {key for key, value in record["inputs"].items() if inputs.get(key) != value}
+                others = "files" if known <= self._told.keys() else "settings"
                 raise UserError(
-                    f"{self.folder.address()} holds a finished {stage} stage with other settings:\n  "
+                    f"{self.folder.address()} holds a finished {stage} stage with other {others}:\n  "
                     + "\n  ".join(changes)
-                    + f"\nGive the run a new name, or redo it with --force-stage {stage}."
+                    + f"\nGive the run a new name, or redo it with --force-stage {stage}"
+                    + self._cost(stage)
                 )
+
+    def _cost(self, first: str) -> str:
+        """What it costs to do a stage and those that follow it again: what is done of them."""
+        seconds = self.seconds()
+        done = [stage for stage in from_on(first) if stage in seconds]
+        took = duration(sum(seconds[stage] for stage in done))
+        return f": {' and '.join(filter(None, [', '.join(done[:-1]), done[-1]]))} took {took}."
 
     def forget(self) -> None:
         """Delete the records of the stages that are to be done again."""
@@ -92,8 +119,10 @@ class StageRecords:
         return {stage: record["seconds"] for stage, record in records.items() if record}
 
     def digest(self, stage: str) -> str:
-        """Of a stage's inputs."""
-        return input_digest(self.inputs[stage])
+        """Of the settings that a stage depends on; its data are left out: those of one study are the
+        same."""
+        inputs = self.inputs[stage]
+        return input_digest({k: v for k, v in inputs.items() if not k.startswith(FILES)})
 
     def token(self, stage: str) -> str:
         """Names what a stage has made so far, and not yet finished.
@@ -106,7 +135,7 @@ class StageRecords:
             begun = self.folder.read_json(name)
             if not changed(begun["inputs"], self.inputs[stage]):
                 return begun["token"]
-        token = self.digest(stage)
+        token = input_digest(self.inputs[stage])
         self.folder.write_json(name, {"inputs": self.inputs[stage], "token": token})
         return token
 

@@ -6,6 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from ray_synth.errors import UserError
 from ray_synth.evaluation.accuracy import add_shots
 from ray_synth.report.page import write_report as write_page
 from ray_synth.report.sheet import write_contact_sheet
@@ -22,6 +23,11 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
     records = {stage: run.records.record(stage) or {} for stage in run.records.inputs}
     results = {stage: record.get("result", {}) for stage, record in records.items()}
     evaluation, generation = results["evaluation"], results["generation"]
+    if not evaluation["results"]:
+        raise UserError(
+            f"{run.folder.address()}: the evaluation has no results, since not one test image could be "
+            "used: mend data.test and test again with --force-stage evaluation"
+        )
     arms = results["training"].get("seconds", {})
     add_shots(evaluation["results"], results["data"]["counts"])
     before = run.folder.read_json("metrics.json") if run.folder.exists("metrics.json") else {}

@@ -9,22 +9,13 @@ from typing import Any
 import ray_synth
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config, TrainingConfig
-from ray_synth.data.class_names import read_class_names
-from ray_synth.data.dataset import (
-    Index,
-    hold_out,
-    left_out,
-    load_index,
-    load_tests,
-    require_every_class,
-    select,
-)
-from ray_synth.data.survey import tell_greys
+from ray_synth.data.dataset import Index, left_out
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import advise, check_generator, check_plan, filled, fingerprint
 from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.records import StageRecords, adopt_older
+from ray_synth.pipeline.sets import RealSets, open_sets
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
 from ray_synth.preflight.refusals import refuse_early
@@ -47,9 +38,7 @@ class Run:
 
     Attributes:
         config: with the commits that models and data of a hub are at.
-        train: training images, before inspection.
-        tests: the test sets.
-        validation: held out of training.
+        sets: training images, without the corrupt ones once they were inspected; and all others.
         commits: what models.json has of them, which lies in `kept_in`.
     """
 
@@ -57,11 +46,21 @@ class Run:
     runs: Folder
     folder: Folder
     records: StageRecords
-    train: Index
-    tests: dict[str, Index]
-    validation: Index
+    sets: RealSets
     commits: dict[str, Any]
     kept_in: Folder
+
+    @property
+    def train(self) -> Index:
+        return self.sets.train
+
+    @property
+    def tests(self) -> dict[str, Index]:
+        return self.sets.tests
+
+    @property
+    def validation(self) -> Index:
+        return self.sets.validation
 
     @property
     def store(self) -> ImageStore:
@@ -157,29 +156,23 @@ def check_run(
     asked = generation.model_copy(update={"revision": config.generation.revision})
     inputs = stage_inputs(config.model_copy(update={"generation": asked}), fingerprint(asked))
     config = pinned.model_copy(update={"generation": generation})
-    names = read_class_names(config.data.class_names)
-    train = require_every_class(load_index(config.data.train, names), "data.train")
-    train, validation = hold_out(train, config.data.validation)
-    train = select(train, config.data.train.images_per_class, config.seed)
-    tests = load_tests(config.data, train.class_names, config.seed, numbering=train.numbering)
-    for key, index in {"train": train, **tests}.items():
-        at = {"train": "data.train", "in_domain": "data.test"}.get(key, f"data.ood.{key}")
-        tell_greys(at, index, max_pixels=config.data.max_pixels)
     records = StageRecords(folder, inputs)
-    records.check(force_stage)
+    records.redo(force_stage)
+    sets = open_sets(config, records, folder, kept_in)
+    records.check()
     if records.record("generation") is None:
         check_generator(config.generation)
         advise(config.generation, config.prompting.negative_prompt)
     if records.record("plan") is None:
         prompt_limit(config)
-        class_budgets(config.prompting, train.counts())
+        class_budgets(config.prompting, sets.train.counts())
     if records.record("training") is None:
         check_recipe(config.training)
-    run = Run(config, runs, folder, records, train, tests, validation, commits, kept_in)
+    run = Run(config, runs, folder, records, sets, commits, kept_in)
     planned = run.sizes.synthetic(config)
     if planned is not None and records.record("generation") is None:
         check_plan(config.generation, planned)
-    refuse_early(config, train.class_names, run.todo(REPORT), local=is_local(config))
+    refuse_early(config, sets.train.class_names, run.todo(REPORT), local=is_local(config))
     return run
 
 
@@ -195,7 +188,7 @@ def begin(run: Run, force_stage: str | None = None) -> None:
         run.store.clear()
     if run.records.record("generation") is None:
         run.folder.check_writable()
-    for name in ("images", "images/rejected", "models", "quality", "report", "stages"):
+    for name in ("data", "images", "images/rejected", "models", "quality", "report", "stages"):
         run.folder.child(name).sweep()
     run.folder.sweep()
     if run.commits != read_commits(run.kept_in):

@@ -17,20 +17,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ray_synth.data.dataset import (
-    ImagesByClass,
-    drop,
-    inspect,
-    read_index,
-    require_every_class,
-    select,
-)
+from ray_synth.data.dataset import ImagesByClass, read_index, select
 from ray_synth.generation.chunks import missing_rows
 from ray_synth.generation.maker import write_references
 from ray_synth.generators.registry import generator_class
 from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.commits import fetch_generator
 from ray_synth.pipeline.run import Run
+from ray_synth.pipeline.sets import are_found, found_again, inspect_tests, inspect_training
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.stages import up_to
@@ -64,9 +58,12 @@ def run_stages(run: Run, until: str, tracker: Any = None) -> None:
 
 
 def inspected(run: Run) -> Run:
-    """The run without its corrupt training images, each of which is decoded once."""
-    data = run.records.run("data", lambda: inspect_data(run))
-    return replace(run, train=drop(run.train, data["corrupt"]))
+    """The run with all its sets looked at: training without its corrupt images."""
+    inspect_tests(run.config, run.sets, run.records, run.kept_in)
+    given = run.config, run.sets, run.records, run.folder
+    found = are_found(run.records)  # when the run was opened
+    run.records.run("data", lambda: inspect_training(*given))
+    return run if found else replace(run, sets=found_again(*given))
 
 
 def run_words(run: Run, service: Any, *, plan: bool = True) -> None:
@@ -80,21 +77,6 @@ def run_images(run: Run) -> None:
     """The stages that make all images of a plan."""
     run.records.run("quality", lambda: measure_quality(run))
     run.records.run("generation", lambda: generate(run))
-
-
-# Stage "data".
-
-
-def inspect_data(run: Run) -> dict[str, Any]:
-    """Decode every training image once; the corrupt ones are named and set aside."""
-    corrupt = inspect(run.train, max_pixels=run.config.data.max_pixels)
-    index = drop(run.train, corrupt)
-    for item in corrupt:
-        log.warning(
-            "set aside %(image_id)s: %(error)s", item, extra={"sample_id": item["image_id"]}
-        )
-    require_every_class(index, "data.train, without its corrupt images,")
-    return {"num_real": len(index), "counts": index.counts(), "corrupt": corrupt}
 
 
 # Stage "meaning": label ambiguity resolution, section 3.1.

@@ -34,6 +34,7 @@ from ray_synth.preflight.reach import GIB, Reach
 from ray_synth.preflight.spread import spread_problem
 from ray_synth.stages import STAGES
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.texts import IS_POINTER, as_json, is_pointer, read_json
 
 # GiB of a GPU by Ray's name of its type; of types that come in two sizes the larger one.
 GPU_GIB = {
@@ -416,7 +417,14 @@ def parts_parameters(folder: Path) -> dict[str, int]:
 
 def _numbers(path: Path) -> int:
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        text = file.read(min(length, path.stat().st_size))
+    if is_pointer(start + text):
+        raise UserError(f"{path} is {IS_POINTER}")
+    if len(text) < length:
+        raise UserError(f"{path} is not a whole safetensors file; fetch the model again")
+    header = as_json(text, str(path))
     return sum(
         math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
     )
@@ -427,7 +435,7 @@ def _vae_channels(model: str) -> int:
     config = folder / "vae" / "config.json" if folder else None
     if config is None or not config.is_file():
         return 128  # of all Stable Diffusions
-    return int(json.loads(config.read_text()).get("block_out_channels", [128])[0])
+    return int(read_json(config).get("block_out_channels", [128])[0])
 
 
 def _bytes(dtype: str, gpus: float) -> int:

@@ -13,6 +13,7 @@ from ray_synth.config import ClipConfig, Config, LlmConfig
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.styles import load_styles
+from ray_synth.storage.texts import read_json
 
 
 def refuse_early(
@@ -115,7 +116,6 @@ def check_images(config: Config, class_names: Sequence[str]) -> None:
 
 def _check_image_to_image(config: Config) -> None:
     """Raises UserError where diffusers has no image-to-image pipeline of the model's family."""
-    import json
 
     from diffusers.pipelines.auto_pipeline import (
         AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
@@ -127,7 +127,7 @@ def _check_image_to_image(config: Config) -> None:
     folder = model_folder(config.generation.model, config.generation.revision)
     if folder is None or not (folder / "model_index.json").is_file():
         return
-    family = json.loads((folder / "model_index.json").read_text()).get("_class_name", "")
+    family = read_json(folder / "model_index.json").get("_class_name", "")
     if _get_task_class(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, family, False) is None:
         raise UserError(
             f"generation.reference needs image-to-image, and diffusers has none for {family}; leave "

@@ -15,6 +15,7 @@ import yaml
 
 from ray_synth.errors import UserError
 from ray_synth.prompting.contexts import Context, fit_prompt
+from ray_synth.storage.texts import read_text
 
 SUBJECT = "{subject}"
 
@@ -44,7 +45,7 @@ def load_styles(path: str | Path | None = None) -> list[Style]:
     if path is None:
         text = (resources.files("ray_synth.prompting") / "styles.yaml").read_text("utf-8")
     elif Path(path).is_file():
-        text = Path(path).read_text("utf-8")
+        text = read_text(path)
     else:
         raise UserError(f"prompting.styles: no such file: {path}")
     where = f"styles file {path or 'styles.yaml'}"

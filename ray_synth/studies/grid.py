@@ -20,6 +20,7 @@ from ray_synth.errors import UserError
 from ray_synth.monitoring.mlflow_run import digest
 from ray_synth.monitoring.progress import Bar
 from ray_synth.pipeline.run import Run, open_run
+from ray_synth.pipeline.sets import listing
 from ray_synth.pipeline.steps import inspected, run_images, run_words
 from ray_synth.preflight import Reach, check_budget
 from ray_synth.preflight.check import fit, most_at_once
@@ -84,7 +85,7 @@ class Grid:
         for trial in self.trials:
             if trial.source not in self.runs:
                 run = open_run(trial.config, kept_in=self.folder)
-                self._share(run, "data")
+                self._share(run, "data", listing("data.train"))
                 self.runs[trial.source] = inspected(run)
                 for stage in ("data", "meaning"):
                     if run.records.record(stage) is not None:
@@ -123,7 +124,8 @@ class Grid:
         if other is None or other is run or run.records.record(stage) is not None:
             return
         for name in (*files, f"stages/{stage}.json"):  # the record last: it says that all is there
-            run.folder.write_bytes(name, other.folder.read_bytes(name))
+            if other.folder.exists(name):  # images that ship with the package have no list of files
+                run.folder.write_bytes(name, other.folder.read_bytes(name))
 
     def train(self) -> None:
         """Train every trial that is not trained yet."""

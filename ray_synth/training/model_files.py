@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ray_synth.errors import UserError, first_line
 from ray_synth.training.job import TrainJob
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ def export_models(
 
 
 def load_model(folder: Folder, arm: str, bn: str, card: dict[str, Any]) -> nn.Module:
-    """A model as `export_models` wrote it, or with timm's weights if its card says so; in eval mode."""
+    """A model as `export_models` wrote it, or with timm's weights if its card says so; in eval mode.
+
+    Raises:
+        UserError: the file is gone, or not whole.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     from ray_synth.training import recipe
@@ -76,7 +82,14 @@ def load_model(folder: Folder, arm: str, bn: str, card: dict[str, Any]) -> nn.Mo
         pretrained=pretrained,
     )
     if not pretrained:
-        model.load_state_dict(load(folder.read_bytes(f"models/{arm}.{bn}.safetensors")))
+        name = f"models/{arm}.{bn}.safetensors"
+        try:
+            model.load_state_dict(load(folder.read_bytes(name)))
+        except (SafetensorError, RuntimeError, FileNotFoundError) as error:
+            raise UserError(
+                f"{folder.address(name)} is not the whole file that training wrote "
+                f"({first_line(error)}); train again with --force-stage training"
+            ) from None
     return model.eval()
 
 

@@ -83,7 +83,7 @@ def test_images_are_selected_held_out_and_dropped_in_linear_work(index):
     assert not set(zip(rest.shard[:2000], rest.row[:2000], strict=True)) & set(
         zip(held.shard.tolist(), held.row.tolist(), strict=True)
     )
-    bad = [{"shard": at, "row": 7} for at in range(1000)]
+    bad = [{"image_id": index.shards[at].image_id(7)} for at in range(1000)]
     left, per_row = work(lambda: drop(index, bad))
     assert per_row < 20
     assert len(left) == ROWS - 1000

@@ -13,7 +13,6 @@ from ray_synth.config import SourceConfig
 from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import (
     drop,
-    inspect,
     load_index,
     read_index,
     require_every_class,
@@ -21,6 +20,7 @@ from ray_synth.data.dataset import (
     to_ray,
 )
 from ray_synth.data.images import decode_image
+from ray_synth.data.inspection import inspect
 from ray_synth.errors import UserError
 
 
@@ -95,7 +95,7 @@ def test_a_corrupt_image_is_set_aside_counted_and_named(image_folder, local_ray)
     (image_folder / "cat" / "broken.png").write_bytes(b"\x89PNG nothing")
     (image_folder / "dog" / "empty.jpg").write_bytes(b"")
     index = load_index(SourceConfig(format="imagefolder", path=str(image_folder)))
-    corrupt = inspect(index, max_pixels=10**6)
+    corrupt = inspect(index, max_pixels=10**6).corrupt
     assert sorted(item["image_id"].rsplit("/", 1)[-1] for item in corrupt) == [
         "broken.png",
         "empty.jpg",

@@ -41,6 +41,24 @@ def test_bad_settings_end_at_once_with_one_message(tmp_path, capsys, settings, s
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.slow
+def test_a_test_set_of_pointers_ends_the_command_before_anything_is_spent(tmp_path, capsys):
+    for name in ("six", "seven"):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "test" / name / f"{number}.png").write_bytes(
+                b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+            )
+    source = f"data.test={{format: imagefolder, path: {tmp_path / 'test'}}}"
+    small = [setting for setting in SMALL if not setting.startswith("data.test")]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments("run", tmp_path / "runs", *small, source))
+    error = capsys.readouterr().err
+    check_message(ended.value.code, error, "data.test: 6 of the 6 images looked at cannot be used")
+    assert "seven/0.png: a Git LFS pointer, not the file itself: run `git lfs pull`" in error
+    assert not list(tmp_path.rglob("meanings*"))
+
+
 def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
     words = arguments("run", tmp_path, *SMALL, "training.num_workers=500", "cluster.num_cpus=1")
     with pytest.raises(SystemExit) as ended:

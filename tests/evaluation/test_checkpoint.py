@@ -11,9 +11,10 @@ from ray_synth.cli.command import app
 from ray_synth.config import parse_config
 from ray_synth.data.dataset import load_index
 from ray_synth.data.images import decode_image
+from ray_synth.errors import UserError
 from ray_synth.evaluation import predictor
 from ray_synth.evaluation.checkpoint import evaluate_checkpoint
-from ray_synth.evaluation.predictor import warn_of_missing
+from ray_synth.evaluation.predictor import require_results, warn_of_missing
 from ray_synth.storage.folder import Folder
 from ray_synth.training.augmentation import eval_transform
 
@@ -72,6 +73,28 @@ def test_two_actors_and_odd_batches_count_each_image_once(
     written = Folder(tmp_path / "out").read_json("mine.json")
     assert written["results"]["other"]["images"] == 10
     assert [name.rsplit("/", 1)[-1] for name in written["corrupt"]] == ["broken.jpg"] * 2
+
+
+@pytest.mark.slow
+def test_a_test_set_of_which_no_image_can_be_used_is_no_result(local_ray, image_folder, tmp_path):
+    config, out = settings(image_folder, num_actors=1), Folder(tmp_path / "out")
+    saved(tmp_path / "mine.safetensors")
+    for path in image_folder.rglob("*.*"):
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="test set 'in_domain' has no results"):
+        evaluate_checkpoint(
+            config, out, model="test_resnet", checkpoint=tmp_path / "mine.safetensors"
+        )
+    assert not out.exists("mine.json")
+
+
+def test_results_of_all_test_sets_are_required():
+    found = {("mixed.main", "in_domain"): {"top1": 50.0}}
+    require_results(["in_domain"], found, [])
+    with pytest.raises(UserError, match=r"test set 'ood' has no results.*\(such as a/1.png\)"):
+        require_results(["in_domain", "ood"], found, ["a/1.png"])
+    with pytest.raises(UserError, match="test set 'in_domain' has no results"):
+        require_results(["in_domain"], {}, ["a/1.png"])
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(image_folder, tmp_path):

@@ -21,7 +21,8 @@ ROOMS = ("device", "meaning", "generators", "prompting", "generation", "service"
 OTHERS = ("generation.regenerate", "generation.selection", "service.client", "service.deploy_config",
           "service.limits", "service.messages", "service.app", "evaluation.checkpoint",
           "evaluation.corruption", "evaluation.diversity", "evaluation.domain_shift",
-          "evaluation.features", "report.status", "report.status_table", "storage.secrets")  # fmt: skip
+          "evaluation.features", "report.status", "report.status_table", "storage.secrets",
+          "storage.texts", "storage.typed_yaml")  # fmt: skip
 RECIPE = "ray_synth.training.trainer:check_recipe"
 GENERATOR = "ray_synth.generators.registry:check_generator"
 IMAGES = "ray_synth.preflight.refusals:check_images"
@@ -111,14 +112,14 @@ REFUSALS = {
     "fits none of the GPUs": LOADED,
     "mistake": PASSED_ON,
     "the thresholds were measured with the CLIP model": INTERNAL,
-    "real image {position} of class index": "ray_synth.pipeline.steps:inspect_data",
-    "found": "ray_synth.pipeline.steps:inspect_data",  # an image that CLIP cannot decode
+    "real image {position} of class index": "ray_synth.pipeline.sets:inspect_training",
+    "found": "ray_synth.pipeline.sets:inspect_training",  # an image that CLIP cannot decode
     # training
     "unknown interpolation": INTERNAL,
     "unknown augmentation": RECIPE,
     "out of range: the classifier has": DATA,
     "no image of a whole batch could be decoded": RESULT,
-    "no image to train on could be decoded": "ray_synth.pipeline.steps:inspect_data",
+    "no image to train on could be decoded": "ray_synth.pipeline.sets:inspect_training",
     "was called outside of `domain_split`": INTERNAL,
     "the domain split says": INTERNAL,
     "a domain split needs counts": INTERNAL,
@@ -143,6 +144,8 @@ REFUSALS = {
     "which is no class": BUDGETS,
     # evaluation and report
     "has no image of any class; check its path": DATA,
+    "has no results: not one": "ray_synth.pipeline.sets:inspect_tests",
+    "the evaluation has no results": "ray_synth.pipeline.sets:inspect_tests",
     "holds no run": INTERNAL,
     "columns {columns}": INTERNAL,
     # storage: written to at the start, and read as long as the run goes on
