@@ -117,6 +117,12 @@ class ClipModel:
         """Tokens of a text that the model sees, start and end marks included."""
         return int(self._tokenizer.context_length)
 
+    @property
+    def image_size(self) -> int:
+        """The longer side of what the model sees of an image, in pixels."""
+        size = self._model.visual.image_size
+        return int(max(size)) if isinstance(size, (tuple, list)) else int(size)
+
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` before any truncation, start and end marks included."""
         # tokenised into a buffer that is surely long enough; padding is 0, which open_clip's byte
