@@ -40,8 +40,8 @@ class ClipDeployment:
         from cachetools import LRUCache
 
         self.config, self.max_pixels = config, max_pixels
-        threads = usable_cpus()
-        self.clip = load_clip(config, num_threads=threads)
+        threads = max(2, usable_cpus())  # one of them is never at a large picture
+        self.clip = load_clip(config, num_threads=usable_cpus())
         self.cache: Any = LRUCache(config.cache_images)
         self.lock = threading.Lock()
         self.decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")

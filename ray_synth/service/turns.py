@@ -14,6 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 Caller = tuple[str, int]  # address, number of its request
 CALLER: ContextVar[Caller] = ContextVar("caller", default=("", 0))
+LARGE = 8  # a work that takes more than an eighth of the room is large
 T = TypeVar("T")
 
 
@@ -72,16 +73,6 @@ class Turns(Generic[T]):
                         return found
         return None
 
-    def next_cost(self) -> float | None:
-        """The cost of the item whose turn it is; None where nobody waits."""
-        self._forget_the_gone()
-        if not self._addresses:
-            return None
-        address = min(self._addresses.values(), key=lambda one: one.spent)
-        return (
-            min(address.lines.items(), key=lambda pair: (pair[1].spent, pair[0]))[1].items[0].cost
-        )
-
     def _forget_the_gone(self) -> None:
         for name, address in list(self._addresses.items()):
             for number, line in list(address.lines.items()):
@@ -96,6 +87,8 @@ class Turns(Generic[T]):
 class Room:
     """Lets works in, in turns between callers, while what is inside fits.
 
+    Large works have half of the places at most: small ones do not wait until they are through.
+
     Args:
         most: of the works' costs together, such as bytes. A larger work goes in alone.
         at_once: works.
@@ -103,8 +96,9 @@ class Room:
 
     def __init__(self, most: float, at_once: int) -> None:
         self.most, self.at_once = most, at_once
-        self.inside, self.count = 0.0, 0
+        self.inside, self.count, self.large = 0.0, 0, 0
         self._waiting: Turns[None] = Turns()
+        self._next: _Waiting[None] | None = None  # has its turn, and waits for room
 
     @asynccontextmanager
     async def entered(self, caller: Caller, cost: float) -> AsyncIterator[None]:
@@ -115,7 +109,9 @@ class Room:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # let in, and gone the same moment
+            if turn.cancelled():
+                self._let_in()  # it may have kept others waiting
+            else:  # let in, and gone the same moment
                 self._leave(cost)
             raise
         try:
@@ -123,19 +119,34 @@ class Room:
         finally:
             self._leave(cost)
 
+    def _is_large(self, cost: float) -> bool:
+        return cost > self.most / LARGE
+
+    def _enter(self, cost: float, sign: int = 1) -> None:
+        self.inside += sign * cost
+        self.count += sign
+        self.large += sign * self._is_large(cost)
+
     def _leave(self, cost: float) -> None:
-        self.inside, self.count = self.inside - cost, self.count - 1
+        self._enter(cost, -1)
         self._let_in()
+
+    def _may_turn(self, cost: float, _: None) -> bool:
+        return not self._is_large(cost) or self.large < max(1, self.at_once // 2)
 
     def _let_in(self) -> None:
         while self.count < self.at_once:
-            cost = self._waiting.next_cost()
-            # Whose turn it is, or nobody: small works that go past would keep a large one out.
-            if cost is None or (self.count and self.inside + cost > self.most):
+            found = self._next or self._waiting.pop(self._may_turn)
+            self._next = None
+            if found is None:
                 return
-            found = self._waiting.pop()
-            assert found is not None
-            self.inside, self.count = self.inside + cost, self.count + 1
+            if found.answer.done():  # its caller went away
+                continue
+            # Whose turn it is, or nobody: small works that go past would keep a large one out.
+            if self.count and self.inside + found.cost > self.most:
+                self._next = found
+                return
+            self._enter(found.cost)
             found.answer.set_result(None)
 
 
