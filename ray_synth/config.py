@@ -29,6 +29,7 @@ from ray_synth.storage.secrets import redact, refuse_secrets
 Kind = Literal["plain", "contextual", "stylized"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 SMALL_SIDE = 128  # pixels: pictures no larger are kept as PNG where the format is "auto"
 RECIPES = Path(__file__).parent / "training" / "recipes"
@@ -126,6 +127,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _black_then_white(given: tuple[float, float]) -> tuple[float, float]:
+    if given[0] == given[1]:
+        raise UserError(f"value_range: black and white are both {given[0]:g}")
+    return given
+
+
 class SourceConfig(Section):
     """Where a set of labelled images is read from."""
 
@@ -149,6 +156,16 @@ class SourceConfig(Section):
         None,
         description="label in this source -> class name; labels left out are ignored. Or how "
         "ImageNet's folders are named",
+    )
+    value_range: Annotated[tuple[Finite, Finite], AfterValidator(_black_then_white)] | None = (
+        result(
+            None,
+            description="[BLACK, WHITE]: values of grey pixels that are shown so, [0, 4095] for 12 bits "
+            "kept in 16; default: 16 bits by their type, floats from 0 to 1",
+        )
+    )
+    follow_links: bool = result(
+        False, description="imagefolder: read pictures that are links to outside of `path`"
     )
 
     @model_validator(mode="after")

@@ -98,4 +98,6 @@ def _digest(index: Index) -> str:
     found = hashlib.sha256(index.shard.tobytes() + index.row.tobytes())
     for shard in index.shards:
         found.update(f"{shard.source.path}\n{shard.place}\n{shard.start}\n".encode())
+        if shard.source.value_range:  # it goes with the bytes
+            found.update(f"{shard.source.value_range}\n".encode())
     return found.hexdigest()[:16]

@@ -16,11 +16,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ray_synth.config import SourceConfig
+from ray_synth.data.cells import image_bytes
 from ray_synth.data.digits import load_digits
 from ray_synth.data.image_lists import read_image_list
 from ray_synth.data.images import EXTENSIONS, encode_array
 from ray_synth.data.places import Place, Readable, read_all
-from ray_synth.data.tars import scan_tar
+from ray_synth.data.tar_cache import known_tar
+from ray_synth.data.tars import tell_left_out
 from ray_synth.errors import UserError, first_line, shortened
 from ray_synth.storage.filesystems import at_once, open_uri
 from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
@@ -71,9 +73,10 @@ class Shard:
         if members is None:
             return Cell(self, row)
         if source.format == "imagefolder":
-            return Place(str(source.path), f"{self.place}/{members['name'][row]}")
+            path, inside = f"{self.place}/{members['name'][row]}", not source.follow_links
+            return Place(str(source.path), path, within=inside, value_range=source.value_range)
         stretch = members["offset"][row].as_py(), members["size"][row].as_py()
-        return Place(str(source.path), self.place, *stretch)
+        return Place(str(source.path), self.place, *stretch, value_range=source.value_range)
 
 
 class Cell(NamedTuple):
@@ -104,9 +107,14 @@ def list_shards(source: SourceConfig) -> list[Shard]:
         case "webdataset":
             filesystem, _ = open_uri(str(source.path))
             paths = _matching(source, (".tar",))
-            scanned = at_once(lambda path: scan_tar(filesystem, path, source), paths)
-            pairs = zip(paths, scanned, strict=True)
-            return [Shard(source, path, 0, len(found), found) for path, found in pairs]
+            scanned = at_once(lambda path: known_tar(filesystem, path, source), paths)
+            scans = dict(zip(paths, scanned, strict=True))
+            tell_left_out(source, scans)
+            return [
+                Shard(source, path, 0, scan.images.num_rows, scan.images)
+                for path, scan in scans.items()
+                if scan.images.num_rows
+            ]
         case "huggingface":
             count = len(_huggingface(source))
             starts = range(0, count, ROWS_PER_SHARD)
@@ -147,12 +155,12 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
         case "parquet":
             column = _row_group(shard, [source.image_column]).column(0)
             for row in wanted:
-                yield shard.image_id(row), _image_bytes(column[row].as_py(), source)
+                yield shard.image_id(row), image_bytes(column[row].as_py(), source)
         case "huggingface":
             dataset = _huggingface(source)
             for row in wanted:
                 value = dataset[shard.start + row][source.image_column]
-                yield shard.image_id(row), _image_bytes(value, source)
+                yield shard.image_id(row), image_bytes(value, source)
 
 
 def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> list[str]:
@@ -295,17 +303,3 @@ def _huggingface_labels(shard: Shard) -> list[str]:
     values = dataset.select(range(shard.start, shard.stop)).select_columns(column)[column]
     names = getattr(dataset.features[column], "names", None)
     return [names[value] if names else str(value) for value in values]
-
-
-def _image_bytes(value: Any, source: SourceConfig) -> bytes:
-    """Encoded bytes from a table's cell: bytes, or Hugging Face's {bytes, path}."""
-    if isinstance(value, dict):
-        if value.get("bytes"):
-            return value["bytes"]
-        if value.get("path"):
-            filesystem, path = open_uri(value["path"])
-            with filesystem.open_input_file(path) as file:
-                return file.read()
-    if isinstance(value, bytes):
-        return value
-    return b""  # decode_image names it as empty, and the row is set aside

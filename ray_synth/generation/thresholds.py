@@ -156,15 +156,16 @@ def real_features(
     """
     features = {}
     for index in sorted(images):
-        pictures = []
+        pixels = []  # not the pictures: these may be huge
         for position, image in enumerate(images[index]):
             try:
-                pictures.append(decode_image(image) if isinstance(image, bytes) else image)
+                picture = decode_image(image) if isinstance(image, bytes) else image
             except UserError as error:
                 raise UserError(
                     f"real image {position} of class index {index} is {error}"
                 ) from None
-        features[index] = clip.encode_images(pictures)
+            pixels.append(clip.preprocess(picture))
+        features[index] = clip.encode_pixels(pixels)
     return features
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_synth.config import ClipConfig
+from ray_synth.data.images import not_too_thin
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.embedded import clip_folder
 from ray_synth.errors import UserError, first_line
@@ -117,12 +118,6 @@ class ClipModel:
         """Tokens of a text that the model sees, start and end marks included."""
         return int(self._tokenizer.context_length)
 
-    @property
-    def image_size(self) -> int:
-        """The longer side of what the model sees of an image, in pixels."""
-        size = self._model.visual.image_size
-        return int(max(size)) if isinstance(size, (tuple, list)) else int(size)
-
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` before any truncation, start and end marks included."""
         # tokenised into a buffer that is surely long enough; padding is 0, which open_clip's byte
@@ -141,7 +136,13 @@ class ClipModel:
 
     def preprocess(self, image: Image.Image) -> Any:
         """The model's own input for an RGB image: a (3, side, side) float32 tensor, on the CPU."""
-        return self._preprocess(image.convert("RGB"))
+        return self._preprocess(not_too_thin(image).convert("RGB"))
+
+    @property
+    def image_size(self) -> int:
+        """The longer side of the model's input: twice this is enough of any picture."""
+        size = self._model.visual.image_size
+        return size if isinstance(size, int) else max(size)
 
     def encode_pixels(self, pixels: Sequence[Any]) -> np.ndarray:
         """As `encode_images`, of what `preprocess` gave."""

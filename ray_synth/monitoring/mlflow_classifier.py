@@ -42,6 +42,11 @@ class Classifier(PythonModel):
     def predict(self, context, model_input: np.ndarray, params=None) -> pd.DataFrame:
         """(n, height, width, 3) uint8 RGB to one row per image: the best class and its probability."""
         images = torch.from_numpy(np.array(model_input, dtype=np.uint8)).permute(0, 3, 1, 2)
+        height, width = images.shape[2:]
+        most = 16 * min(
+            height, width
+        )  # scaled by the shorter side, a thin picture would be endless
+        images = v2.functional.center_crop(images, [min(height, most), min(width, most)])
         with torch.inference_mode():
             probabilities = self.model(self.transform(images)).softmax(dim=1)
         top, best = probabilities.max(dim=1)

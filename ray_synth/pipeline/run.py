@@ -17,6 +17,7 @@ from ray_synth.data.dataset import (
     require_every_class,
     select,
 )
+from ray_synth.data.survey import tell_greys
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import advise, check_generator, filled, fingerprint
@@ -155,6 +156,9 @@ def check_run(
         name: select(load_index(source, train.class_names), source.images_per_class, config.seed)
         for name, source in sources.items()
     }
+    for key, index in {"train": train, **tests}.items():
+        at = {"train": "data.train", "in_domain": "data.test"}.get(key, f"data.ood.{key}")
+        tell_greys(at, index, max_pixels=config.data.max_pixels)
     records = StageRecords(folder, inputs)
     records.check(force_stage)
     if records.record("generation") is None:

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ray_synth.data.images import not_too_thin, shown
 from ray_synth.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -135,7 +136,11 @@ class ImageTransform:
                 f"{image.dtype}: decode it as RGB"
             )
         if self._drawn is None:
-            return self._centre(image if isinstance(image, Tensor) else _pixels(image))
+            # Only the centre square is seen of what the shorter side's scale would make endless.
+            if isinstance(image, Tensor):
+                width, height = shown(image.shape[2], image.shape[1])
+                return self._centre(v2.functional.center_crop(image, [height, width]))
+            return self._centre(_pixels(not_too_thin(image)))
         if isinstance(image, Tensor):
             image = Image.fromarray(image.permute(1, 2, 0).numpy())
         if seed is not None:

@@ -26,6 +26,15 @@ def test_embeddings_are_unit_rows(clip: ClipModel) -> None:
     assert clip.encode_images([]).shape == (0, texts.shape[1])
 
 
+def test_a_thin_picture_is_seen_by_its_middle(clip: ClipModel) -> None:
+    """Scaled by its shorter side as it is, it would take gigabytes."""
+    whole = Image.new("RGB", (500_000, 1), (20, 200, 90))
+    square = Image.new("RGB", (clip.image_size, clip.image_size), (20, 200, 90))
+    for thin in (whole, whole.transpose(Image.Transpose.ROTATE_90)):
+        assert clip.preprocess(thin).shape == clip.preprocess(square).shape
+        assert np.allclose(*clip.encode_images([thin, square]), atol=1e-3)
+
+
 def test_on_a_gpu_it_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, str] = {}
 

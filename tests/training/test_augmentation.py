@@ -40,6 +40,21 @@ def test_images_of_any_size_become_one_normalised_batch(policy):
         assert -1 <= batch.min() < batch.max() <= 1
 
 
+def test_a_thin_picture_takes_no_more_memory_than_others():
+    """5000x1 pixels in 85 bytes would be 5000 times the model's square, by its shorter side."""
+    thin = [
+        Image.new("RGB", size, (9, 90, 200)) for size in ((500_000, 1), (1, 500_000), (5000, 2))
+    ]
+    for transform in (train_transform(224), train_transform(224, "none"), eval_transform(224)):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            for picture in [*thin, torch.full((3, 1, 5000), 90, dtype=torch.uint8)]:
+                found = transform.prepare(picture, 0)
+                assert found.shape == (3, 224, 224)
+                assert found.float().std(dim=(1, 2)).max() < 1  # its middle is of one colour
+        most = max(event.self_cpu_memory_usage for event in profile.events())
+        assert most < 100_000_000
+
+
 def test_policy_none_only_resizes():
     picture = image(32, 32)
     expected = picture / 255 * 2 - 1
