@@ -146,16 +146,16 @@ HUGE = encoded(Image.new("P", (8000, 5000)))
 THIN = encoded(Image.new("L", (5000, 1)))
 
 
-def memory_of_serve() -> int:
+def memory_of_serve() -> dict[str, int]:
     """Bytes of the replicas and of the proxy: what they hold themselves, not what they share."""
-    total = 0
+    found = {}
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.info["cmdline"] or [])
             if "ServeReplica" in title or "ProxyActor" in title:
                 memory = process.memory_info()
-                total += memory.rss - memory.shared
-    return total
+                found[title.split()[0]] = memory.rss - memory.shared
+    return found
 
 
 def p95(seconds: list[float]) -> float:
@@ -187,14 +187,57 @@ def test_honest_callers_do_not_feel_the_others_and_memory_is_flat(url):
             sizes.append(memory_of_serve())
     soak.end()
     quarter = len(sizes) // 4
-    first, last = median(sizes[:quarter]), median(sizes[-quarter:])
+    for kind in sizes[-1]:
+        parts = [
+            median(size[kind] for size in some) for some in (sizes[:quarter], sizes[-quarter:])
+        ]
+        print(f"{kind}: {parts[0] / 1e6:.0f} MB, at the end {parts[1] / 1e6:.0f} MB")
+    sums = [sum(size.values()) for size in sizes]
+    first, last = median(sums[:quarter]), median(sums[-quarter:])
     print(
         f"{len(alone)} honest alone, p95 {p95(alone):.2f} s; {len(soak.seconds)} among others, p95 "
         f"{p95(soak.seconds):.2f} s; memory {first / 1e6:.0f} MB, at the end {last / 1e6:.0f} MB, at "
-        f"most {max(sizes) / 1e6:.0f} MB; {soak.sent}"
+        f"most {max(sums) / 1e6:.0f} MB; {soak.sent}"
     )
     assert soak.wrong == []
     assert all(soak.sent.get(kind) for kind in ("huge", "thin", "dropped", "broken", "held"))
     assert 0.9 <= last / first <= 1.1
     assert p95(soak.seconds) <= 2 * p95(alone)
     assert httpx.get(f"{url}/readyz", timeout=30).status_code == 200
+
+
+def test_a_class_list_of_hundreds_keeps_no_other_caller_waiting(url):
+    """The language model is asked thousands of questions by one, and a few by the other."""
+    sevens = [base64.b64encode(data).decode() for data in digit_images("seven", 2)]
+    classes = [{"class_name": f"seven {i}", "images": sevens} for i in range(200)]
+    lines = 0
+
+    def take_lines() -> None:
+        nonlocal lines
+        asked = {"classes": classes, "num_meanings": 5}
+        with (
+            contextlib.suppress(httpx.HTTPError),
+            httpx.stream("POST", f"{url}/disambiguate/batch", json=asked, timeout=300) as stream,
+        ):
+            for _ in stream.iter_lines():
+                lines += 1
+                if done.is_set():
+                    return
+
+    done = threading.Event()
+    thread = threading.Thread(target=take_lines, daemon=True)
+    thread.start()
+    time.sleep(10)
+    seconds = []
+    for seed in range(3):
+        started = time.monotonic()
+        body = {"class_name": "seven", "images": sevens, "num_meanings": 2, "seed": seed}
+        answer = httpx.post(f"{url}/disambiguate", json=body, timeout=180)
+        assert answer.status_code == 200, answer.text
+        seconds.append(time.monotonic() - started)
+    done.set()
+    print(
+        f"{[f'{s:.0f} s' for s in seconds]} beside a list of 200 classes, {lines} of them answered"
+    )
+    assert thread.is_alive(), "the list was still being worked at"
+    assert max(seconds) < 60
