@@ -55,8 +55,8 @@ class Arrivals:
             TooLarge, TooSlow, Full: nothing of it is held any more.
         """
         loop = asyncio.get_running_loop()
-        if len(self._coming) >= MOST_ARRIVALS and not self._make_room(loop.time()):
-            raise Full
+        if len(self._coming) >= MOST_ARRIVALS:
+            self._make_room(loop.time(), grace_s=0)
         arrival = Arrival(loop.time() + self.patience_s)
         self._coming.add(arrival)
         messages: list[Any] = []
@@ -88,11 +88,11 @@ class Arrivals:
         self.held += length
         arrival.due = min(arrival.due + length / SLOWEST, now + self.patience_s)
 
-    def _make_room(self, now: float, but: Arrival | None = None) -> bool:
+    def _make_room(self, now: float, but: Arrival | None = None, grace_s: float = GRACE_S) -> bool:
         """Turn away the body that is furthest behind; False where all keep up."""
         behind = [one for one in self._coming if one is not but]
         last = min(behind, key=lambda one: one.due, default=None)
-        if last is None or last.due > now + self.patience_s - min(GRACE_S, self.patience_s / 2):
+        if last is None or last.due > now + self.patience_s - min(grace_s, self.patience_s / 2):
             return False
         self.leave(last)
         if last.timer is not None:
