@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -146,15 +147,18 @@ HUGE = encoded(Image.new("P", (8000, 5000)))
 THIN = encoded(Image.new("L", (5000, 1)))
 
 
+KIND = re.compile(r"ServeReplica:\w+:\w+|ProxyActor")
+
+
 def memory_of_serve() -> dict[str, int]:
     """Bytes of the replicas and of the proxy: what they hold themselves, not what they share."""
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         with contextlib.suppress(psutil.Error):
-            title = " ".join(process.info["cmdline"] or [])
-            if "ServeReplica" in title or "ProxyActor" in title:
+            kind = KIND.search(" ".join(process.info["cmdline"] or []))
+            if kind:  # the title goes on with what the process is at
                 memory = process.memory_info()
-                found[title.split()[0]] = memory.rss - memory.shared
+                found[kind[0]] = memory.rss - memory.shared
     return found
 
 
@@ -189,7 +193,8 @@ def test_honest_callers_do_not_feel_the_others_and_memory_is_flat(url):
     quarter = len(sizes) // 4
     for kind in sizes[-1]:
         parts = [
-            median(size[kind] for size in some) for some in (sizes[:quarter], sizes[-quarter:])
+            median(size.get(kind, 0) for size in some)
+            for some in (sizes[:quarter], sizes[-quarter:])
         ]
         print(f"{kind}: {parts[0] / 1e6:.0f} MB, at the end {parts[1] / 1e6:.0f} MB")
     sums = [sum(size.values()) for size in sizes]
