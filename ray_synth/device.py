@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from ray_synth.errors import UserError
@@ -68,6 +71,34 @@ def pick_dtype(dtype: str, device: str, *, gpu: str = "bfloat16", overflows: boo
     if device == "mps":
         return torch.bfloat16 if overflows else torch.float16
     return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
+
+
+def usable_cpus(cgroup: str | Path = "/sys/fs/cgroup") -> int:
+    """CPUs that this process may use: those it is bound to, within a container's share of time.
+
+    `os.cpu_count` counts the machine's, which a pod or a job of a batch system has a few of.
+    """
+    bound = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return max(1, min(bound, math.ceil(_share_of_time(Path(cgroup)) or bound)))
+
+
+def _share_of_time(cgroup: Path) -> float | None:
+    """CPUs' worth of time that a container has (cgroup v2, else v1); None for no limit."""
+    try:
+        quota, _, period = (cgroup / "cpu.max").read_text().strip().partition(" ")
+    except OSError:
+        try:
+            quota = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text().strip()
+            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    try:
+        share = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max"
+        return None
+    return share if share > 0 else None
 
 
 def cpu_computes_bfloat16() -> bool:

@@ -117,15 +117,18 @@ def ask(
 
 def _check(config: Path) -> None:
     from ray_synth.service.deploy_config import load_serve_config
+    from ray_synth.service.gate import service_token
 
     load_serve_config(config)
+    service_token()
 
 
 def _hand_over(*arguments: str) -> NoReturn:
     """Become Serve's own command, of this environment: its signals and exit code are the caller's."""
     from ray_synth.cluster.connection import ENVIRONMENT
+    from ray_synth.service.request_ids import PROXY_CALLBACK
 
     sys.stdout.flush()
     sys.stderr.flush()
     command = [sys.executable, "-m", "ray.serve.scripts", *arguments]
-    os.execve(sys.executable, command, {**ENVIRONMENT, **os.environ})
+    os.execve(sys.executable, command, {**ENVIRONMENT, **PROXY_CALLBACK, **os.environ})

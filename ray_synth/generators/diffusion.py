@@ -11,7 +11,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +21,10 @@ from ray_synth.errors import UserError
 from ray_synth.generators.compilation import compile_parts, first_on_this_node
 from ray_synth.generators.families import guidance_argument
 from ray_synth.generators.loading import (
+    check_code,
     find_scheduler,
     load_pipeline,
     read_index,
-    remote_code,
-    resolve_model,
 )
 from ray_synth.generators.protocol import Failure, Row
 from ray_synth.generators.settings import (
@@ -262,12 +260,7 @@ class DiffusionGenerator:
                 make; too small a strength.
         """
         index = read_index(config)
-        code = remote_code(index, Path(resolve_model(config.model)))
-        if code and not config.trust_remote_code:
-            raise UserError(
-                f"{config.model!r} brings Python code of its own ({code}) and cannot be loaded without "
-                "running it; read it, and if you trust it set generation.trust_remote_code: true"
-            )
+        check_code(config, index)
         if config.scheduler:
             find_scheduler(config.scheduler)
         config = filled(config)

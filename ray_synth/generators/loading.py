@@ -11,6 +11,7 @@ from typing import Any
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError, did_you_mean, first_line
+from ray_synth.storage.checkpoints import check_pipeline, no_code
 from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 
@@ -71,40 +72,35 @@ def find_scheduler(name: str) -> Any:
     raise UserError(f"diffusers has no scheduler {name!r} (generation.scheduler): {hint}")
 
 
-def remote_code(index: dict[str, Any], folder: Path) -> str:
-    """The names of the Python modules that a pipeline's index asks for; empty where it has none."""
-    named = index.get("_class_name")
-    modules = {str(named[0])} if isinstance(named, (list, tuple)) else set()
-    for part, value in index.items():
-        if isinstance(value, (list, tuple)) and value and part != "_class_name":
-            modules |= {f"{part}/{value[0]}"} & {
-                f"{part}/{file.stem}" for file in (folder / part).glob("*.py")
-            }
-    return ", ".join(sorted(modules))
+def check_code(config: GenerationConfig, index: dict[str, Any]) -> None:
+    """Raises UserError where a pipeline brings Python code that the config does not trust."""
+    if not config.trust_remote_code:
+        check_pipeline(index, Path(resolve_model(config.model)), config.model)
 
 
 def load_pipeline(config: GenerationConfig, dtype: Any) -> Any:
     """The pipeline, in memory, with the scheduler of the config.
 
     Raises:
-        UserError: it cannot be loaded; says why.
+        UserError: it cannot be loaded, or brings code that is not trusted; says why.
     """
     import diffusers
     import transformers
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    check_code(config, read_index(config))
+    no_code()  # what diffusers leaves to transformers
     model = resolve_model(config.model)
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,
         "revision": config.revision,
         "variant": config.variant,
+        "trust_remote_code": config.trust_remote_code,
     }
     if config.num_gpus > 1:
         arguments["device_map"] = "balanced"
-    if config.trust_remote_code:
-        arguments["trust_remote_code"] = True
     try:
         with warnings.catch_warnings():  # Kolors, which comes with the import, is of older times
             warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)

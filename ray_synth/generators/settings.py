@@ -18,6 +18,7 @@ from ray_synth.errors import UserError
 from ray_synth.generators.families import Family, read_facts, recognise
 from ray_synth.generators.loading import read_index, resolve_model
 from ray_synth.generators.protocol import digest_settings
+from ray_synth.storage.checkpoints import no_code
 
 FEWEST_OF_TEACHERS = 10  # steps below which a model that is not distilled blurs
 AREAS = (0.3, 2.0)  # of the area that a model was trained on: what it still makes well
@@ -107,7 +108,7 @@ def prompt_tokens(config: GenerationConfig) -> tuple[Callable[[str], int], int]:
     index, family = read_index(config), family_of(config)
     part = reading_tokenizer(index)
     tokenizer = AutoTokenizer.from_pretrained(
-        resolve_model(config.model), subfolder=part, revision=config.revision
+        resolve_model(config.model), subfolder=part, revision=config.revision, **no_code()
     )
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     call = inspect.signature(kind.__call__).parameters if kind else {}

@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from ray_synth.meaning.names import SPELT_WITH
+
+KEPT = SPELT_WITH | {"\n", "\t"}
 MAX_WORDS = 12
 MAX_CHARS = 80
 MAX_SCENE_WORDS = 8
@@ -146,10 +149,11 @@ def phrase_key(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Compatibility-normalised, with every control character a space, newlines kept."""
+    """Compatibility-normalised, with every control character a space; newlines and what words are
+    spelt with are kept."""
     text = unicodedata.normalize("NFKC", text[:MAX_ANSWER_CHARS])
     return "".join(
-        c if c in "\n\t" or not unicodedata.category(c).startswith("C") else " " for c in text
+        c if c in KEPT or not unicodedata.category(c).startswith("C") else " " for c in text
     )
 
 
@@ -210,7 +214,7 @@ def _is_fit(phrase: str) -> bool:
         return False
     if FORBIDDEN.search(phrase) or CHATTER.match(phrase) or METALINGUAL.match(phrase):
         return False
-    if not phrase.isprintable():
+    if not all(c.isprintable() or c in SPELT_WITH for c in phrase):
         return False
     if words[-1].casefold() in DANGLING or (len(words) == 1 and words[0].casefold() in ARTICLES):
         return False

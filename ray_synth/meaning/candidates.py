@@ -6,6 +6,7 @@ Names and contexts go in as few-shot questions; phrases come out as candidates f
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 
 from ray_synth.meaning.answers import ARTICLES
 from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.names import plain_name
 
 # The paper embeds the phrases; it names no template. Ours average several, as CLIP's zero-shot
 # classification does, and hold the phrase alone: with the class name beside it, right and wrong
@@ -67,7 +69,7 @@ def meaning_question(class_name: str, *, turn: int, context: str | None = None) 
 
     With a context every other turn asks for the sense that the context speaks of.
     """
-    name = class_name.replace("_", " ")
+    name = plain_name(class_name)
     if context and turn % 2 == 0:
         return context_question(name, context)
     turn = turn // 2 if context else turn
@@ -77,7 +79,7 @@ def meaning_question(class_name: str, *, turn: int, context: str | None = None) 
 
 def context_question(class_name: str, context: str | None) -> FewShot:
     """The question whose answers are scored by the context: with it, or with none at all."""
-    name = class_name.replace("_", " ")
+    name = plain_name(class_name)
     if context:
         return FewShot(TASK, IN_CONTEXT, f"{name}, {context}", ("Word", "Meaning"))
     alone = tuple((question.partition(",")[0], answer) for question, answer in IN_CONTEXT)
@@ -86,8 +88,9 @@ def context_question(class_name: str, context: str | None) -> FewShot:
 
 def siblings_context(class_name: str, class_names: Sequence[str]) -> str | None:
     """ "from a list with heron, stork": what the other classes of a data set say of this one."""
-    others = [name.replace("_", " ") for name in class_names if name != class_name]
-    return f"from a list with {', '.join(others[:MOST_SIBLINGS])}" if others else None
+    siblings = (plain_name(name) for name in class_names if name != class_name)
+    others = list(itertools.islice(siblings, MOST_SIBLINGS))
+    return f"from a list with {', '.join(others)}" if others else None
 
 
 def candidate_texts(candidate: Candidate) -> list[str]:
@@ -153,7 +156,7 @@ def few_shot_seed(seed: int, class_name: str, purpose: str, number: int) -> int:
 
 def with_article(name: str) -> str:
     """ "a crane", "an owl"; names that have an article, are proper or plural stay as they are."""
-    name = name.replace("_", " ").strip()
+    name = plain_name(name).strip()
     if re.match(r"(?i)(an?|the)\s", name) or name[:1].isupper() or re.search(r"[^su]s$", name):
         return name
     return f"{'an' if re.match(r'[aeiou]', name) else 'a'} {name}"

@@ -15,6 +15,7 @@ from ray_synth.data.images import not_too_thin
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.embedded import clip_folder
 from ray_synth.errors import UserError, first_line
+from ray_synth.storage.checkpoints import check_open_clip, no_code
 from ray_synth.storage.hub import fetch, open_clip_repo
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class ClipModel:
 
     Raises:
         UserError: a model name comes without `pretrained`, so its weights would be random; or it
-            cannot be loaded.
+            cannot be loaded, or its configuration has keys that are not listed.
     """
 
     def __init__(
@@ -74,11 +75,16 @@ class ClipModel:
         if model.startswith("hf-hub:"):  # of which open_clip itself takes no revision
             source = f"local-dir:{fetch(open_clip_repo(model))}"
         try:
+            no_code()  # of text towers that open_clip has transformers load
+            if source.startswith("local-dir:"):
+                check_open_clip(source.removeprefix("local-dir:"))
             # in float32 first: the packed weights are float8, which open_clip casts while loading
             network, self._preprocess = open_clip.create_model_from_pretrained(
                 source, pretrained=pretrained
             )
             self._tokenizer: Any = open_clip.get_tokenizer(source)
+        except UserError:
+            raise
         except Exception as error:  # of the hub, a file, open_clip or torch
             raise UserError(
                 f"cannot load the CLIP model {model!r}, pretrained {pretrained!r} ({first_line(error)}): "

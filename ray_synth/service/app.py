@@ -8,12 +8,10 @@ The pipeline asks the same app through its handle (`resolve`, `contexts`).
 
 # No postponed annotations here: Serve wraps the methods, and FastAPI could not resolve them then.
 import asyncio
-import hmac
-import os
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 from ray import serve
@@ -25,8 +23,10 @@ from ray_synth.prompting.contexts import Context, contextual_prompt
 from ray_synth.prompting.styles import load_styles, stylized_prompt
 from ray_synth.service.batch import answer_lines
 from ray_synth.service.clip_deployment import ClipDeployment
-from ray_synth.service.limits import BodyLimit, read_images
-from ray_synth.service.llm_deployment import LlmDeployment
+from ray_synth.service.docs_page import DOCS_POLICY, docs_page
+from ray_synth.service.gate import TOKEN_VARIABLE, Gate, service_token
+from ray_synth.service.limits import read_images
+from ray_synth.service.llm_deployment import MAX_ONGOING, LlmDeployment
 from ray_synth.service.messages import (
     Answer,
     BatchBody,
@@ -38,7 +38,6 @@ from ray_synth.service.messages import (
 from ray_synth.service.problems import documented, install_handlers
 from ray_synth.service.resolver import Resolver, ServeConfig
 
-TOKEN_VARIABLE = "RAY_SYNTH_SERVE_TOKEN"
 PAGE = (Path(__file__).parent / "page.html").read_text()
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -52,27 +51,16 @@ MODEL_FINISH_S = 30.0
 api = FastAPI(
     title="ray-synth",
     summary="What does a class name mean, judged by its images?",
-    responses=documented(401, 413, 500, 503),
+    responses=documented(401, 408, 413, 421, 500, 503),
+    docs_url=None,  # FastAPI's own load their code from elsewhere
+    redoc_url=None,
 )
-api.add_middleware(BodyLimit)
+api.add_middleware(Gate)
 install_handlers(api)
 bearer = HTTPBearer(auto_error=False, description=f"where the service has a {TOKEN_VARIABLE}")
 
-
-async def check_token(request: Request, _: Any = Depends(bearer)) -> None:
-    """Where a token is set in the environment, require it."""
-    token = os.environ.get(TOKEN_VARIABLE)
-    if not token:
-        return
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-    if not hmac.compare_digest(given.encode(), token.encode()):
-        raise HTTPException(
-            401, "send the header 'Authorization: Bearer TOKEN'", {"WWW-Authenticate": "Bearer"}
-        )
-
-
 GUARDED: dict[str, Any] = {
-    "dependencies": [Depends(check_token)],
+    "dependencies": [Depends(bearer)],  # for OpenAPI; the gate requires it
     "openapi_extra": {"security": [{}]},  # or none: where no token is set
 }
 ASKED: dict[str, Any] = {**GUARDED, "responses": documented(400, 422, 502, 504)}
@@ -83,7 +71,7 @@ def _count_words(text: str) -> int:
     return 2 + int(1.4 * len(text.replace(",", " , ").split()) + 0.5)
 
 
-@serve.deployment(name="Disambiguation", max_ongoing_requests=512)
+@serve.deployment(name="Disambiguation", max_ongoing_requests=MAX_ONGOING)
 @serve.ingress(api)
 class Disambiguation(Resolver):
     """The ingress: checks input, and composes the LLM and CLIP into meanings and prompts."""
@@ -91,7 +79,8 @@ class Disambiguation(Resolver):
     def __init__(self, config: ServeConfig, llm: DeploymentHandle, clip: DeploymentHandle) -> None:
         super().__init__(config, llm, clip)
         self.styles = load_styles()
-        BodyLimit.limit = config.limits.max_body_bytes
+        Gate.open_with(config.limits)
+        self._probe: asyncio.Task[Any] | None = None
 
     @api.post("/disambiguate", response_model=Answer, **ASKED)
     async def disambiguate(self, body: DisambiguateBody) -> dict[str, Any]:
@@ -176,7 +165,9 @@ class Disambiguation(Resolver):
         """200 when both models answer."""
         try:
             async with asyncio.timeout(10):
-                await asyncio.gather(self.llm.describe.remote(), self.clip.describe.remote())
+                if self._probe is None or self._probe.done():  # all who ask now share it
+                    self._probe = asyncio.create_task(self._describe())
+                await asyncio.shield(self._probe)
         except (TimeoutError, RayActorError) as error:
             raise HTTPException(503, f"a model does not answer ({type(error).__name__})") from None
         return {"status": "ready"}
@@ -184,14 +175,23 @@ class Disambiguation(Resolver):
     @api.get("/models", **GUARDED)
     async def models(self) -> dict[str, dict[str, Any]]:
         """The models that answer, and how full their batches were."""
+        return await self._describe()
+
+    async def _describe(self) -> dict[str, dict[str, Any]]:
         llm, clip = await asyncio.gather(self.llm.describe.remote(), self.clip.describe.remote())
         return {"llm": llm, "clip": clip}
 
     @api.get("/limits", response_model=LimitsAnswer)
     async def limits(self) -> dict[str, Any]:
         """What one request may bring."""
-        token = bool(os.environ.get(TOKEN_VARIABLE))
-        return {**self.config.limits.model_dump(), "token_required": token}
+        return {**self.config.limits.model_dump(), "token_required": service_token() is not None}
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs(self) -> Response:
+        """The operations, as a page without code."""
+        return HTMLResponse(
+            docs_page(api.openapi()), headers={"Content-Security-Policy": DOCS_POLICY}
+        )
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> Response:
@@ -208,7 +208,6 @@ def build(config: ServeConfig) -> Application:
     finish_s = limits.timeout_s + 10
     ingress: Any = Disambiguation.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": INGRESS_CPUS},
-        max_queued_requests=limits.max_queued_requests,
         graceful_shutdown_timeout_s=finish_s,
         **_replicas(config.replicas, config.autoscaling, busy=64),
     )
@@ -222,7 +221,9 @@ def build(config: ServeConfig) -> Application:
         options["graceful_shutdown_timeout_s"] = min(finish_s, MODEL_FINISH_S)
         deployments.append(deployment.options(**options))
     return ingress.bind(
-        config, deployments[0].bind(llm), deployments[1].bind(clip, limits.max_pixels)
+        config,
+        deployments[0].bind(llm),
+        deployments[1].bind(clip, limits.max_pixels, limits.decode_bytes),
     )
 
 

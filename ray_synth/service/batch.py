@@ -7,14 +7,50 @@ from typing import Any
 import numpy as np
 from fastapi import HTTPException
 
+from ray_synth.meaning.ambiguity import ANSWERS_A_MEANING
 from ray_synth.meaning.candidates import siblings_context
 from ray_synth.service.limits import read_images
 from ray_synth.service.messages import Answer, BatchBody, ClassQuestion, Line
 from ray_synth.service.problems import problem
-from ray_synth.service.resolver import Resolver
+from ray_synth.service.resolver import Resolver, ServeConfig
 
-CLASSES_AT_ONCE = 32  # enough to fill the models' batches
+CLASSES_AT_ONCE = 32  # enough to fill CLIP's batches
+BATCHES_AT_ONCE = 2  # of the language model, for each of its replicas
 PAUSE_S = 15.0
+
+
+def classes_at_once(config: ServeConfig, num_meanings: int) -> int:
+    """As many as keep the models busy: with more, each waits longer and its time limit comes nearer."""
+    if num_meanings == 0:
+        return CLASSES_AT_ONCE
+    replicas = config.llm.replicas
+    most = replicas if isinstance(replicas, int) else max(replicas)
+    questions = BATCHES_AT_ONCE * config.llm.max_batch_size * most
+    return min(CLASSES_AT_ONCE, max(2, questions // (ANSWERS_A_MEANING * num_meanings)))
+
+
+class Seen:
+    """The features of a list's images: of each class, and the sum of all for the mean of the others."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, np.ndarray | None] = {}
+        self._sum: Any = 0.0  # (dim,) float64
+        self._count = 0
+
+    def add(self, name: str, rows: np.ndarray | None) -> None:
+        """(num_images, dim) unit rows of a class; None where it has no images."""
+        self.rows[name] = rows
+        if rows is not None:
+            self._sum = self._sum + rows.sum(axis=0, dtype=np.float64)
+            self._count += len(rows)
+
+    def mean_of_others(self, name: str) -> np.ndarray | None:
+        """(1, dim): what stands for all other classes' images where only their mean counts."""
+        own = self.rows[name]
+        total, count = self._sum, self._count
+        if own is not None:
+            total, count = total - own.sum(axis=0, dtype=np.float64), count - len(own)
+        return (total / count)[None].astype(np.float32) if count else None
 
 
 async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str]:
@@ -24,42 +60,41 @@ async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str
     nor a context, its siblings' names are the context.
     """
     names = [question.class_name for question in body.classes]
-    features: dict[str, np.ndarray | None] = {}
-    gate = asyncio.Semaphore(CLASSES_AT_ONCE)
+    seen = Seen()
+    gate = asyncio.Semaphore(classes_at_once(resolver.config, body.num_meanings))
 
     async def see(question: ClassQuestion) -> Line | bool:
         async def work() -> Any:
             images = await read_images(question.images, resolver.config.limits)
+            question.images.clear()  # of 1,000 classes: not needed again
             return await resolver.embed_images(images)
 
         async with gate:
             found = await _guarded(question, work(), resolver)
         if isinstance(found, Line):
             return found
-        features[question.class_name] = found
+        seen.add(question.class_name, found)
         return True
 
     async def ask(question: ClassQuestion) -> Line:
-        own = features[question.class_name]
-        others = [rows for name, rows in features.items() if name != question.class_name]
-        known = [rows for rows in others if rows is not None]
-        siblings = siblings_context(question.class_name, names) if own is None else None
-        work = resolver.resolve(
-            question.class_name,
-            own,
-            num_meanings=body.num_meanings,
-            seed=body.seed,
-            meanings=question.meanings,
-            context=body.context or siblings,
-            reference_features=np.concatenate(known) if known else None,
-        )
         async with gate:
+            own = seen.rows[question.class_name]
+            siblings = siblings_context(question.class_name, names) if own is None else None
+            work = resolver.resolve(
+                question.class_name,
+                own,
+                num_meanings=body.num_meanings,
+                seed=body.seed,
+                meanings=question.meanings,
+                context=body.context or siblings,
+                reference_features=seen.mean_of_others(question.class_name),
+            )
             found = await _guarded(question, work, resolver)
         return found if isinstance(found, Line) else _line(question, answer=Answer(**found))
 
     with resolver.metrics.timed("batch"):
         for step in (see, ask):
-            todo = [q for q in body.classes if step is see or q.class_name in features]
+            todo = [q for q in body.classes if step is see or q.class_name in seen.rows]
             async for line in _as_they_finish({asyncio.ensure_future(step(q)) for q in todo}):
                 if line is None:
                     yield "\n"

@@ -103,6 +103,7 @@ class Client:
         self.retried = 0  # questions asked again so far, over all threads
         self._lock = threading.Lock()
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+        token = token and token.strip()
         try:
             self._http = httpx.Client(
                 base_url=self.url,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,29 +13,39 @@ import numpy as np
 from ray import serve
 
 from ray_synth.config import ClipConfig
-from ray_synth.data.images import decode_image
+from ray_synth.data.images import decode_image, decoding_bytes
+from ray_synth.device import usable_cpus
 from ray_synth.errors import UserError
 from ray_synth.meaning.clip import load_clip
 from ray_synth.service.full_batches import FullBatches
+from ray_synth.service.llm_deployment import MAX_ONGOING
+from ray_synth.service.turns import Caller, Room
 
 
-@serve.deployment(name="CLIP", max_ongoing_requests=512)
+@serve.deployment(name="CLIP", max_ongoing_requests=MAX_ONGOING)
 class ClipDeployment:
     """Embeds images and texts with any open_clip model.
 
     Requests share forward passes, counted in images. Images are decoded in threads, beside the model,
-    and what was seen before is not embedded again.
+    within a budget of memory and in turns between callers, no larger than the model looks at them; what
+    was seen before is not embedded again.
     """
 
-    def __init__(self, config: ClipConfig, max_pixels: int = 50_000_000) -> None:
+    def __init__(
+        self,
+        config: ClipConfig,
+        max_pixels: int = 50_000_000,
+        decode_bytes: int = 1_000_000_000,
+    ) -> None:
         from cachetools import LRUCache
 
         self.config, self.max_pixels = config, max_pixels
-        threads = os.cpu_count() or 1
-        self.clip = load_clip(config, num_threads=threads)
+        threads = max(2, usable_cpus())  # one of them is never at a large picture
+        self.clip = load_clip(config, num_threads=usable_cpus())
         self.cache: Any = LRUCache(config.cache_images)
         self.lock = threading.Lock()
         self.decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self.room = Room(decode_bytes, at_once=threads)
         # one forward at a time: two would share the same cores or GPU
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="clip")
         self.hits = 0
@@ -45,25 +54,24 @@ class ClipDeployment:
         self.texts = FullBatches(self._forward_texts, max_size=4 * size, size=len)
         self.clip.warm_up()
 
-    async def encode_images(self, images: list[bytes]) -> np.ndarray | str:
+    async def encode_images(
+        self, images: list[bytes], caller: Caller = ("", 0)
+    ) -> np.ndarray | str:
         """(n, embed_dim) float32 of encoded images; or, as text, which image is wrong and how."""
         digests = [hashlib.sha256(data).digest() for data in images]
         found, todo = self._seen(digests, images)
         self.hits += len(images) - len(todo)
-        loop = asyncio.get_running_loop()
-        pixels = await asyncio.gather(
-            *(loop.run_in_executor(self.decoders, self._decode, data) for data in todo.values())
-        )
+        pixels = await asyncio.gather(*(self._decoded(data, caller) for data in todo.values()))
         for digest, item in zip(todo, pixels, strict=True):
             if isinstance(item, str):
                 return f"images[{digests.index(digest)}]: {item}"
-        found |= await self._embedded(self.images, list(todo), pixels)
+        found |= await self._embedded(self.images, list(todo), pixels, caller)
         return np.stack([found[digest] for digest in digests])
 
-    async def encode_texts(self, texts: list[str]) -> np.ndarray:
+    async def encode_texts(self, texts: list[str], caller: Caller = ("", 0)) -> np.ndarray:
         """(n, embed_dim) float32 of texts."""
         found, todo = self._seen(texts, texts)
-        found |= await self._embedded(self.texts, list(todo), list(todo))
+        found |= await self._embedded(self.texts, list(todo), list(todo), caller)
         return np.stack([found[text] for text in texts])
 
     def _seen(self, keys: list[Any], items: list[Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
@@ -74,22 +82,31 @@ class ClipDeployment:
         return rows, todo
 
     async def _embedded(
-        self, forward: FullBatches, keys: list[Any], items: list[Any]
+        self, forward: FullBatches, keys: list[Any], items: list[Any], caller: Caller
     ) -> dict[Any, np.ndarray]:
         """Embeddings of new items, in parts that fit a batch; kept for the next time."""
         size = forward.max_size
         parts = [items[start : start + size] for start in range(0, len(items), size)]
-        rows = await asyncio.gather(*(forward(part) for part in parts))
+        rows = await asyncio.gather(*(forward(part, caller) for part in parts))
         new = dict(zip(keys, itertools.chain.from_iterable(rows), strict=True))
         with self.lock:
             for key, row in new.items() if self.config.cache_images else ():
                 self.cache[key] = row
         return new
 
-    def _decode(self, data: bytes) -> Any:
+    async def _decoded(self, data: bytes, caller: Caller) -> Any:
         """The model's input for an image, or what is wrong with the image."""
+        enough = 2 * self.clip.image_size
         try:
-            enough = 2 * self.clip.image_size
+            cost = decoding_bytes(data, max_pixels=self.max_pixels, enough=enough)
+        except UserError as error:
+            return str(error)
+        async with self.room.entered(caller, cost):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.decoders, self._decode, data, enough)
+
+    def _decode(self, data: bytes, enough: int) -> Any:
+        try:
             image = decode_image(data, max_pixels=self.max_pixels, enough=enough)
         except UserError as error:
             return str(error)

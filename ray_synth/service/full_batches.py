@@ -5,22 +5,24 @@ model: under load with questions that come by threes, batches of 16 held 6 on av
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from ray_synth.service.turns import Caller, Turns
 
 
 class FullBatches:
     """Single requests in, lists of requests to the model, one list at a time.
 
-    A request whose caller went away is not worked for.
+    Callers take turns, counted in sizes: one with hundreds of requests keeps no other waiting for all of
+    them. A request whose caller went away is not worked for.
 
     Args:
         work: answers a list of requests, in order; what it raises, each of them raises.
         max_size: of a batch. A larger request is a batch by itself.
         wait_s: how long an idle model waits for company for the first request.
         size: of a request.
-        kind: requests share a batch only with their like; the oldest request's kind goes first.
+        kind: requests share a batch only with their like; the kind of whose turn it is goes first.
     """
 
     def __init__(
@@ -35,13 +37,13 @@ class FullBatches:
         self.work, self.max_size, self.wait_s = work, max_size, wait_s
         self.size, self.kind = size, kind
         self.batches = self.items = 0
-        self._waiting: deque[tuple[Any, asyncio.Future[Any]]] = deque()
+        self._waiting: Turns[Any] = Turns()
         self._worker: asyncio.Task[None] | None = None
 
-    async def __call__(self, request: Any) -> Any:
+    async def __call__(self, request: Any, caller: Caller = ("", 0)) -> Any:
         """The answer to one request."""
         answer = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, answer))
+        self._waiting.put(caller, request, answer, self.size(request))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await answer
@@ -64,26 +66,21 @@ class FullBatches:
             )  # who was answered may ask the next question before the next batch
 
     def _next(self) -> list[tuple[Any, asyncio.Future[Any]]]:
-        """The oldest request and those of its kind that fit beside it."""
-        batch: list[tuple[Any, asyncio.Future[Any]]] = []
-        left: deque[tuple[Any, asyncio.Future[Any]]] = deque()
-        total, kind = 0, None
-        for item in self._waiting:
-            request, answer = item
-            if answer.done():
-                continue
-            size = self.size(request)
-            if not batch:
-                kind = self.kind(request)
-            elif total + size > self.max_size or self.kind(request) != kind:
-                left.append(item)
-                continue
-            batch.append(item)
-            total += size
-        self._waiting = left
-        if batch:
-            self.batches += 1
-            self.items += total
+        """The request whose turn it is, and the next of its kind that fit beside it."""
+        first = self._waiting.pop()
+        if first is None:
+            return []
+        kind = self.kind(first.item)
+        batch, total = [(first.item, first.answer)], first.cost
+
+        def fits(cost: float, request: Any) -> bool:
+            return total + cost <= self.max_size and self.kind(request) == kind
+
+        while total < self.max_size and (found := self._waiting.pop(fits)):
+            batch.append((found.item, found.answer))
+            total += found.cost
+        self.batches += 1
+        self.items += int(total)
         return batch
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from ray_synth.config import Section
 from ray_synth.errors import UserError
-from ray_synth.service.problems import problem_response
 
 
 class Limits(Section):
@@ -24,56 +22,25 @@ class Limits(Section):
     max_pixels: int = Field(50_000_000, ge=1)
     max_prompts: int = Field(200, ge=1)
     timeout_s: float = Field(120, gt=0, description="for one class; a batch has it for each")
-    max_queued_requests: int = Field(1024, ge=1, description="beyond: 503, come again")
+    max_queued_requests: int = Field(
+        1024, ge=1, description="in work or waiting, of one replica of the ingress; beyond: 503"
+    )
+    max_bytes_in_flight: int = Field(
+        256_000_000, ge=1, description="bodies of all requests together; beyond: 503, come again"
+    )
+    body_timeout_s: float = Field(
+        20, gt=0, description="how long a body may stand still, or come at under 64 kB/s"
+    )
+    decode_bytes: int = Field(
+        1_000_000_000, ge=1, description="memory for images that are decoded at the same time"
+    )
+    hostnames: list[str] = Field(
+        default_factory=list,
+        description="names, beside localhost, under which a gateway on this machine asks",
+    )
     allowed_hosts: list[str] = Field(
         default_factory=list, description="hosts whose https images are fetched; none by default"
     )
-
-
-class BodyLimit:
-    """ASGI middleware: 413 for a body over the limit, whether or not it announces its length.
-
-    The limit belongs to the class: Serve copies the FastAPI app before the config is known.
-    """
-
-    limit = Limits().max_body_bytes
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        if announced.isdigit() and int(announced) > self.limit:
-            return await self._refuse(scope, receive, send, more=True)
-        chunks: list[Any] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                chunks.append(message)
-                break
-            size += len(message.get("body", b""))
-            if size > self.limit:
-                return await self._refuse(scope, receive, send, message.get("more_body", False))
-            chunks.append(message)
-            more = message.get("more_body", False)
-
-        async def replay() -> Any:
-            return chunks.pop(0) if chunks else await receive()
-
-        await self.app(scope, replay, send)
-
-    async def _refuse(self, scope: Any, receive: Any, send: Any, more: bool) -> None:
-        # Read on and forget, within reason: a client that is still sending would see a broken
-        # connection instead of the answer.
-        for _ in range(100_000 if more else 0):
-            message = await receive()
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
-        text = f"the body is over the limit of {self.limit:,} bytes: send fewer or smaller images"
-        await problem_response(413, text)(scope, receive, send)
 
 
 async def read_images(images: list[str], limits: Limits) -> list[bytes]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
 
 from ray_synth.config import LlmConfig
+from ray_synth.device import usable_cpus
 from ray_synth.meaning.backends import load_llm
 from ray_synth.meaning.few_shot import FewShot
 from ray_synth.service.full_batches import FullBatches
+from ray_synth.service.turns import Caller
+
+# More than the ingress lets in: what is asked of a replica waits in its own queue, where callers take
+# turns, and `describe` waits for nobody.
+MAX_ONGOING = 100_000
 
 
 def _options(request: dict[str, Any]) -> tuple[Any, ...]:
@@ -25,7 +30,7 @@ def _phrases(request: tuple[list[Any], list[str]]) -> int:
     return len(request[0])
 
 
-@serve.deployment(name="LLM", max_ongoing_requests=512)
+@serve.deployment(name="LLM", max_ongoing_requests=MAX_ONGOING)
 class LlmDeployment:
     """Answers few-shot prompts with any of the backends.
 
@@ -35,7 +40,7 @@ class LlmDeployment:
 
     def __init__(self, config: LlmConfig) -> None:
         self.config = config
-        self.llm = load_llm(config, num_threads=os.cpu_count())
+        self.llm = load_llm(config, num_threads=usable_cpus())
         self.remote = config.backend == "openai"
         # one generation at a time on a device: two would share the same cores or GPU
         size = config.max_batch_size if self.remote else 1
@@ -45,11 +50,11 @@ class LlmDeployment:
         if not self.remote:  # the first question would pay for what is set up on demand
             self.llm.complete([FewShot("Say it.", (), "one")], max_new_tokens=1, temperature=0)
 
-    async def complete(self, request: dict[str, Any]) -> str:
+    async def complete(self, request: dict[str, Any], caller: Caller = ("", 0)) -> str:
         """Answer `{prompt: FewShot, seed, max_new_tokens, temperature, stop}`."""
         if self.remote:  # a server batches by itself
             return (await self._answer([request]))[0]
-        return await self.asked(request)
+        return await self.asked(request, caller)
 
     async def _answer(self, requests: list[dict[str, Any]]) -> list[str]:
         """Answers to requests with the same options."""
@@ -63,9 +68,11 @@ class LlmDeployment:
             stop=stop,
         )
 
-    async def likelihood(self, request: tuple[list[Any], list[str]]) -> list[float] | None:
+    async def likelihood(
+        self, request: tuple[list[Any], list[str]], caller: Caller = ("", 0)
+    ) -> list[float] | None:
         """Log-probabilities of answers after prompts, see `Llm`."""
-        return await self.judged(request)
+        return await self.judged(request, caller)
 
     async def _score(self, requests: list[tuple[list[Any], list[str]]]) -> list[list[float] | None]:
         prompts = [prompt for request in requests for prompt in request[0]]

@@ -6,37 +6,11 @@ them.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from ray_synth.errors import UserError
-
-# A question to the LLM is lines of "Word: ..." and "Meaning: ...", or a chat of turns: text of a
-# caller's must not be able to add a line, a label or a turn.
-FORMAT_MARKS = re.compile(
-    r"<\|[^|]*\|?>|\[/?INST\]|</?s>|<(start|end)_of_turn>|\b(word|meaning|question|answer|scene)s?\s*:",
-    re.IGNORECASE,
-)
-
-
-def one_plain_line(text: str) -> str:
-    """`text`, where it can stand in a question without changing the question's format.
-
-    Raises:
-        UserError: it holds a line break, a control character, or a mark of a prompt's format.
-    """
-    if any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") for c in text):
-        raise UserError("give one line without control characters")
-    mark = FORMAT_MARKS.search(text)
-    if mark:
-        raise UserError(f"{mark.group(0)!r} is a mark of the question's own format: leave it out")
-    if not any(c.isalnum() for c in text):
-        raise UserError("give at least one letter or digit")
-    return text
-
+from ray_synth.meaning.names import one_plain_line
 
 Name = Annotated[
     str,

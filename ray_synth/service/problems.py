@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ray_synth.service.messages import Problem
+from ray_synth.service.request_ids import is_id
 from ray_synth.storage.secrets import redact
 
 MEDIA_TYPE = "application/problem+json"
@@ -72,4 +73,5 @@ def _say(item: Any) -> str:
 def _request_id() -> str | None:
     from ray.serve.context import _get_serve_request_context
 
-    return _get_serve_request_context().request_id or None
+    given = _get_serve_request_context().request_id
+    return given if is_id(given) else None

@@ -19,6 +19,7 @@ from ray_synth.meaning.lexicon import WordNet
 from ray_synth.prompting.contexts import write_contexts
 from ray_synth.service.limits import Limits
 from ray_synth.service.measurements import Metrics
+from ray_synth.service.turns import CALLER
 
 
 class ServeConfig(Section):
@@ -66,24 +67,24 @@ class Resolver:
             "stop": options.get("stop", ("\n\n",)),
         }
         self.metrics.asked()
-        return await _ask(self.llm.complete, request)
+        return await _ask(self.llm.complete, request, CALLER.get())
 
     async def embed_texts(self, texts: list[str]) -> Any:
         """(n, dim) unit rows."""
-        return await _ask(self.clip.encode_texts, texts)
+        return await _ask(self.clip.encode_texts, texts, CALLER.get())
 
     async def embed_images(self, images: list[bytes]) -> np.ndarray | None:
         """(n, dim) unit rows; None for none. Raises UserError naming the image that is wrong."""
         if not images:
             return None
-        found = await _ask(self.clip.encode_images, images)
+        found = await _ask(self.clip.encode_images, images, CALLER.get())
         if isinstance(found, str):
             raise UserError(found)
         return found
 
     async def likelihood(self, prompts: list[Any], answers: list[str]) -> list[float] | None:
         """Log-probabilities of answers, where the LLM says them."""
-        return await _ask(self.llm.likelihood, (prompts, answers))
+        return await _ask(self.llm.likelihood, (prompts, answers), CALLER.get())
 
     async def resolve(
         self, class_name: str, images: list[bytes] | np.ndarray | None, **options: Any

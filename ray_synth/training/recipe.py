@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ray_synth.config import OptimizerConfig, TrainingConfig
 from ray_synth.errors import UserError, did_you_mean, first_line, shortened
+from ray_synth.storage.checkpoints import check_timm
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -44,7 +45,8 @@ def build_model(
 
     Raises:
         UserError: for an unknown name (with the nearest ones), for arguments that the model
-            refuses, or for a checkpoint that does not fit.
+            refuses, or for a checkpoint that does not fit or whose configuration has keys that are not
+            listed.
     """
     import timm
 
@@ -52,6 +54,7 @@ def build_model(
         raise UserError(
             f"unknown timm model {name!r}: {did_you_mean(name, timm.list_models(), most=3)}"
         )
+    check_timm(name)
     try:
         model = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})

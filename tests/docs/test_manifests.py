@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KUBERAY = ROOT / "docs/kuberay"
 DOCKER = ROOT / "docs/docker"
 CRDS = Path(os.environ.get("RAY_SYNTH_KUBERAY_CRDS", ROOT / "build/crds"))
+TOKEN = "autoscaler-token"
 KINDS = {"raycluster": "RayCluster", "rayjob": "RayJob", "rayservice": "RayService"}
 RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]  # type: ignore[index]
 
@@ -105,6 +106,7 @@ _OPTIONS = _fields(
     upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
     idleTimeoutSeconds=_COUNT,
     securityContext={"type": "object"},
+    volumeMounts={"type": "array"},
     resources={"type": "object"},
 )
 _HEAD = _fields("template", rayStartParams=_STRINGS)
@@ -250,9 +252,44 @@ def test_pods_are_as_the_restricted_standard_asks(manifest: dict[str, Any]) -> N
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
         assert all(
-            set(volume) <= {"name", "emptyDir", "configMap"} for volume in pod.get("volumes", [])
+            set(volume) <= {"name", "emptyDir", "configMap"}
+            for volume in pod.get("volumes", [])
+            if volume["name"] != TOKEN
         )
         assert pod["restartPolicy"] == "Never"
+
+
+def test_the_token_of_kubernetes_is_the_autoscalers_alone(manifest: dict[str, Any]) -> None:
+    for pod in _pods(manifest):
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"]:
+            assert TOKEN not in {mount["name"] for mount in container.get("volumeMounts", [])}
+    cluster = _cluster(manifest)
+    (mount,) = cluster["autoscalerOptions"]["volumeMounts"]
+    assert mount["mountPath"] == "/var/run/secrets/kubernetes.io/serviceaccount"
+    head, *workers = _groups(cluster)
+    (volume,) = [v for v in head["template"]["spec"]["volumes"] if v["name"] == mount["name"]]
+    kinds = {kind for source in volume["projected"]["sources"] for kind in source}
+    assert kinds == {"serviceAccountToken", "configMap", "downwardAPI"}
+    for group in workers:
+        assert TOKEN not in {v["name"] for v in group["template"]["spec"]["volumes"]}
+
+
+def test_a_network_policy_lets_in_those_it_names() -> None:
+    policy = _read("networkpolicy")
+    kubernetes_validate.validate(policy, "1.34", strict=True)
+    assert policy["spec"]["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    nodes, *others = policy["spec"]["ingress"]
+    assert nodes == {"from": [{"podSelector": policy["spec"]["podSelector"]}]}
+    for rule in others:
+        assert {port["port"] for port in rule["ports"]} <= {8000, 8080, 8265}
+        for source in rule["from"]:
+            labels = [s.get("matchLabels") for s in source.values()]
+            assert any(labels), "all of a cluster may not"
+    submitter = _read("rayjob")["spec"]["submitterPodTemplate"]["metadata"]["labels"]
+    allowed = [s["podSelector"]["matchLabels"] for s in others[0]["from"]]
+    assert submitter in allowed
 
 
 def test_no_secret_is_written_down(manifest: dict[str, Any]) -> None:
@@ -269,7 +306,7 @@ def test_limits_are_given_and_shared_memory_fits_into_them(manifest: dict[str, A
         resources = container["resources"]
         assert {"cpu", "memory"} <= set(resources["limits"]) and resources["requests"]
         assert resources["requests"].get("memory") == resources["limits"]["memory"]
-        volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+        volumes = {v["name"]: v for v in pod.get("volumes", []) if v["name"] != TOKEN}
         mounts = {mount["name"]: mount["mountPath"] for mount in container.get("volumeMounts", [])}
         assert set(mounts) == set(volumes)
         if "shm" not in volumes:

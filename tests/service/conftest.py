@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 
 import pytest
 from service import digit_images, free_port
@@ -18,10 +19,14 @@ def url(tmp_path_factory):
     from ray_synth.cluster.connection import connect
     from ray_synth.service.app import ServeConfig, build
     from ray_synth.service.limits import Limits
+    from ray_synth.service.request_ids import PROXY_CALLBACK
 
     port = free_port()
     cache = tmp_path_factory.mktemp("answers")
-    with connect(ClusterConfig(num_cpus=4)):
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        for name, value in PROXY_CALLBACK.items():  # as `ray-synth serve run` does
+            patch.setenv(name, value)
+        stack.enter_context(connect(ClusterConfig(num_cpus=4)))
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         config = ServeConfig(
             llm=LlmConfig(num_cpus=0.5, cache_dir=str(cache)),

@@ -84,3 +84,28 @@ def test_a_caller_who_went_away_is_not_worked_for():
 
     assert asyncio.run(ask()) == (0, 2)
     assert seen == [0, 2]
+
+
+def test_a_caller_with_much_to_ask_keeps_no_other_waiting():
+    """Neither another address, nor another request of the same gateway."""
+    seen = []
+
+    async def work(batch):
+        seen.append(batch)
+        await asyncio.sleep(0.001)
+        return batch
+
+    async def ask():
+        batches = FullBatches(work, max_size=4, wait_s=0.001)
+        much = [asyncio.create_task(batches(f"a{i}", ("gateway", 1))) for i in range(100)]
+        await asyncio.sleep(0.005)
+        little = [asyncio.create_task(batches(f"b{i}", ("gateway", 2))) for i in range(4)]
+        other = [asyncio.create_task(batches(f"c{i}", ("elsewhere", 3))) for i in range(4)]
+        await asyncio.gather(*little, *other)
+        before = sum(map(len, seen))
+        await asyncio.gather(*much)
+        return before
+
+    before = asyncio.run(ask())
+    assert before < 60, "the others were answered long before the hundred"
+    assert sum(map(len, seen)) == 108
