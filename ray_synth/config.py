@@ -758,8 +758,21 @@ def read_run_config(folder: Any) -> dict[str, Any]:
 
 
 def kept_config(folder: Any) -> dict[str, Any]:
-    """A run's config.yaml as it was written, by whatever version."""
-    return yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    """A run's config.yaml as it was written, by whatever version.
+
+    Raises:
+        DamagedFile: it is cut off, or no mapping of settings.
+    """
+    from ray_synth.storage.damage import damaged
+
+    try:
+        values = yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        why = " ".join(str(error).split())[:150]
+        raise damaged(folder.address("config.yaml"), why) from None
+    if not isinstance(values, dict):
+        raise damaged(folder.address("config.yaml"), "it holds no settings")
+    return values
 
 
 def run_versions(folder: Any) -> dict[str, str]:
