@@ -136,12 +136,12 @@ def _problem(
 
 def _wrong_footer(file: pq.ParquetFile, name: str) -> str:
     schema, metadata = file.schema_arrow, file.metadata
-    if unknown := set(schema.names) - set(IMAGE_SCHEMA.names):  # a flipped letter is one, too
-        return f"it holds no images of a run: an unknown column {min(unknown)!r:.40}"
-    for column in NEEDED:
-        at = schema.get_field_index(column)
-        if at < 0 or schema.field(at).type != IMAGE_SCHEMA.field(column).type:
-            return f"it holds no images of a run: no column {column!r} as they have it"
+    if lacking := [column for column in NEEDED if column not in schema.names]:
+        return f"it holds no images of a run: it has no column {lacking[0]!r}"
+    for field in schema:  # a flipped letter or type is none of ours, too
+        at = IMAGE_SCHEMA.get_field_index(field.name)
+        if at < 0 or IMAGE_SCHEMA.field(at).type != field.type:
+            return f"it holds no images of a run: a column {field.name!r:.40} of type {field.type}"
     span = pack_range(name)
     if span is None:
         return "" if metadata.num_rows else "it holds no rows"
