@@ -32,6 +32,18 @@ BEAT_S = 10.0  # between two beats of a lease
 DEAD_S = 60.0  # a lease that stays as it is for so long has no owner
 SETTLE_S = 2.0  # between a claim and the look whether another one came after it
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_held: set[int] = set()  # open files of locks
+
+
+def _let_go_in_child() -> None:
+    """A forked child would hold the lock on, also when its driver is killed."""
+    for handle in _held:
+        with suppress(OSError):
+            os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @contextmanager
@@ -84,6 +96,7 @@ def _lock(folder: Folder) -> int | None:
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, json.dumps(_facts()).encode(), 0)
+                _held.add(handle)
                 return handle
         os.close(handle)  # its last owner has just removed it
 
@@ -94,6 +107,7 @@ def _unlock(folder: Folder, handle: int) -> None:
         if os.listdir(folder.path()) == [LOCK]:
             os.unlink(folder.path(LOCK))
             folder.remove_empty()
+    _held.discard(handle)
     os.close(handle)
 
 

@@ -15,10 +15,14 @@ from ray_synth.monitoring.driver_lock import LEASE, LOCK, Lease, sole_driver
 from ray_synth.storage.folder import Folder
 
 HOLD = (
-    "import sys, time\n"
+    "import multiprocessing, sys, time\n"
     "from ray_synth.monitoring.driver_lock import sole_driver\n"
     "from ray_synth.storage.folder import Folder\n"
-    "with sole_driver(Folder(sys.argv[1])): print('held', flush=True); time.sleep(300)"
+    "with sole_driver(Folder(sys.argv[1])):\n"
+    "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(20,))\n"
+    "    child.start()\n"  # it outlives its parent, and must not hold the lock on
+    "    print('held', flush=True)\n"
+    "    time.sleep(300)"
 )
 
 
