@@ -96,6 +96,8 @@ REFUSALS = {
     # generation and service
     "one image needs": ON_ITS_NODE,
     "images are not in": RESULT,
+    "have the same sample_id": "ray_synth.pipeline.kept:check_kept",
+    "found damaged again and again": ON_ITS_NODE,
     "fits none of the GPUs": LOADED,
     "mistake": PASSED_ON,
     "the thresholds were measured with the CLIP model": INTERNAL,
