@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from ray_synth.errors import UserError
 from ray_synth.generation import packs
+from ray_synth.generation.checking import good_parts
 from ray_synth.generation.chunks import ATTEMPTS, Chunk, cut, holdings, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 from ray_synth.generation.stored import StoredRows
@@ -111,6 +112,7 @@ def pack_all(job: GenerationJob) -> int:
         written += found
         # A batch that lies in two ranges is stale once both are packed.
         if not found or not rows % batch:
+            good_parts(job.store)  # what is remembered is what is left
             return written
 
 

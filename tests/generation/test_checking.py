@@ -15,7 +15,7 @@ from test_store import made, plan_rows
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
 from ray_synth.export.layouts import export_images
-from ray_synth.generation import checking
+from ray_synth.generation import checking, packs
 from ray_synth.generation.checking import CHECKED, good_parts, suspects
 from ray_synth.generation.chunks import cut, holdings, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
@@ -24,6 +24,7 @@ from ray_synth.generation.regenerate import regenerate
 from ray_synth.generation.selection import scan
 from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore, pack_range
 from ray_synth.generation.stored import StoredRows
+from ray_synth.generation.stream import pack_all
 from ray_synth.report.status import read_status
 from ray_synth.storage.damage import DamagedFile
 from ray_synth.storage.folder import Folder
@@ -214,3 +215,17 @@ def test_a_pack_that_says_nothing_of_what_is_rejected_is_no_pack(tmp_path):
     assert pack_range(name) == (0, 16)
     assert missing_rows(cut(plan, store, 2)) == 16
     assert np.array_equal(holdings(plan, store, 2).part, np.full(16, -1))
+
+
+def test_what_was_packed_is_not_missed_when_the_stage_is_done(tmp_path, monkeypatch):
+    store, plan = ImageStore(Folder(tmp_path)), plan_of(plan_rows(20))
+    for at in range(0, 20, 3):  # batches that lie in two ranges
+        store.write(made(plan_rows(20)[at : at + 3]))
+    config = GenerationConfig(batch_size=3, compile=False)
+    monkeypatch.setattr(packs, "write_packs", lambda tasks: len([task.run() for task in tasks]))
+    job = GenerationJob(config, plan, store, pack_rows=8)
+    assert pack_all(job) == 2
+    assert sorted(filter(None, map(pack_range, store.parts()))) == [(0, 8), (8, 16)]
+    assert suspects(store) == []
+    (tmp_path / store.parts()[0]).unlink()
+    assert len(suspects(store)) == 1
