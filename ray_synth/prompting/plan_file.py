@@ -153,7 +153,7 @@ class PlanFile:
         fits = pc.fill_null(pc.match_substring_regex(ids, SAMPLE_ID.pattern), False)
         if not pc.all(fits, min_count=0).as_py():
             wrong = ids.filter(pc.invert(fits))[0].as_py()
-            raise self._damaged(f"{wrong!r} is no sample_id")
+            raise self._damaged(f"sample_id {wrong!r:.80} cannot name a file")
 
     def _check_rows(self, table: pa.Table, start: int) -> None:
         self._check_columns(table.schema)
