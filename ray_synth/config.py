@@ -25,7 +25,7 @@ from pydantic_core import PydanticUndefined
 
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.storage.secrets import redact, refuse_secrets
-from ray_synth.storage.texts import as_yaml, read_text
+from ray_synth.storage.texts import read_text
 from ray_synth.storage.typed_yaml import child, problems, read_typed, typed_value
 
 Kind = Literal["plain", "contextual", "stylized"]
@@ -831,8 +831,23 @@ def read_run_config(folder: Any) -> dict[str, Any]:
 
 
 def kept_config(folder: Any) -> dict[str, Any]:
-    """A run's config.yaml as it was written, by whatever version."""
-    return as_yaml(folder.read_bytes("config.yaml"), folder.address("config.yaml")) or {}
+    """A run's config.yaml as it was written, by whatever version.
+
+    Raises:
+        DamagedFile: it is cut off, or no mapping of settings.
+    """
+    import yaml
+
+    from ray_synth.storage.damage import damaged
+
+    try:
+        values = yaml.safe_load(folder.read_bytes("config.yaml")) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        why = " ".join(str(error).split())[:150]
+        raise damaged(folder.address("config.yaml"), why) from None
+    if not isinstance(values, dict):
+        raise damaged(folder.address("config.yaml"), "it holds no settings")
+    return values
 
 
 def run_versions(folder: Any) -> dict[str, str]:

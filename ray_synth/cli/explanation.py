@@ -12,7 +12,7 @@ from ray_synth.storage.filesystems import storage_problem
 DURING = "During handling of the above exception, another exception occurred:"
 # An exception that crossed two processes is left as text, at the end of a traceback.
 CROSSED = re.compile(
-    r"^ray_synth\.errors\.UserError: (.+?)"
+    r"^ray_synth\.(?:errors\.UserError|storage\.damage\.DamagedFile): (.+?)"
     r"(?=\n+(?:The above exception was|Traceback |  File |(?:\x1b\[\d+m)*ray::)|\Z)",
     re.MULTILINE | re.DOTALL,
 )

@@ -53,6 +53,9 @@ def evaluate_checkpoint(
         train = load_index(config.data.train)
         names, numbering = train.class_names, train.numbering
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name or (checkpoint.stem if checkpoint else model))
+    name = (
+        name[:100].lstrip(".") or "model"
+    )  # it names files, which are neither hidden nor too long
     card = _card(model, names, checkpoint, pretrained)
     folder.write_json(f"models/{name}.json", card)
     if checkpoint is not None:

@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from PIL import Image
@@ -26,6 +28,7 @@ from ray_synth.export.card import Exported, dataset_card
 from ray_synth.export.names import class_list, folder_names
 from ray_synth.generation.selection import choose, count_by, read_chosen, scan
 from ray_synth.generation.store import IMAGE_SCHEMA
+from ray_synth.storage.damage import damaged
 from ray_synth.storage.folder import Folder
 
 LAYOUTS = ("imagefolder", "webdataset", "huggingface")
@@ -89,7 +92,7 @@ def export_images(
         "limit": limit,
     }  # fmt: skip
     _claim(to, export)
-    classes = class_list(run_folder)
+    classes = _classes(run_folder, facts)
     done = Exported(export)
     rows = _pictures(run_folder, chosen, done)
     written = _write(rows, to, classes, layout, (shard_rows, shard_bytes))
@@ -102,6 +105,18 @@ def export_images(
     to.write_json(MARKER, {**export, "complete": True})
     rejected = count_by(facts, "accepted").get(False, 0)
     return {"layout": layout, "to": to.address(), **done.summary(classes), "rejected": rejected}
+
+
+def _classes(run_folder: Folder, facts: pa.Table) -> list[str]:
+    """The names of the run's classes. Raises DamagedFile, which names it, for a part with other ones."""
+    classes = class_list(run_folder)
+    index = facts["class_index"]
+    fits = pc.and_(pc.greater_equal(index, 0), pc.less(index, len(classes)))
+    wrong = facts.filter(pc.invert(pc.fill_null(fits, False)))
+    if wrong.num_rows:
+        why = f"it holds class {wrong['class_index'][0]}, and the run has {len(classes)}"
+        raise damaged(str(wrong["part"][0]), why)
+    return classes
 
 
 def _write(
@@ -160,6 +175,8 @@ def _write_imagefolder(rows: Iterator[Row], to: Folder, classes: list[str]) -> s
     text = [pa.field("file_name", pa.string()), pa.field("label", pa.string())]
     schema = pa.schema([*text, *(IMAGE_SCHEMA.field(name) for name in names)])
     written = {"metadata.parquet"}
+    # An export that was interrupted is written again, every file of it.
+    write = partial(to.write_bytes, durable=False)
     with to.stream("metadata.parquet") as stream, ThreadPoolExecutor(16) as pool:
 
         def saved() -> Iterator[Row]:
@@ -167,7 +184,7 @@ def _write_imagefolder(rows: Iterator[Row], to: Folder, classes: list[str]) -> s
                 files = [
                     f"{folders[r['class_index']]}/{r['sample_id']}.{r['suffix']}" for r in some
                 ]
-                list(pool.map(to.write_bytes, files, [row["image"] for row in some]))
+                list(pool.map(write, files, [row["image"] for row in some]))
                 written.update(files)
                 for name, row in zip(files, some, strict=True):
                     del row["image"]  # it is written: a row group of metadata need not hold it

@@ -11,7 +11,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from ray_synth.generation.selection import count_by
-from ray_synth.prompting.plan_file import PLAN_FILE
+from ray_synth.meaning.entries import MEANINGS, read_meanings
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.storage.folder import Folder
 
 # Reserved on Windows, with any suffix.
@@ -20,10 +21,10 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 def class_list(run_folder: Folder) -> list[str]:
     """The name of each class index of a run, made to differ: a second `crane` is `crane (2)`."""
-    plan = run_folder.read_table(PLAN_FILE, ["class_index", "class_name"])
+    plan = PlanFile(run_folder).columns(["class_index", "class_name"])
     found = dict(count_by(plan, "class_index", "class_name").keys())
-    if run_folder.exists("meanings.json"):  # it names the classes too that a short plan lacks
-        known = dict(enumerate(e["class_name"] for e in run_folder.read_json("meanings.json")))
+    if run_folder.exists(MEANINGS):  # it names the classes too that a short plan lacks
+        known = dict(enumerate(entry["class_name"] for entry in read_meanings(run_folder)))
         found = {**known, **found}
     names: dict[str, None] = {}
     for index in range(max(found) + 1):

@@ -13,6 +13,7 @@ from typing import Any
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
 from ray_synth.generation.store import ImageStore
+from ray_synth.storage.damage import damaged
 
 log = logging.getLogger("ray_synth")
 RECORD = "batch.json"
@@ -49,8 +50,13 @@ def recorded_batch_size(config: GenerationConfig, store: ImageStore) -> int | No
     """The batch size of the config, or, where that is "auto", of the store; None before the probe."""
     if config.batch_size != "auto":
         return config.batch_size
-    found = store.folder.exists(RECORD)
-    return int(store.folder.read_json(RECORD)["batch_size"]) if found else None
+    if not store.folder.exists(RECORD):
+        return None
+    found = store.folder.read_json(RECORD)
+    size = found.get("batch_size") if isinstance(found, dict) else None
+    if type(size) is not int or not 1 <= size <= LARGEST:
+        raise damaged(store.folder.address(RECORD), f"its batch_size is {size!r:.80}")
+    return size
 
 
 def find_batch_size(config: GenerationConfig, store: ImageStore) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ray_synth.generation.checking import good_parts
 from ray_synth.generation.store import ImageStore, pack_range, part_name
 from ray_synth.prompting.plan_file import WINDOW, Plan
 from ray_synth.prompting.plan_index import PlanIndex
@@ -59,9 +60,9 @@ class Holdings:
 def holdings(plan: Plan, store: ImageStore, batch_size: int) -> Holdings:
     """Look up all rows of a plan.
 
-    The store is listed once. Files are opened only where parts are neither packs nor chunks of this
-    plan: they were made with another batch size, or for an earlier plan, and their rows are looked up
-    by id. Of two parts that hold a row, a pack counts.
+    The store is listed once, and damaged parts are set aside (`checking.py`). Rows are read only where
+    parts are neither packs nor chunks of this plan: they were made with another batch size, or for an
+    earlier plan, and their rows are looked up by id. Of two parts that hold a row, a pack counts.
     """
     for _ in range(ATTEMPTS):
         try:
@@ -74,7 +75,7 @@ def holdings(plan: Plan, store: ImageStore, batch_size: int) -> Holdings:
 def _holdings(plan: Plan, store: ImageStore, batch_size: int) -> Holdings:
     rows = len(plan)
     held = Holdings([], np.full(rows, -1, np.int32), np.zeros(rows, np.int32))
-    others = set(store.parts())
+    others = set(good_parts(store))
     packs = sorted((*span, name) for name in others if (span := pack_range(name)) is not None)
     any_small = len(packs) < len(others)
     chunks: list[tuple[int, int, str]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import Any
 
@@ -14,8 +15,11 @@ from ray_synth.generation.acceptance import COLUMNS, Acceptance
 from ray_synth.generation.store import ImageStore
 from ray_synth.prompting.plan_file import PLAN_FILE, WINDOW, PlanFile
 from ray_synth.prompting.plan_index import PlanIndex
+from ray_synth.storage.damage import DamagedFile
+from ray_synth.storage.filesystems import at_once
 from ray_synth.storage.folder import Folder
 
+log = logging.getLogger("ray_synth")
 DUPLICATES = "duplicates.parquet"
 REASONS = ("blank", "saturated", "another class", "clip score", "near-duplicate", "copy of a real")
 MOST_COMPARED = 500_000  # embeddings of more do not fit the driver
@@ -95,8 +99,15 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
 
 def earlier_attempts(store: ImageStore) -> list[float]:
     """The actor seconds of each attempt that was rejected and made again."""
-    parts = store.rejected.tables(store.rejected.parts(), ["gpu_seconds"])
-    return [seconds for _, table in parts for seconds in table["gpu_seconds"].to_pylist()]
+
+    def read(name: str) -> list[float]:
+        try:
+            return store.rejected.read(name, ["gpu_seconds"])["gpu_seconds"].to_pylist()
+        except DamagedFile as error:  # its images have later attempts: only their cost is lost
+            log.warning("not counted: %s", error)
+            return []
+
+    return [seconds for found in at_once(read, store.rejected.parts()) for seconds in found]
 
 
 def write_duplicates(run: Folder, store: ImageStore) -> int | None:

@@ -11,7 +11,9 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ import pyarrow as pa
 from ray_synth import metrics
 from ray_synth.config import ClipConfig, GenerationConfig
 from ray_synth.data.images import encode_image
+from ray_synth.generation.checking import set_aside
 from ray_synth.generation.cost import reason_label
 from ray_synth.generation.packs import group_rows
 from ray_synth.generation.store import (
@@ -33,6 +36,7 @@ from ray_synth.generators.protocol import Row, generate_all, provenance, raised
 from ray_synth.generators.registry import fingerprint, generator_class
 from ray_synth.monitoring import logs
 from ray_synth.prompting.plan_file import Plan
+from ray_synth.storage.damage import DamagedFile
 from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -103,10 +107,11 @@ class ImageMaker:
             # Where this task died after its write and is tried again, its part is there, or packed.
             names = [part_name([row["sample_id"] for row in missing]), *self._pack_of(start)]
             name = next((name for name in names if self.store.holds(name)), None)
-            if name is not None:
-                done |= self._stored(missing, start, [name])
-            else:
-                new = self.make(missing)
+            held = {} if name is None else self._stored(missing, start, [name])
+            done |= held
+            lacking = [row for row in missing if row["sample_id"] not in held]
+            if lacking:
+                new = self.make(lacking)
                 with metrics.timed("store_write_seconds"):
                     self.store.write(new)
                 metrics.record("generated_images_total", len(new))
@@ -239,18 +244,37 @@ class ImageMaker:
         wanted, stop = {row["sample_id"] for row in rows}, start + len(rows)
         found: dict[str, Row] = {}
         for name in parts:
-            try:
-                tables = [self._read(name, start, stop)]
-            except FileNotFoundError:  # packed since the store was listed
-                near = [pack for pack in self.store.parts() if _overlaps(pack, start, stop)]
-                tables = [self._read(pack, start, stop) for pack in near]
-            for table in tables:
+            for table in self._tables(name, start, stop):
                 found |= {r["sample_id"]: r for r in table.to_pylist() if r["sample_id"] in wanted}
         for name in parts:  # packs of an earlier plan, in which the rows stood elsewhere
             if len(found) < len(wanted) and pack_range(name) is not None:
-                for table in self.store.groups(name, ids=wanted - set(found)):
-                    found |= {row["sample_id"]: row for row in table.to_pylist()}
+                with self._setting_aside(name), suppress(FileNotFoundError):
+                    for table in self.store.groups(name, ids=wanted - set(found)):
+                        found |= {row["sample_id"]: row for row in table.to_pylist()}
         return found
+
+    def _tables(self, name: str, start: int, stop: int) -> list[pa.Table]:
+        """What a part, or the pack that has its place, holds of some rows of the plan."""
+        tables: list[pa.Table] = []
+        packs: list[str] = []
+        with self._setting_aside(name):
+            try:
+                tables = [self._read(name, start, stop)]
+            except FileNotFoundError:  # packed since the store was listed
+                packs = [pack for pack in self.store.parts() if _overlaps(pack, start, stop)]
+        for pack in packs:
+            with self._setting_aside(pack):
+                tables.append(self._read(pack, start, stop))
+        return tables
+
+    @contextmanager
+    def _setting_aside(self, name: str) -> Iterator[None]:
+        """A block that reads a part; one that is damaged counts as missing: its rows are made again."""
+        try:
+            yield
+        except DamagedFile as error:
+            log.warning("set aside, and its images are made again: %s", error)
+            set_aside(self.store, name)
 
     def _read(self, name: str, start: int, stop: int) -> pa.Table:
         """A part; of a pack the rows that its name places there, and some that follow are kept."""
@@ -266,7 +290,7 @@ class ImageMaker:
             or not near[1] <= first <= last <= near[1] + len(near[2])
         ):
             more = max(last, first + group_rows(self.job.config))
-            table = self.store.folder.read_rows(name, first - span[0], more - span[0])
+            table = self.store.read_rows(name, first - span[0], more - span[0])
             self._near = near = (name, first, table)
         return near[2].slice(first - near[1], last - first)
 

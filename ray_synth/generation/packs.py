@@ -18,9 +18,11 @@ import numpy as np
 import pyarrow as pa
 
 from ray_synth.config import GenerationConfig
+from ray_synth.generation.checking import set_aside
 from ray_synth.generation.chunks import Holdings
 from ray_synth.generation.store import ImageStore, pack_name, pack_range, part_name
 from ray_synth.prompting.plan_file import Plan
+from ray_synth.storage.damage import DamagedFile, damaged
 
 log = logging.getLogger("ray_synth")
 PACK_BYTES = 256 << 20
@@ -62,9 +64,11 @@ class PackTask:
     def run(self) -> str:
         """Write the pack and delete the parts that it holds whole; the pack's name.
 
+        Where a part is damaged, it is set aside, no pack is written, and the name is empty.
+
         Raises:
             FileNotFoundError: a part is gone, and no pack has its place.
-            LookupError: the parts lack rows.
+            UserError: the parts lack rows: one holds others than its name says.
         """
         ids = self.plan.ids_of(self.start, self.stop)
         name = pack_name(ids, self.start)
@@ -76,6 +80,17 @@ class PackTask:
             except FileNotFoundError:
                 if not self.store.holds(name):  # else another task was first
                     raise
+            except DamagedFile as error:
+                log.warning("set aside, and its images are made again: %s", error)
+                for part in set(self.store.suspected()) & set(self.parts):
+                    set_aside(self.store, part)
+                return ""
+            except LookupError as error:
+                for part in self.parts:
+                    self.store.suspect(part)
+                raise damaged(
+                    self.store.folder.address(self.parts[0]), f"or a part beside: {error}"
+                ) from error
         self.store.delete(part for part, rows in used.items() if rows == sizes[part])
         return name
 

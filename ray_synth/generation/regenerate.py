@@ -8,18 +8,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
 from ray_synth.config import GenerationConfig, load_run_config
 from ray_synth.data.images import decode_image, encode_image
 from ray_synth.errors import UserError
-from ray_synth.generation.maker import attempt_seed, read_references
+from ray_synth.generation.batch_size import LARGEST
+from ray_synth.generation.maker import NEW_SEEDS, attempt_seed, read_references
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.protocol import Row, generate_all
 from ray_synth.generators.registry import fingerprint, generator_class
+from ray_synth.prompting.plan_file import MOST_CLASSES, MOST_SEED, SAMPLE_ID
 from ray_synth.storage.folder import Folder
 
 # What an image's row knows better than the run's config: the config may leave it open.
 FROM_ROW = ("dtype", "batch_size", "compile", "num_threads")
+MOST_THREADS = 1024
+LONGEST_TEXT = 100_000  # characters of a prompt
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,9 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
     """
     config = load_run_config(run)
     row = find_row(ImageStore(run.child("images")), sample_id)
+    facts = read_facts(row)
     if not row["image"]:
         raise UserError(f"{row['sample_id']} was never an image: {row['reject_reason']}")
-    facts = json.loads(row["generator"])
     if facts["fingerprint"] != fingerprint(config.generation):
         raise UserError(
             f"{row['sample_id']} was made by a {facts['model']!r} with other weights or settings than "
@@ -81,7 +86,10 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
     generator = generator_class(config.generation.generator)(as_made(config.generation, facts))
     inputs = {**row, "seed": attempt_seed(row["seed"], row["attempt"])}
     if row["reference"] and config.generation.reference is not None:
-        inputs["reference_image"] = read_references(run)[row["reference"]]
+        references = read_references(run)
+        if row["reference"] not in references:
+            raise UserError(f"{row['sample_id']}: the run keeps no image {row['reference']!r}")
+        inputs["reference_image"] = references[row["reference"]]
     image, reason = generate_all(generator, [inputs])[0]
     if image is None:
         raise UserError(f"{row['sample_id']} could not be made again: {reason}")
@@ -104,10 +112,57 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
     )
 
 
+def read_facts(row: Row) -> dict[str, Any]:
+    """What the `generator` column of a stored row says of how it was made.
+
+    Raises:
+        UserError: a row whose values no run writes; names the row and the value.
+    """
+    bounds = {"seed": MOST_SEED, "class_index": MOST_CLASSES, "attempt": 1 + NEW_SEEDS}
+    try:
+        if not SAMPLE_ID.fullmatch(row["sample_id"]):
+            raise ValueError("a sample_id that cannot name a file")
+        for name, most in bounds.items():
+            if not isinstance(row[name], int) or not 0 <= row[name] < most:
+                raise ValueError(f"{name} {row[name]!r}")
+        for name in ("prompt", "class_name"):
+            if not isinstance(row[name], str) or len(row[name]) > LONGEST_TEXT:
+                raise ValueError(f"no {name}, or one longer than {LONGEST_TEXT} characters")
+        facts = json.loads(row["generator"])
+        if not isinstance(facts, dict) or not {"fingerprint", "model"} <= facts.keys():
+            raise ValueError("a generator without its fingerprint and model")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the stored row {row['sample_id']!r:.80} is not as a run writes it ({error}): it cannot be "
+            "made again"
+        ) from None
+    return facts
+
+
 def as_made(config: GenerationConfig, facts: dict[str, Any]) -> GenerationConfig:
-    """The generation section with all that it left open as the row says it was."""
+    """The generation section with all that it left open as the row says it was.
+
+    A row is input like any other: what it asks for must be a setting's value, and be bounded.
+
+    Raises:
+        UserError: it is not.
+    """
     known = {key: facts[key] for key in FROM_ROW if facts.get(key) is not None}
-    return config.model_copy(update=known)
+    batch = config.batch_size if isinstance(config.batch_size, int) else LARGEST
+    for key, most in (("batch_size", max(batch, LARGEST)), ("num_threads", MOST_THREADS)):
+        value = known.get(key, 1)
+        if type(value) is not int or not 1 <= value <= most:
+            raise UserError(
+                f"the stored row asks for {key} {value!r:.80}: 1 to {most} can be taken"
+            )
+    try:
+        return GenerationConfig.model_validate({**config.model_dump(), **known})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"the stored row has no setting of a run: {where}: {first['msg']}"
+        ) from None
 
 
 def find_row(store: ImageStore, sample_id: str) -> Row:

@@ -4,8 +4,9 @@ A maker writes one part per generator batch, soon after it was made. It is named
 batch made twice (a task retried after its actor died) replaces itself, and which batches of a plan are
 done is known from the listing, without opening a file. Later, whole ranges of the plan are packed into
 large parts, whose names say the range as well (`packs.py`); the small ones are deleted after that.
-A part appears under its name only when it is whole. Earlier attempts of rows that were made again with
-a new seed are kept beside, in `rejected/`.
+A part appears under its name only when it is whole; what is damaged later is found when the store is
+listed for a stage (`checking.py`), or by the checksums of its pages. Earlier attempts of rows that were
+made again with a new seed are kept beside, in `rejected/`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 
 from ray_synth.prompting.plan_file import PLAN_FIELDS
 from ray_synth.prompting.plan_index import PlanIndex
+from ray_synth.storage.damage import DamagedFile
 from ray_synth.storage.folder import Folder
 
 READ_AHEAD = 16  # parts
@@ -45,6 +47,10 @@ IMAGE_SCHEMA = pa.schema(
 )
 LATE_LISTINGS = 40  # a mounted folder may show a deleted file for a minute
 PACK = re.compile(r"part-[0-9a-f]{16}-(\d+)-(\d+)\.parquet")
+DAMAGED = "damaged"  # the folder of parts that are set aside
+SUSPECT = (
+    ".suspect"  # there: of a part that a reader found damaged; it is read whole by the next stage
+)
 REJECTED = b"rejected"  # in a pack's footer: numbers of its rows that are not accepted
 
 
@@ -66,6 +72,29 @@ class ImageStore:
     def holds(self, name: str) -> bool:
         return self.folder.exists(name)
 
+    def suspected(self) -> list[str]:
+        """Parts that a reader found damaged since they were looked at."""
+        names = self.folder.child(DAMAGED).names(SUSPECT)
+        return [name.removesuffix(SUSPECT) for name in names]
+
+    @contextmanager
+    def _noted(self, name: str) -> Iterator[None]:
+        """A block that reads a part. Whoever finds it damaged notes that, if they may write there."""
+        try:
+            yield
+        except DamagedFile:
+            self.suspect(name)
+            raise
+
+    def suspect(self, name: str) -> None:
+        """Have the next stage read a part whole, if this process may write there."""
+        with suppress(OSError):
+            self.folder.write_bytes(f"{DAMAGED}/{name}{SUSPECT}", b"")
+
+    def set_aside(self) -> list[str]:
+        """Damaged parts that were moved away, to be looked at or deleted by hand."""
+        return [name for name in self.folder.child(DAMAGED).names() if not name.endswith(SUSPECT)]
+
     def write(self, rows: list[dict[str, Any]]) -> str:
         """Write one batch as a part; its name."""
         name = part_name([row["sample_id"] for row in rows])
@@ -84,6 +113,7 @@ class ImageStore:
                 IMAGE_SCHEMA,
                 compression={n: "none" if n == "image" else "zstd" for n in IMAGE_SCHEMA.names},
                 write_statistics=False,
+                write_page_checksum=True,
             ) as writer,
         ):
             for table in groups:
@@ -110,7 +140,16 @@ class ImageStore:
             return [metadata.row_group(at).num_rows for at in range(metadata.num_row_groups)]
 
     def read(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return self.folder.read_table(name, columns)
+        """Raises DamagedFile, which names it, or FileNotFoundError; so do all that read parts."""
+        with self._noted(name):
+            return self.folder.read_table(name, columns)
+
+    def read_rows(
+        self, name: str, start: int, stop: int, columns: list[str] | None = None
+    ) -> pa.Table:
+        """Rows `start` to `stop` of a part."""
+        with self._noted(name):
+            return self.folder.read_rows(name, start, stop, columns)
 
     def clear(self) -> None:
         """Delete every part."""
@@ -240,11 +279,7 @@ class ImageStore:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[pq.ParquetFile]:
-        folder = self.folder
-        file = folder.patiently(
-            lambda: pq.ParquetFile(folder.path(name), filesystem=folder.filesystem, pre_buffer=True)
-        )
-        with file:
+        with self._noted(name), self.folder.open_table(name) as file:
             yield file
 
 

@@ -84,7 +84,7 @@ class StoredRows:
             end = int(self.runs[at, 0]) if at < len(self.runs) else self.rows
             first = at
             low, high = max(begin, start), min(end, stop)
-            table = self.store.folder.read_rows(
+            table = self.store.read_rows(
                 self.names[part], row + low - begin, row + high - begin, columns
             )
             flags = np.unpackbits(self.accepted[low // 8 : high // 8 + 1])[low % 8 :]

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ray_synth.errors import UserError
 from ray_synth.generation import packs
-from ray_synth.generation.chunks import Chunk, cut, holdings, missing_rows
+from ray_synth.generation.checking import good_parts
+from ray_synth.generation.chunks import ATTEMPTS, Chunk, cut, holdings, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 from ray_synth.generation.stored import StoredRows
 
@@ -75,12 +77,22 @@ def make_images(job: GenerationJob, chunks: list[Chunk] | None = None) -> int:
         chunks: what `missing_chunks` found, where the caller has asked.
     """
     chunks = missing_chunks(job) if chunks is None else chunks
-    if chunks:
-        stream = image_stream(job, chunks=chunks, columns=["sample_id"])
-        for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-            pass
-    pack_all(job)
-    return missing_rows(chunks)
+    made = 0
+    for _ in range(ATTEMPTS):
+        aside = job.store.set_aside()
+        if chunks:
+            stream = image_stream(job, chunks=chunks, columns=["sample_id"])
+            for _ in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+                pass
+        pack_all(job)
+        made += missing_rows(chunks)
+        if job.store.set_aside() == aside:
+            return made
+        chunks = missing_chunks(job)  # what was found damaged while it was packed
+    raise UserError(
+        f"parts of {job.store.folder.address()} are found damaged again and again, {ATTEMPTS} times: "
+        "check the disk or the mount, then run the same command again"
+    )
 
 
 def pack_all(job: GenerationJob) -> int:
@@ -100,6 +112,7 @@ def pack_all(job: GenerationJob) -> int:
         written += found
         # A batch that lies in two ranges is stale once both are packed.
         if not found or not rows % batch:
+            good_parts(job.store)  # what is remembered is what is left
             return written
 
 

@@ -19,6 +19,7 @@ from ray_synth.errors import UserError
 from ray_synth.generation.label_check import least_margin
 from ray_synth.meaning.candidates import TEMPLATES, with_article
 from ray_synth.meaning.ranking import unit_means
+from ray_synth.storage.damage import damaged
 from ray_synth.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -337,7 +338,11 @@ def load_reference(folder: Folder) -> QualityReference:
         FileNotFoundError: the folder has no reference.
     """
     table = folder.read_table(REFERENCE_FILE)
-    thresholds = Thresholds.from_json(json.loads(table.schema.metadata[b"thresholds"]))
+    try:
+        kept = (table.schema.metadata or {})[b"thresholds"]
+        thresholds = Thresholds.from_json(json.loads(kept))
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(folder.address(REFERENCE_FILE), f"no thresholds: {error}") from None
     column = table["embedding"].combine_chunks()
     stack = (
         column.flatten().to_numpy().reshape(len(column), -1) if len(column) else np.zeros((0, 0))

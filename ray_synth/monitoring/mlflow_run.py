@@ -7,6 +7,7 @@ never the run.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import tempfile
 import time
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from ray_synth.config import Config, flatten
+from ray_synth.config import Config
 from ray_synth.data.dataset import Index
 from ray_synth.errors import UserError
 from ray_synth.monitoring import logs
+from ray_synth.monitoring.mlflow_names import CHANGED, changed_names, leaves, safe_names
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
@@ -111,9 +113,14 @@ class Tracker:
         from mlflow.entities import Param
 
         values = self.config.model_dump(mode="json", exclude={"tracking", "cluster"})
-        flat = [Param(key, str(value)[:6000]) for key, value in flatten(values).items()]
+        found = list(leaves(values))
+        names = safe_names([path for path, _ in found])
+        flat = [
+            Param(name, str(value)[:6000]) for name, (_, value) in zip(names, found, strict=True)
+        ]
         for start in range(0, len(flat), 100):
-            self.client.log_batch(run_id, params=flat[start : start + 100])
+            with self.quietly("parameters"):
+                self.client.log_batch(run_id, params=flat[start : start + 100])
 
     def _start_monitor(self) -> None:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -143,13 +150,13 @@ class Tracker:
             inputs = [
                 DatasetInput(
                     Dataset(
-                        name=name,
+                        name=name[:500],
                         digest=digest(index),
                         source_type="local",
                         source=name,
                         profile=f'{{"num_rows": {len(index)}}}',
                     ),
-                    [InputTag("mlflow.data.context", name)],
+                    [InputTag("mlflow.data.context", name[:500])],
                 )
                 for name, index in found.items()
                 if digest(index) not in known
@@ -158,15 +165,25 @@ class Tracker:
                 self.client.log_inputs(self.run_id, inputs)
 
     def metrics(self, values: dict[str, Any]) -> None:
-        """Log the numbers of a nested mapping under dotted names."""
+        """Log the numbers of a nested mapping under dotted names that MLflow takes (`mlflow_names.py`);
+        what those that are changed stand for is kept in the artifact `metric_names.json`.
+        """
         from mlflow.entities import Metric
 
+        found = [item for item in leaves(values) if isinstance(item[1], (int, float))]
+        paths = [path for path, _ in found]
+        names = safe_names(paths)
         now = int(time.time() * 1000)
-        flat = {k: v for k, v in flatten(values).items() if isinstance(v, (int, float))}
-        entries = [Metric(key, float(value), now, 0) for key, value in flat.items()]
-        with self.quietly("metrics"):
-            for start in range(0, len(entries), 500):
+        entries = [
+            Metric(name, float(value), now, 0)
+            for name, (_, value) in zip(names, found, strict=True)
+        ]
+        for start in range(0, len(entries), 500):
+            with self.quietly("metrics"):
                 self.client.log_batch(self.run_id, metrics=entries[start : start + 500])
+        if changed := changed_names(paths, names):
+            with self.quietly("a table of names"):
+                self.client.log_text(self.run_id, json.dumps(changed, indent=1), CHANGED)
 
     def artifacts(self) -> None:
         """Keep the config, the meanings, the metrics and the report with the run."""

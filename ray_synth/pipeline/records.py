@@ -17,9 +17,13 @@ from ray_synth.config import flatten, kept_config
 from ray_synth.errors import UserError, duration
 from ray_synth.monitoring.progress import under_way
 from ray_synth.stages import FILES, STAGES, changed, from_on
+from ray_synth.storage.damage import damaged
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
+
+
+CLEARED = ("quality", "generation")  # stages that, done again by force, begin with an empty store
 
 
 class StageRecords:
@@ -51,10 +55,18 @@ class StageRecords:
             self._told[key] = told
 
     def record(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left; None where it is still to do."""
+        """What a finished stage left; None where it is still to do.
+
+        Raises:
+            DamagedFile: what is kept of it is no record.
+        """
         name = f"stages/{stage}.json"
-        done = stage not in self._again and self.folder.exists(name)
-        return self.folder.read_json(name) if done else None
+        if stage in self._again or not self.folder.exists(name):
+            return None
+        found = self.folder.read_json(name)
+        if not isinstance(found, dict) or not {"inputs", "seconds", "result"} <= found.keys():
+            raise damaged(self.folder.address(name), "it is no record of a stage")
+        return found
 
     def check(self, force_stage: str | None = None) -> None:
         """Compare all finished stages with the current inputs; nothing is written.
@@ -79,6 +91,7 @@ class StageRecords:
                     f"{self.folder.address()} holds a finished {stage} stage with other {others}:\n  "
                     + "\n  ".join(changes)
                     + f"\nGive the run a new name, or redo it with --force-stage {stage}"
+                    + (", which deletes its images" if stage in CLEARED else "")
                     + self._cost(stage)
                 )
 
@@ -88,6 +101,10 @@ class StageRecords:
         done = [stage for stage in from_on(first) if stage in seconds]
         took = duration(sum(seconds[stage] for stage in done))
         return f": {' and '.join(filter(None, [', '.join(done[:-1]), done[-1]]))} took {took}."
+
+    def refill(self, stage: str) -> None:
+        """Have a finished stage done again, and it alone: it makes what is missing."""
+        self._again = (*self._again, stage)
 
     def forget(self) -> None:
         """Delete the records of the stages that are to be done again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.registry import advise, check_generator, check_plan, filled, fingerprint
 from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
-from ray_synth.pipeline.records import StageRecords, adopt_older
+from ray_synth.pipeline.kept import check_kept
+from ray_synth.pipeline.records import CLEARED, StageRecords, adopt_older
 from ray_synth.pipeline.sets import RealSets, open_sets
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
@@ -29,6 +31,7 @@ from ray_synth.training.job import TrainJob, total_steps
 from ray_synth.training.published import recipe_alone
 from ray_synth.training.trainer import check_recipe
 
+log = logging.getLogger("ray_synth")
 VERSIONS = ("ray", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "mlflow")
 
 
@@ -131,6 +134,7 @@ def open_run(
         ValueError: bad data, an unknown model, or a directory that holds other settings' results.
     """
     run = check_run(config, force_stage, kept_in=kept_in)
+    check_kept(run)
     begin(run, force_stage)
     return run
 
@@ -176,6 +180,17 @@ def check_run(
     return run
 
 
+def _clear(store: ImageStore, stage: str) -> None:
+    """Empty the store, and say what goes with it."""
+    sizes = [size for size, _ in store.folder.stamps().values()]
+    if parts := len(store.parts()):
+        log.warning(
+            "--force-stage %s deletes the %d files of images (%.1f MB) in %s: all are made again",
+            stage, parts, sum(sizes) / 1e6, store.folder.address(),
+        )  # fmt: skip
+    store.clear()
+
+
 def begin(run: Run, force_stage: str | None = None) -> None:
     """Keep the config in the run directory, and forget what is to be done again.
 
@@ -184,8 +199,8 @@ def begin(run: Run, force_stage: str | None = None) -> None:
     """
     adopt_older(run.folder, run.records.inputs["plan"]["generator"])
     run.records.forget()
-    if force_stage in ("quality", "generation"):
-        run.store.clear()
+    if force_stage in CLEARED:
+        _clear(run.store, force_stage)
     if run.records.record("generation") is None:
         run.folder.check_writable()
     for name in ("data", "images", "images/rejected", "models", "quality", "report", "stages"):

@@ -9,13 +9,16 @@ from typing import Any
 
 from ray_synth.cluster.connection import connect
 from ray_synth.config import Config
+from ray_synth.monitoring.driver_lock import sole_driver
 from ray_synth.monitoring.heartbeat import watched
 from ray_synth.pipeline.estimate import Estimate, compare, priced
+from ray_synth.pipeline.kept import check_kept
 from ray_synth.pipeline.probe import forecast, share_cores
 from ray_synth.pipeline.results import write_report
 from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.steps import run_stages
 from ray_synth.preflight import Reach, preflight
+from ray_synth.service.apps import remove_left_behind
 from ray_synth.stages import REPORT, up_to
 from ray_synth.storage.secrets import redact_value_of
 
@@ -36,7 +39,8 @@ def run_pipeline(
         estimate: first probe the cluster, and in the end say how far off the estimate was.
 
     Raises:
-        UserError: there is no such stage, or something is wrong with the config or its data.
+        UserError: there is no such stage, something is wrong with the config, its data or what the run
+            has kept, or another driver works on the run.
     """
     up_to(until)
     started = time.perf_counter()
@@ -44,13 +48,23 @@ def run_pipeline(
     run = check_run(config, force_stage)
     for line in run.left_out:
         log.warning("%s", line)
-    if until == REPORT and run.folder.exists("metrics.json") and run.records.record("evaluation"):
+    with sole_driver(run.folder):
+        return _run(run, until, force_stage, estimate, started)
+
+
+def _run(
+    run: Run, until: str, force_stage: str | None, estimate: bool, started: float
+) -> dict[str, Any]:
+    """The run, which is no other driver's."""
+    check_kept(run)
+    if until == REPORT and run.folder.exists("metrics.json") and not run.todo("evaluation"):
         begin(run)
         write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
     with ExitStack() as watching:
-        with connect(config.cluster):
+        with connect(run.config.cluster):
             reach = preflight(run.config, run.sizes, run.todo(until))
+            remove_left_behind()
             begin(run, force_stage)
             watching.enter_context(watched(run.folder, until))
             tracker = _tracker(run)

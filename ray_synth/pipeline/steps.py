@@ -21,8 +21,10 @@ from ray_synth.data.dataset import ImagesByClass, read_index, select
 from ray_synth.generation.chunks import missing_rows
 from ray_synth.generation.maker import write_references
 from ray_synth.generators.registry import generator_class
+from ray_synth.meaning.entries import read_meanings
 from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.commits import fetch_generator
+from ray_synth.pipeline.kept import choices_digest
 from ray_synth.pipeline.run import Run
 from ray_synth.pipeline.sets import are_found, found_again, inspect_tests, inspect_training
 from ray_synth.preflight.demands import asks_for_contexts
@@ -123,7 +125,8 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     from ray_synth.prompting.plan_settings import plan_settings, read_contexts
 
     config, folder = run.config, run.folder
-    meanings = {entry["class_name"]: entry["choice"] for entry in folder.read_json("meanings.json")}
+    entries = read_meanings(folder, run.train.class_names)
+    meanings = {entry["class_name"]: entry["choice"] for entry in entries}
     contexts = _written_contexts(run, service, meanings)
     guides = choose_references(run)
     classes = [
@@ -155,7 +158,12 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
             yield table
 
     folder.write_tables("plan.parquet", PLAN_SCHEMA, tables())
-    return {"num_synthetic": sources.total(), "context_sources": dict(sorted(sources.items()))}
+    return {
+        "num_synthetic": sources.total(),
+        "context_sources": dict(sorted(sources.items())),
+        "digest": folder.digest("plan.parquet"),
+        "meanings": choices_digest(meanings),
+    }
 
 
 def _written_contexts(run: Run, service: Any, meanings: dict[str, str]) -> dict[str, Any]:
@@ -219,7 +227,7 @@ def measure_quality(run: Run, per_class: int | None = None) -> dict[str, Any]:
         return {"measured": False}
     few = select(run.train, per_class or REAL_PER_CLASS, run.config.seed)
     images = ImagesByClass(few)
-    meanings = run.folder.read_json("meanings.json")
+    meanings = read_meanings(run.folder, run.train.class_names)
     made_per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
     measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(measure_run)
     folder = run.folder.child("quality")

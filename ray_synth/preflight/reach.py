@@ -119,13 +119,13 @@ def is_local(config: Config) -> bool:
 
 
 def _replicas(config: Config) -> tuple[dict[tuple[str, str], float], list[str]]:
-    """What a left-over app of the pipeline's own holds, by node and resource, and all Serve apps.
+    """What apps that killed pipelines left behind hold, by node and resource, and all other Serve apps.
 
-    The pipeline takes its own app over, whatever killed run left it behind: it is no one else's.
+    A run takes the former down before it asks for anything: they are no one else's.
     """
     from ray._private.state import actors
 
-    from ray_synth.service.session import APP_NAME
+    from ray_synth.service.apps import is_ours, other_jobs
 
     sizes = {
         "LLM": (config.meaning.llm.num_cpus, config.meaning.llm.num_gpus),
@@ -134,12 +134,13 @@ def _replicas(config: Config) -> tuple[dict[tuple[str, str], float], list[str]]:
     }
     ours: defaultdict[tuple[str, str], float] = defaultdict(float)
     others: set[str] = set()
+    living = other_jobs()
     for actor in actors(actor_state_name="ALIVE").values():
         kind, _, rest = actor["Name"].partition("::")
         if kind != "SERVE_REPLICA":
             continue
         app, _, deployment = rest.partition("#")
-        if app == APP_NAME:
+        if is_ours(app, living):
             cpus, gpus = sizes.get(deployment.partition("#")[0], (0.0, 0.0))
             ours[actor["Address"]["NodeID"], "CPU"] += cpus
             ours[actor["Address"]["NodeID"], "GPU"] += gpus

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from ray_synth.errors import UserError
+
 ID_DIGITS = 24
 
 
@@ -22,7 +24,13 @@ class PlanIndex:
         keys = np.concatenate(parts) if parts else np.empty(0, np.uint64)
         self._order = np.argsort(keys, kind="stable").astype(np.int32)
         self._keys = keys[self._order]
-        assert (self._keys[1:] != self._keys[:-1]).all(), "two rows of the plan have the same id"
+        same = np.flatnonzero(self._keys[1:] == self._keys[:-1])
+        if len(same):
+            first, second = sorted(self._order[same[0] : same[0] + 2].tolist())
+            raise UserError(
+                f"plan.parquet: rows {first} and {second} have the same sample_id, which no plan is "
+                "written with; write it anew with --force-stage plan"
+            )
 
     def __len__(self) -> int:
         return len(self._keys)

@@ -15,6 +15,7 @@ from ray_synth.config import read_run_config, run_versions
 from ray_synth.data.images import encode_image
 from ray_synth.errors import UserError, duration
 from ray_synth.generation.acceptance import ACCEPTANCE, least_accepted
+from ray_synth.meaning.entries import MEANINGS, read_meanings
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, choose_refused, kinds_of, thumbnail
 from ray_synth.report.table import (
@@ -107,7 +108,7 @@ def read_run(folder: Folder) -> dict[str, Any]:
     arms = {arm: found for arm in ARMS if (found := _json(folder, f"models/{arm}.json"))}
     examples = choose_examples(folder, max_classes=CLASSES_SHOWN)
     rows = comparison_rows(metrics)
-    entries = _json(folder, "meanings.json") or []
+    entries = read_meanings(folder) if folder.exists(MEANINGS) else []
     return {
         "name": metrics.get("run") or config.get("name") or "run",
         "metrics": metrics,

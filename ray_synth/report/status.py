@@ -6,7 +6,6 @@ of an older run, counts come from the files.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from ray_synth.generation.store import pack_range
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.stages import STAGES, TABLE
+from ray_synth.storage.damage import DamagedFile, damaged
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.secrets import redact
 
@@ -65,6 +65,7 @@ class RunStatus:
         exit_code: 0 done, 3 running, 4 all others.
         silent_s: seconds since the last sign of life.
         rejected: images by what a check said of them, of `judged` images that were looked at.
+        damaged: what files that were looked at say of themselves, each with the fix.
     """
 
     run: str
@@ -75,6 +76,7 @@ class RunStatus:
     silent_s: float
     judged: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,6 +100,7 @@ class Images:
     newest: float = 0.0
     judged: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
 
 
 def read_status(folder: Folder, now: float | None = None) -> RunStatus:
@@ -117,9 +120,9 @@ def read_status(folder: Folder, now: float | None = None) -> RunStatus:
 
 def _run_status(folder: Folder, now: float) -> RunStatus:
     top = files(folder)
-    beat = _json(folder, PROGRESS) or {}
+    beat = _beat(folder)
     config = read_run_config(folder)
-    records = {name: _json(folder, f"stages/{name}") for name in files(folder.child("stages"))}
+    records, broken = _records(folder)
     images = read_images(folder)
     arms = _arms(folder, config)
     signs = [*top.values(), *files(folder.child("stages")).values(), images.newest]
@@ -151,8 +154,9 @@ def _run_status(folder: Folder, now: float) -> RunStatus:
         beat, stages, complete=complete, lives=lives, silent=silent, still=now - moved, limit=limit
     )
     return RunStatus(
-        redact(folder.uri), verdict, message, code, stages, silent, images.judged, images.rejected
-    )
+        redact(folder.uri), verdict, message, code, stages, silent, images.judged, images.rejected,
+        [*broken, *images.damaged],
+    )  # fmt: skip
 
 
 def _verdict(
@@ -209,9 +213,14 @@ def read_images(folder: Folder) -> Images:
         for name, at in files(store).items()
         if name.startswith("part-") and name.endswith(".parquet")
     }
-    planned = len(PlanFile(folder)) if folder.exists("plan.parquet") else None
+    told: list[str] = []
+    planned = None
+    try:
+        planned = len(PlanFile(folder)) if folder.exists("plan.parquet") else None
+    except DamagedFile as error:
+        told.append(redact(str(error)))
     if not parts:
-        return Images(planned=planned)
+        return Images(planned=planned, damaged=told)
     small = {name: at for name, at in parts.items() if pack_range(name) is None}
     packed = sum(stop - start for start, stop in filter(None, map(pack_range, parts)))
     newest = sorted(small, key=lambda name: small[name])[-MOST_READ:]
@@ -222,6 +231,9 @@ def read_images(folder: Folder) -> Images:
         try:
             table = store.read_table(name, ["accepted", "reject_reason"])
         except FileNotFoundError:  # deleted since it was listed, by --force-stage
+            return None
+        except DamagedFile as error:
+            told.append(redact(str(error)))
             return None
         return list(zip(*(table[column].to_pylist() for column in table.column_names), strict=True))
 
@@ -249,6 +261,7 @@ def read_images(folder: Folder) -> Images:
         newest=last,
         judged=judged,
         rejected=dict(faults.most_common()),
+        damaged=sorted(told),
     )
 
 
@@ -320,7 +333,7 @@ def _left(bar: dict[str, Any], rate: float | None) -> float | None:
 
 
 def _studies_status(folder: Folder, now: float) -> RunStatus:
-    beat = _json(folder, PROGRESS) or {}
+    beat = _beat(folder)
     models = files(folder.child("arms/models"))
     trained = [at for name, at in models.items() if name.endswith(".json")]
     reports = [
@@ -367,9 +380,29 @@ def _listed(folder: Folder) -> list[pafs.FileInfo]:
     return folder.filesystem.get_file_info(selector)
 
 
+def _beat(folder: Folder) -> dict[str, Any]:
+    """The heartbeat; nothing where there is none, or what is there is none."""
+    beat = _json(folder, PROGRESS)
+    needed = {"state", "time", "every_s", "until", "bars", "stages"}
+    return beat if isinstance(beat, dict) and needed <= beat.keys() else {}
+
+
+def _records(folder: Folder) -> tuple[dict[str, Any], list[str]]:
+    """What finished stages left, by file name; and what is told of records that are none."""
+    found, damaged_ones = {}, []
+    for name in files(folder.child("stages")):
+        record = _json(folder, f"stages/{name}")
+        if isinstance(record, dict) and (name.endswith(".begun.json") or "seconds" in record):
+            found[name] = record
+        else:
+            address = folder.address("stages", name)
+            damaged_ones.append(redact(str(damaged(address, "it is no record of a stage"))))
+    return found, damaged_ones
+
+
 def _json(folder: Folder, name: str) -> Any:
     """A JSON file; None where it is missing or not whole (Ray Train writes some in place)."""
     try:
         return folder.read_json(name)
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, DamagedFile):
         return None

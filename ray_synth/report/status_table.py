@@ -67,6 +67,7 @@ def drawn(status: RunStatus) -> Any:
     if status.rejected:
         found = ", ".join(f"{what} {count:,}" for what, count in status.rejected.items())
         parts.append(Text(f"of the newest {status.judged:,} images, {found}"))
+    parts += [Text(line, "red") for line in status.damaged]
     parts.append(Text.assemble((status.verdict, f"bold {colour}"), f": {status.message}"))
     return Group(*parts)
 

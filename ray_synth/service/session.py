@@ -1,6 +1,7 @@
 """The pipeline's side of the disambiguation app: starts it for a while, and asks it about classes.
 
-An app of the same name that already serves on the cluster is used as it is, and left running.
+Each driver has an app of its own, by the number that Ray gives it: two runs on one cluster never meet.
+Serve itself is stopped by whoever takes the last app down, and only where a pipeline started it.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import tenacity
 
 from ray_synth.config import Config
+from ray_synth.service.apps import app_name, remove_left_behind, start_serve, take_down
 
 log = logging.getLogger("ray_synth")
-APP_NAME = "ray-synth-pipeline"
 IN_FLIGHT = 64  # classes asked about at once: enough to fill the batches
 
 
@@ -25,7 +26,8 @@ class Service:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._handle: Any = None
-        self._begun = self._started_serve = False
+        self._begun = False
+        self._name = ""
 
     def __enter__(self) -> Service:
         return self
@@ -35,12 +37,7 @@ class Service:
         needed by the next stages, and Serve would outlive this driver."""
         if not self._begun:
             return
-        from ray import serve
-
-        if self._started_serve:
-            serve.shutdown()
-        else:
-            serve.delete(APP_NAME)
+        take_down(self._name)
         self._handle, self._begun = None, False
 
     def start(self) -> None:
@@ -49,18 +46,14 @@ class Service:
 
     def _app(self) -> Any:
         if self._handle is None:
-            from ray import serve
+            from ray_synth.service.app import ServeConfig
 
-            from ray_synth.service.app import ServeConfig, build
-
-            self._started_serve = not _serve_is_running()
+            remove_left_behind()
+            self._name = app_name(self.config.name)
             self._begun = True
-            if self._started_serve:
-                serve.start(proxy_location="Disabled")
-            logging.getLogger("ray.serve").setLevel(logging.ERROR)  # after start, which sets it
             meaning = self.config.meaning
             config = ServeConfig(llm=meaning.llm, clip=meaning.clip, lexicon=meaning.lexicon)
-            self._handle = serve.run(build(config), name=APP_NAME, route_prefix=None)
+            self._handle = start_serve(config, self._name)
         return self._handle
 
     def resolve_all(
@@ -131,15 +124,3 @@ def _answer(item: Any, response: Any, ask: Any) -> Any:
                 log.warning("a replica of the service is gone; asking again")
                 response = ask(item)
             return response.result()
-
-
-def _serve_is_running() -> bool:
-    """Whether someone else's Serve instance is up on this cluster."""
-    import ray
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
-        return False
-    return True

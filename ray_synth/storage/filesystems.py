@@ -60,7 +60,11 @@ SILENT = re.compile(
     r"|Fail to get a new connection|TransportException",
     re.IGNORECASE,
 )
-BROKEN = re.compile(r"thrift|magic bytes|corrupt|decompress|parquet file size is", re.IGNORECASE)
+BROKEN = re.compile(
+    r"thrift|magic bytes|corrupt|decompress|parquet file size is|checksum|page integrity|end of stream"
+    r"|unexpected end|out of range|invalid number|malloc of size",
+    re.IGNORECASE,
+)
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -206,7 +210,9 @@ def patiently(work: Callable[[], T], *, remote: bool = True) -> T:
     """
 
     def may_pass(error: BaseException) -> bool:
-        if not isinstance(error, OSError) or isinstance(error, FileNotFoundError | PermissionError):
+        if not isinstance(error, OSError) or isinstance(
+            error, FileNotFoundError | PermissionError | UserError
+        ):
             return False
         if error.errno is not None:
             return error.errno in PASSING

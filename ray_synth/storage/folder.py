@@ -1,11 +1,14 @@
 """A run directory on any file system: local, s3://, gs://, abfs://, or what fsspec knows.
 
 A file that exists is whole. Where a rename puts a file in place (local disks, NFS, HDFS), writes go to a
-temporary name first; an object of S3 or GCS appears when its upload is complete, and is sent as it is.
+temporary name first, and on a mounted disk are forced out to it before the rename (`placing.py`); an
+object of S3 or GCS appears when its upload is complete, and is sent as it is. What is damaged all the
+same is told by its name (`damage.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -25,19 +28,24 @@ import pyarrow.parquet as pq
 import yaml
 
 from ray_synth.errors import UserError
+from ray_synth.storage.damage import told
 from ray_synth.storage.filesystems import (
     open_uri,
     patiently,
     storage_problem,
     without_file_scheme,
 )
+from ray_synth.storage.placing import move_file, place
 from ray_synth.storage.secrets import refuse_secrets
 
 ROW_GROUP_ROWS = 8_192
 # Their objects appear when an upload is complete. Azure's do not: opening one for writing leaves an
 # empty object under its name (seen on pyarrow 25.0.1).
 APPEAR_WHOLE = ("s3", "gcs")
-ABANDONED_S = 3600  # a temporary file that nobody has written to for so long belongs to no one
+# A temporary file that nobody has written to for so long belongs to no one: days, since clocks of several
+# machines, or one that is set right in between, may be hours apart.
+ABANDONED_S = 2 * 86_400
+DIGEST_BYTES = 8 << 20  # read at a time
 T = TypeVar("T")
 
 
@@ -109,9 +117,21 @@ class Folder:
         names = (info.base_name for info in self._infos() if info.is_file)
         return sorted(n for n in names if n.endswith(suffix) and not n.startswith("."))
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write a file whole or not at all."""
-        self._put(name, pa.py_buffer(data))
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Name -> (bytes, time of last change in ns) of the finished files inside, by one listing."""
+        return {
+            info.base_name: (info.size or 0, info.mtime_ns or 0)
+            for info in self._infos()
+            if info.is_file and not info.base_name.startswith(".")
+        }
+
+    def write_bytes(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Write a file whole or not at all.
+
+        Args:
+            durable: it survives a power cut; what is written anew in any case need not.
+        """
+        self._put(name, pa.py_buffer(data), durable=durable)
 
     def read_bytes(self, name: str) -> bytes:
         def read() -> bytes:
@@ -125,7 +145,22 @@ class Folder:
         self.write_bytes(name, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
     def read_json(self, name: str) -> Any:
-        return json.loads(self.read_bytes(name))
+        """Raises DamagedFile where it is no JSON."""
+        data = self.read_bytes(name)
+        with self._told(name):
+            return json.loads(data)
+
+    def digest(self, name: str) -> str:
+        """Hex SHA-256 of a file of any size."""
+
+        def read() -> str:
+            found = hashlib.sha256()
+            with self.filesystem.open_input_file(self.path(name)) as file:
+                while block := file.read(DIGEST_BYTES):
+                    found.update(block)
+            return found.hexdigest()
+
+        return self.patiently(read)
 
     def write_yaml(self, name: str, value: Any) -> None:
         self.write_bytes(name, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
@@ -133,16 +168,37 @@ class Folder:
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write one Parquet file whole or not at all; it is held in memory."""
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        # Statistics repeat values where no checksum covers them.
+        pq.write_table(table, sink, write_page_checksum=True, write_statistics=False)
         self._put(name, sink.getvalue())
 
+    @contextmanager
+    def open_table(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file, whose pages are held against their checksums where it has any.
+
+        Raises:
+            DamagedFile: it is no such file; also where the block finds that out.
+            FileNotFoundError: there is none.
+        """
+        with self._told(name):
+            file = self.patiently(
+                lambda: pq.ParquetFile(
+                    self.path(name),
+                    filesystem=self.filesystem,
+                    pre_buffer=True,
+                    page_checksum_verification=True,
+                )
+            )
+            with file:
+                yield file
+
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """Raises as `open_table`."""
+
         def read() -> pa.Table:
-            with pq.ParquetFile(
-                self.path(name), filesystem=self.filesystem, pre_buffer=True
-            ) as file:
+            with self.open_table(name) as file:
                 table = file.read(columns)
-            return table if columns is None else table.select(columns)
+                return table if columns is None else table.select(columns)
 
         return self.patiently(read)
 
@@ -166,7 +222,9 @@ class Folder:
         # Without statistics the footer, which every reader fetches, has 40 % fewer bytes.
         with (
             self.stream(name) as sink,
-            pq.ParquetWriter(sink, schema, compression="zstd", write_statistics=False) as writer,
+            pq.ParquetWriter(
+                sink, schema, compression="zstd", write_statistics=False, write_page_checksum=True
+            ) as writer,
         ):
             for table in tables:
                 writer.write_table(table, row_group_size=row_group_size)
@@ -183,7 +241,7 @@ class Folder:
             try:
                 with pa.OSFile(temporary, "wb") as stream:
                     yield stream
-                os.replace(temporary, self.path(name))
+                place(temporary, self.path(name))
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
@@ -205,15 +263,23 @@ class Folder:
         return self.patiently(lambda: self._read_rows(name, start, stop, columns))
 
     def _read_rows(self, name: str, start: int, stop: int, columns: list[str] | None) -> pa.Table:
-        with pq.ParquetFile(self.path(name), filesystem=self.filesystem, pre_buffer=True) as file:
+        with self.open_table(name) as file:
             groups = range(file.num_row_groups)
             ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
             first = int(np.searchsorted(ends, start, side="right"))
             last = int(np.searchsorted(ends, stop, side="left"))
             table = file.read_row_groups(list(groups[first : last + 1]), columns=columns)
-        begin = int(ends[first - 1]) if first else 0
-        table = table.slice(start - begin, stop - start)
-        return table if columns is None else table.select(columns)
+            begin = int(ends[first - 1]) if first else 0
+            table = table.slice(start - begin, stop - start)
+            return table if columns is None else table.select(columns)
+
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name inside; what has that name is replaced."""
+        if self.is_local:
+            os.makedirs(os.path.dirname(self.path(to)), exist_ok=True)
+            os.replace(self.path(name), self.path(to))
+        else:
+            self.patiently(lambda: move_file(self.filesystem, self.path(name), self.path(to)))
 
     def delete(self, name: str) -> None:
         if self.exists(name):
@@ -229,11 +295,26 @@ class Folder:
         """Delete temporary files right inside that a killed writer left, `ABANDONED_S` ago or more."""
         if self.filesystem.type_name in APPEAR_WHOLE:
             return
-        for info in self._infos():
-            name = info.base_name
-            old = info.mtime is not None and time.time() - info.mtime.timestamp() > ABANDONED_S
-            if info.is_file and old and name.startswith(".") and name.endswith(".tmp"):
+        found = [
+            info
+            for info in self._infos()
+            if info.is_file and info.base_name.startswith(".") and info.base_name.endswith(".tmp")
+        ]
+        if not found:
+            return
+        now = self._storage_time()
+        for info in found:
+            if info.mtime is not None and now - info.mtime.timestamp() > ABANDONED_S:
                 self.patiently(partial(self.filesystem.delete_file, info.path))
+
+    def _storage_time(self) -> float:
+        """What a file that is written now is dated, seconds since 1970: the storage's clock, not ours."""
+        temporary = self._temporary("clock")
+        self.patiently(lambda: self._upload(temporary, pa.py_buffer(b"")))
+        info = self.filesystem.get_file_info(temporary)
+        self.patiently(lambda: self.filesystem.delete_file(temporary))
+        # Where both clocks are known, the earlier one: rather too little is swept.
+        return min(time.time(), info.mtime.timestamp()) if info.mtime else time.time()
 
     def _infos(self) -> list[pafs.FileInfo]:
         def look() -> list[pafs.FileInfo]:
@@ -263,10 +344,13 @@ class Folder:
             os.makedirs(self.path(*parents), exist_ok=True)
         return self.path(*parents, f".{base}.{uuid.uuid4().hex[:8]}.tmp")
 
-    def _put(self, name: str, data: pa.Buffer) -> None:
-        self.patiently(lambda: self._write(name, data))
+    def _told(self, name: str) -> Any:
+        return told(self.address(name), remote=not self.is_local)
 
-    def _write(self, name: str, data: pa.Buffer) -> None:
+    def _put(self, name: str, data: pa.Buffer, *, durable: bool = True) -> None:
+        self.patiently(lambda: self._write(name, data, durable))
+
+    def _write(self, name: str, data: pa.Buffer, durable: bool) -> None:
         filesystem, path = self.filesystem, self.path(name)
         if filesystem.type_name in APPEAR_WHOLE:
             # A stream that is closed, by an exception or by the garbage collector, completes the upload
@@ -279,9 +363,9 @@ class Folder:
         try:
             self._upload(temporary, data)
             if self.is_local:
-                os.replace(temporary, path)
+                place(temporary, path, durable=durable)
             else:
-                _move(filesystem, temporary, path)
+                move_file(filesystem, temporary, path)
         except BaseException:
             with suppress(Exception):  # what was written of it, if anything
                 filesystem.delete_file(temporary)
@@ -290,12 +374,3 @@ class Folder:
     def _upload(self, path: str, data: pa.Buffer) -> None:
         with self.filesystem.open_output_stream(path) as stream:
             stream.write(data)
-
-
-def _move(filesystem: pafs.FileSystem, source: str, to: str) -> None:
-    """Put a finished file in its place. A copy within a storage appears whole, as a rename does."""
-    try:
-        filesystem.move(source, to)
-    except NotImplementedError:  # Azure without a hierarchical namespace
-        filesystem.copy_file(source, to)
-        filesystem.delete_file(source)

@@ -17,6 +17,7 @@ from ray_synth.errors import UserError
 from ray_synth.evaluation import diversity, domain_shift
 from ray_synth.meaning.answers import phrase_key
 from ray_synth.meaning.comparison import Outcome, compare
+from ray_synth.meaning.entries import read_meanings
 from ray_synth.pipeline.run import Run
 from ray_synth.studies.arm import Arm, Trial
 from ray_synth.studies.catalog import Study
@@ -250,7 +251,7 @@ def measure_meanings(measured: Measured) -> list[Table]:
     for arm, trials in measured.mixed():
         trial = next(trial for trial in trials if trial.seed == seed)
         run = measured.run(trial)
-        entries = run.folder.read_json("meanings.json")
+        entries = read_meanings(run.folder)
         model = run.config.meaning.llm.model
         outcomes.append(Outcome(arm.label, model, entries))
         choices[arm.label] = outcomes[-1].choices()

@@ -16,6 +16,7 @@ from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import hold_out, load_index, require_every_class
+from ray_synth.monitoring.driver_lock import sole_driver
 from ray_synth.monitoring.heartbeat import watched
 from ray_synth.preflight import preflight
 from ray_synth.storage.folder import Folder
@@ -70,6 +71,7 @@ def run_studies(
         grids = {one: Grid(config, trials[one], reach) for one in chosen}
         for grid in grids.values():
             grid.check()
+        watching.enter_context(sole_driver(workspace(config)))
         watching.enter_context(watched(workspace(config), f"study {name}"))
         for one in chosen:
             started = time.perf_counter()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from ray_synth.cluster.connection import runs_folder
-from ray_synth.config import Config, flatten
+from ray_synth.config import Config
+from ray_synth.monitoring.mlflow_names import leaves, safe_names
 from ray_synth.monitoring.mlflow_run import Quietly, tracking_uri
 from ray_synth.studies.grid import workspace
 from ray_synth.studies.measures import Measured
@@ -71,21 +71,26 @@ class StudyTracker:
     def _params(self, run_id: str, values: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(key, str(value)[:6000]) for key, value in values.items()]
+        names = safe_names([(key,) for key in values])
+        params = [
+            Param(name, str(value)[:6000])
+            for name, value in zip(names, values.values(), strict=True)
+        ]
         self.client.log_batch(run_id, params=params)
 
     def _metrics(self, run_id: str, values: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        flat = {
-            k: v
-            for k, v in flatten(values).items()
-            if isinstance(v, (int, float)) and math.isfinite(v)
-        }
+        found = [
+            (path, value)
+            for path, value in leaves(values)
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        ]
+        names = safe_names([path for path, _ in found])
         metrics = [
-            Metric(re.sub(r"[^\w./ -]", "_", key)[:240], float(value), now, 0)
-            for key, value in flat.items()
+            Metric(name, float(value), now, 0)
+            for name, (_, value) in zip(names, found, strict=True)
         ]
         for start in range(0, len(metrics), 500):
             self.client.log_batch(run_id, metrics=metrics[start : start + 500])

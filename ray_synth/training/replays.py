@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import pyarrow as pa
 from ray_synth.generation.store import ImageStore, pack_range
 from ray_synth.prompting.plan_file import WINDOW, Plan
 from ray_synth.prompting.plan_index import PlanIndex
+from ray_synth.storage.damage import DamagedFile
 from ray_synth.training.decoder import Row
 
+log = logging.getLogger("ray_synth")
 COLUMNS = ["sample_id", "image", "class_index", "accepted"]
 READERS = 8  # row groups, or small parts, that are read at once
 LIST_AGAIN_S = 60.0
@@ -72,7 +75,11 @@ def _units(store: ImageStore, rng: np.random.Generator, list_again_s: float) -> 
         if span is None:
             yield name, 0, WINDOW
             continue
-        sizes = store.group_sizes(name)
+        try:
+            sizes = store.group_sizes(name)
+        except DamagedFile as error:
+            log.warning("not replayed: %s", error)
+            continue
         ends = np.cumsum(sizes)
         for group in rng.permutation(len(sizes)).tolist():
             yield name, int(ends[group]) - sizes[group], int(ends[group])
@@ -80,8 +87,13 @@ def _units(store: ImageStore, rng: np.random.Generator, list_again_s: float) -> 
 
 def _read(store: ImageStore, name: str, start: int, stop: int) -> pa.Table | None:
     try:
-        return store.folder.read_rows(name, start, stop, COLUMNS)
+        return store.read_rows(name, start, stop, COLUMNS)
     except FileNotFoundError:  # packed since it was listed: the pack will be
+        return None
+    except (
+        DamagedFile
+    ) as error:  # made again by the stage of generation, which looks for such files
+        log.warning("not replayed: %s", error)
         return None
 
 

@@ -60,7 +60,7 @@ def test_what_is_about_to_be_let_go_is_waited_for(local_ray):
 def test_a_serve_app_is_named_and_ones_own_is_taken_over(local_ray, impatient):
     from ray import serve
 
-    from ray_synth.service.session import APP_NAME
+    from ray_synth.service.apps import app_name
 
     @serve.deployment(name="LLM", ray_actor_options={"num_cpus": 2.5})
     class Held:
@@ -76,9 +76,48 @@ def test_a_serve_app_is_named_and_ones_own_is_taken_over(local_ray, impatient):
         with pytest.raises(ValueError, match="held by the Serve app 'somebodys'"):
             preflight(config)
         serve.delete("somebodys")
-        serve.run(Held.bind(), name=APP_NAME, route_prefix=None)
+        serve.run(Held.bind(), name=app_name("quickstart"), route_prefix=None)
         wait_until(lambda: cluster_reach(config).held_cpus == 0)
         preflight(config)
+    finally:
+        serve.shutdown()
+
+
+def test_each_driver_has_an_app_of_its_own_and_leaves_serve_to_others(local_ray):
+    from ray import serve
+
+    from ray_synth.service.apps import (
+        APP_NAME,
+        app_name,
+        remove_left_behind,
+        serve_is_running,
+        take_down,
+    )
+
+    @serve.deployment(name="LLM", ray_actor_options={"num_cpus": 0})
+    class Answers:
+        def __init__(self, text):
+            self.text = text
+
+        def __call__(self):
+            return self.text
+
+    def deploy(name):
+        return serve.run(Answers.bind(name), name=name, route_prefix=None)
+
+    serve.start(proxy_location="Disabled")
+    try:
+        own, dead = app_name("q"), f"{APP_NAME}-q-ffffffff"
+        theirs = deploy("somebodys")
+        deploy(dead)
+        handle = deploy(own)
+        remove_left_behind()
+        assert set(serve.status().applications) == {own, "somebodys"}, "a dead driver's is gone"
+        assert (handle.remote().result(), theirs.remote().result()) == (own, "somebodys")
+        take_down(own)
+        assert theirs.remote().result() == "somebodys", "Serve is not taken from under others"
+        take_down("somebodys")
+        assert not serve_is_running()
     finally:
         serve.shutdown()
 

@@ -1,14 +1,18 @@
 """An image made again from its row: the same pixels, or a plain word about why not."""
 
+import json
+
 import pyarrow as pa
 import pytest
 from painting import Painter
 from test_store import plan_rows
 
+from ray_synth.cli.command import main
 from ray_synth.config import GenerationConfig, load_config
+from ray_synth.errors import UserError
 from ray_synth.generation.maker import GenerationJob, ImageMaker, write_references
 from ray_synth.generation.regenerate import as_made, regenerate
-from ray_synth.generation.store import ImageStore
+from ray_synth.generation.store import IMAGE_SCHEMA, ImageStore
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
 from ray_synth.storage.folder import Folder
 
@@ -104,3 +108,72 @@ def test_another_model_of_the_same_name_is_refused(tmp_path):
 def test_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match="no run at"):
         regenerate(Folder(tmp_path), "0")
+
+
+def edit_row(run, **changes):
+    """The first stored part, its first row as somebody changed it, under its old name."""
+    store = ImageStore(run.child("images"))
+    name = store.parts()[0]
+    rows = store.read(name).to_pylist()
+    store.folder.write_table(
+        name, pa.Table.from_pylist([{**rows[0], **changes}, *rows[1:]], schema=IMAGE_SCHEMA)
+    )
+    return changes.get("sample_id") or rows[0]["sample_id"]
+
+
+@pytest.mark.parametrize("sample_id", ["../../x", "/etc/x", "a/b", "..", "x\n", "a" * 300])
+def test_a_row_whose_id_names_a_place_writes_nothing(tmp_path, sample_id, monkeypatch):
+    run = run_of(tmp_path, PAINTED, plan_rows(4), checks={"policy": "off"})
+    edit_row(run, sample_id=sample_id)
+    (tmp_path / "deep" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep" / "here")
+    before = sorted(tmp_path.rglob("*"))
+    line = ["regenerate", "--run", run.uri, "--", sample_id]
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code
+    after = [path for path in sorted(tmp_path.rglob("*")) if "damaged" not in path.parts]
+    assert after == before
+
+
+HOSTILE = {
+    "threads": {"num_threads": 10**9},
+    "no threads": {"num_threads": -1},
+    "threads in words": {"num_threads": "many"},
+    "batch": {"batch_size": 10**9},
+    "a true batch": {"batch_size": True},
+    "dtype": {"dtype": "os.system"},
+    "compile": {"compile": {"mode": "x"}},
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_row_that_asks_for_too_much_builds_no_model(tmp_path, kind, monkeypatch):
+    run = run_of(tmp_path, PAINTED, plan_rows(4), checks={"policy": "off"})
+    row = ImageStore(run.child("images")).read(ImageStore(run.child("images")).parts()[0])
+    facts = json.loads(row["generator"][0].as_py())
+    sample_id = edit_row(run, generator=json.dumps({**facts, **HOSTILE[kind]}))
+    monkeypatch.setattr(Painter, "__init__", None)
+    with pytest.raises(UserError, match="the stored row"):
+        regenerate(run, sample_id)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": -1}, {"seed": 2**62}, {"seed": None}, {"attempt": 10**9}, {"class_index": -5},
+     {"prompt": None}, {"prompt": "x" * 200_000}, {"generator": "{"}, {"generator": "[]"},
+     {"generator": "{}"}, {"generator": None}],
+)  # fmt: skip
+def test_a_row_that_no_run_writes_is_named(tmp_path, change, monkeypatch):
+    run = run_of(tmp_path, PAINTED, plan_rows(4), checks={"policy": "off"})
+    sample_id = edit_row(run, **change)
+    monkeypatch.setattr(Painter, "__init__", None)
+    with pytest.raises(UserError, match=f"stored row .*{sample_id}"):
+        regenerate(run, sample_id)
+
+
+def test_a_row_that_names_a_reference_that_is_not_kept_is_told(tmp_path):
+    run = run_of(tmp_path, PAINTED, plan_rows(4), checks={"policy": "off"})
+    sample_id = edit_row(run, reference="../../etc/passwd")
+    with pytest.raises(UserError, match="keeps no image"):
+        regenerate(run, sample_id)

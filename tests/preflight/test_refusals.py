@@ -22,7 +22,7 @@ OTHERS = ("generation.regenerate", "generation.selection", "service.client", "se
           "service.limits", "service.messages", "service.app", "evaluation.checkpoint",
           "evaluation.corruption", "evaluation.diversity", "evaluation.domain_shift",
           "evaluation.features", "report.status", "report.status_table", "storage.secrets",
-          "storage.texts", "storage.typed_yaml")  # fmt: skip
+          "storage.texts", "storage.typed_yaml", "service.gate", "meaning.names")  # fmt: skip
 RECIPE = "ray_synth.training.trainer:check_recipe"
 GENERATOR = "ray_synth.generators.registry:check_generator"
 IMAGES = "ray_synth.preflight.refusals:check_images"
@@ -61,6 +61,11 @@ REFUSALS = {
     "has answered nothing to all": SERVER,
     "cannot load the LLM": LOADED,
     "is larger than its GPUs": LOADED,
+    "timm_model_name": LOADED,
+    "hf_model_name": LOADED,
+    "is not a mapping of settings": LOADED,
+    "would run code from elsewhere": LOADED,
+    "is not of the type that it has": LOADED,
     "the embedded LLM": ON_ITS_NODE,
     "holds no GGUF file": ON_ITS_NODE,
     "no such GGUF file": LLM,
@@ -109,6 +114,8 @@ REFUSALS = {
     # generation and service
     "one image needs": ON_ITS_NODE,
     "images are not in": RESULT,
+    "have the same sample_id": "ray_synth.pipeline.kept:check_kept",
+    "found damaged again and again": ON_ITS_NODE,
     "fits none of the GPUs": LOADED,
     "mistake": PASSED_ON,
     "the thresholds were measured with the CLIP model": INTERNAL,

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import stat
 import time
 
 import pyarrow as pa
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow.fs import FileSelector
 
+from ray_synth.errors import UserError
+from ray_synth.storage.damage import DamagedFile
 from ray_synth.storage.filesystems import open_uri, patiently
 from ray_synth.storage.folder import ABANDONED_S, Folder
 
@@ -213,3 +216,67 @@ def test_tables_that_fail_on_the_way_leave_the_old_file_and_nothing_else(tmp_pat
         folder.write_tables("new.parquet", SCHEMA, [pa.table({"other": [1]})])
     assert folder.read_table("t.parquet").equals(numbered(0, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        fsync(handle)
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+
+    def renamed(source, to):
+        replace(source, to)
+        done.append("rename")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    folder = Folder(tmp_path)
+    folder.write_bytes("f", b"x")
+    with folder.stream("g") as stream:
+        stream.write(b"y")
+    folder.write_table("t.parquet", numbered(0, 3))
+    assert done == ["file", "rename", "folder"] * 3
+    folder.write_bytes("f", b"z", durable=False)
+    assert done[9:] == ["rename"]
+
+
+@pytest.mark.parametrize("hours", [1, -1, 36])
+def test_a_clock_that_is_off_sweeps_no_live_temporary_file(tmp_path, monkeypatch, hours):
+    folder = Folder(tmp_path)
+    (tmp_path / ".part.0123abcd.tmp").write_bytes(b"half")
+    now = time.time() + hours * 3600
+    monkeypatch.setattr(time, "time", lambda: now)
+    folder.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == [".part.0123abcd.tmp"]
+    # So does one that the writer's clock dated.
+    monkeypatch.undo()
+    os.utime(tmp_path / ".part.0123abcd.tmp", times=(time.time() - 3 * 3600,) * 2)
+    folder.sweep()
+    assert [path.name for path in tmp_path.iterdir()] == [".part.0123abcd.tmp"]
+
+
+def test_a_damaged_file_is_told_by_name_with_what_to_do(tmp_path):
+    folder = Folder(tmp_path)
+    (tmp_path / "stages").mkdir()
+    for name, fix in (("stages/plan.json", "delete it"), ("plan.parquet", "--force-stage plan")):
+        for data in (b"", b'{"a": ', b"\xff\xfe", b"PAR1"):
+            (tmp_path / name).write_bytes(data)
+            read = folder.read_json if name.endswith("json") else folder.read_table
+            with pytest.raises(DamagedFile, match=f"{name} is damaged .*{fix}") as error:
+                read(name)
+            assert "\n" not in str(error.value)
+    assert isinstance(pickle.loads(pickle.dumps(error.value)), UserError)
+    with pytest.raises(FileNotFoundError):
+        folder.read_table("none.parquet")
+
+
+def test_a_flipped_bit_of_any_table_is_found_when_it_is_read(tmp_path):
+    folder = Folder(tmp_path)
+    folder.write_tables("t.parquet", SCHEMA, [numbered(0, 3000)])
+    data = bytearray((tmp_path / "t.parquet").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "t.parquet").write_bytes(data)
+    with pytest.raises(DamagedFile, match=r"t\.parquet"):
+        folder.read_table("t.parquet")
