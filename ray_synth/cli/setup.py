@@ -14,6 +14,7 @@ from PIL import Image
 from ray_synth.config import SourceConfig
 from ray_synth.data.dataset import Index, load_index, read_index, select
 from ray_synth.errors import UserError
+from ray_synth.generators.knowledge import strangers
 
 TRAIN_NAMES, TEST_NAMES = ("train", "training"), ("test", "val", "valid", "validation")
 
@@ -56,6 +57,7 @@ def write_config(
     }
     run_name = name or images.resolve().name.lower().replace(" ", "-") or "images"
     config = _config(run_name, found)
+    found["embedded"] = config["generation"]["model"] == "embedded"
     header = (
         f"# Written by `ray-synth init` for {len(counts)} classes and {len(index)} training images "
         f"of about {side} pixels.\n# Run it with: ray-synth run --config {out}\n"
@@ -145,12 +147,17 @@ def describe(found: dict[str, Any], out: Path) -> str:
     """What was found, and what to do next."""
     counts = found["counts"]
     fewest, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    each = f"{counts[fewest]} of {fewest!r} to {counts[most]} of {most!r}"
+    if counts[fewest] == counts[most]:
+        each = f"{counts[most]} of each class"
+    unfit = strangers(list(counts)) if found["embedded"] else None
     return "\n".join(
         [
             f"{len(counts)} classes, {found['num_train']} training images in {found['train']}"
-            f" ({counts[fewest]} of {fewest!r} to {counts[most]} of {most!r}), "
+            f" ({each}), "
             f"{found['num_test']} test images in {found['test']}; about {found['median_side']} pixels",
             f"wrote {out}; look it over, then: ray-synth doctor --config {out} && "
             f"ray-synth run --config {out}",
+            *([f"warning: this machine has no GPU, so {unfit}"] if unfit else []),
         ]
     )

@@ -159,7 +159,7 @@ def check_run(
     records.check(force_stage)
     if records.record("generation") is None:
         check_generator(config.generation)
-        advise(config.generation, config.prompting.negative_prompt)
+        advise(config.generation, config.prompting.negative_prompt, train.class_names)
     if records.record("plan") is None:
         prompt_limit(config)
     if records.record("training") is None:
