@@ -62,12 +62,12 @@ def test_what_matters_least_goes_first_and_is_counted():
     whole = contextual_prompt("crane", "a large bird", SCENE, **limit(lost))
     assert whole.endswith("close-up")
     assert not lost
-    meaning = "a bird that wades in shallow water and looks for fish and frogs " * 2
+    meaning = "a bird that wades in shallow water and looks for fish and frogs " * 3
     scene = contextual_prompt("crane", meaning, SCENE, **limit(lost))
     assert "fish and frogs" in scene
     assert not scene.endswith("close-up")
     assert lost == {"scene": 1}
-    cut = contextual_prompt("crane", meaning * 4, SCENE, **limit(lost))
+    cut = contextual_prompt("crane", meaning * 3, SCENE, **limit(lost))
     assert cut.startswith("a photo of a crane, a bird that wades in shallow water")
     assert lost == {"scene": 1, "meaning": 1}
     plain_prompt("crane " * 200, "a bird", **limit(lost))
