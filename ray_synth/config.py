@@ -18,13 +18,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticUndefined
 
 from ray_synth.errors import UserError, did_you_mean
-from ray_synth.storage.secrets import redact, refuse_secrets
+from ray_synth.storage.secrets import holds_secret, redact, refuse_in_setting
 from ray_synth.storage.texts import read_text
 from ray_synth.storage.typed_yaml import child, problems, read_typed, typed_value
 
@@ -65,7 +66,7 @@ def at_home(value: Any) -> Any:
 
 
 # A path or URI; it goes to config.yaml.
-Place = Annotated[str, AfterValidator(refuse_secrets), AfterValidator(at_home)]
+Place = Annotated[str, AfterValidator(at_home)]
 Replicas = Annotated[
     Positive | tuple[Positive, Positive],
     Field(description="a number, or [fewest, most] to follow the load"),
@@ -131,10 +132,28 @@ def of_today(key: str, value: Any) -> Any:
     return named.get(value, value) if isinstance(value, bool) else value
 
 
+# Settings whose keys are another program's.
+FREE = ("generator_kwargs", "model_kwargs", "kwargs", "schedule_kwargs", "llms", "generators")
+# Where the secret of a URL belongs, by the setting's name.
+INSTEAD_OF_SECRETS = {
+    "base_url": "set the variable that api_key_env names (OPENAI_API_KEY)",
+    "uri": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN; for a "
+    "database PGPASSWORD, or its driver's own file",
+}
+
+
 class Section(BaseModel):
     """A group of settings; immutable, and strict about its keys. Each is `result` or `how`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*")
+    @classmethod
+    def _no_secrets(cls, value: Any, info: ValidationInfo) -> Any:
+        """Every text of a config goes to config.yaml, to MLflow and to other machines."""
+        name = str(info.field_name)
+        refuse_in_setting(value, free=name in FREE, instead=INSTEAD_OF_SECRETS.get(name))
+        return value
 
 
 def _black_then_white(given: tuple[float, float]) -> tuple[float, float]:
@@ -149,8 +168,8 @@ class SourceConfig(Section):
     format: Literal[
         "digits", "uci_digits", "imagefolder", "parquet", "webdataset", "huggingface"
     ] = result()
-    path: Place | None = result(None, description="folder, URI, glob, or Hugging Face dataset id")
-    image_list: Place | None = result(
+    path: str | None = result(None, description="folder, URI, glob, or Hugging Face dataset id")
+    image_list: str | None = result(
         None,
         description="imagefolder: a text file with a line `path label` for each image, paths below "
         "`path`; default: all images, by their folders",
@@ -736,7 +755,7 @@ class Config(Section):
     """One run, from class names to a report."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = how()
-    runs_dir: Place = how("runs", description="path or URI (s3://, gs://, abfs://, ...)")
+    runs_dir: str = how("runs", description="path or URI (s3://, gs://, abfs://, ...)")
     seed: Annotated[int, Field(ge=0)] = result(0)
     data: DataConfig = result()
     meaning: MeaningConfig = result(MeaningConfig())
@@ -963,7 +982,9 @@ def _explain(
     dotted = ".".join(map(str, location))
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+        value = problem["input"]
+        shown = not isinstance(value, dict | list) and not holds_secret(str(value))
+        given = f" (given: {value!r})" if shown else ""
         return redact(f"{dotted or model.__name__}: {message}{f' ({hint})' if hint else ''}{given}")
     # A recipe, or another part of a config, is validated on its own: its names lack the first parts.
     part = model is not Config

@@ -16,6 +16,21 @@ CROSSED = re.compile(
     r"(?=\n+(?:The above exception was|Traceback |  File |(?:\x1b\[\d+m)*ray::)|\Z)",
     re.MULTILINE | re.DOTALL,
 )
+WHAT_IT_MEANS = {
+    errno.EACCES: "permission denied: this user may not read or write it",
+    errno.EPERM: "permission denied: this user may not change it",
+    errno.EROFS: "the file system is read-only",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EIO: "the disk or the network file system fails to read or write it",
+    errno.ESTALE: "the network file system lost it; mount it again",
+}
+# Classes of Ray, PyTorch and Python by name, so that none is loaded to look at an error.
+MEMORY = {
+    "OutOfMemoryError": "memory ran out, of a GPU or of a node (the log says where): lower batch_size "
+    "of the stage, or give each worker more with num_cpus and num_gpus",
+    "MemoryError": "memory ran out: lower batch_size, or close other programs",
+}
 RAYS_OWN = re.compile(r"^ray\.[\w.]+(:|$)", re.MULTILINE)
 
 
@@ -72,6 +87,8 @@ def _surroundings(error: BaseException) -> str | None:
         )
     if isinstance(error, OSError) and (problem := storage_problem(error)):
         return f"{problem}. Run the same command again: what was finished is kept"
+    if problem := _of_the_machine(error, text):
+        return problem
     stalled = re.search(r"no progress for at least (\d+)s", text)
     if stalled:
         return (
@@ -81,6 +98,23 @@ def _surroundings(error: BaseException) -> str | None:
             "is kept; the same command continues"
         )
     return None
+
+
+def _of_the_machine(error: BaseException, text: str) -> str | None:
+    """What is wrong with files, limits or memory; a file that is missing may as well be a bug."""
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else None
+    found = re.search(r"\[Errno (\d+)\] [^:]+: (b?'[^']+')", text)  # also as Ray passes it on
+    if number is None and found and isinstance(error, OSError):
+        number = int(found[1])
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: raise the limit with `ulimit -n 65536`, and run the same again"
+    if number in WHAT_IT_MEANS:
+        name = getattr(error, "filename", None) or (found[2] if found else "a file")
+        return f"{name}: {WHAT_IT_MEANS[number]}"
+    kind = next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in MEMORY), None)
+    return (
+        f"{MEMORY[kind]}. What was finished is kept; the same command continues" if kind else None
+    )
 
 
 def bug_report() -> str:

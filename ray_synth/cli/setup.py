@@ -17,6 +17,7 @@ from ray_synth.config import IN_DOMAIN, DataConfig, SourceConfig, parse_config
 from ray_synth.data.dataset import Index, left_out, load_index, load_tests, read_index, select
 from ray_synth.data.splits import find_splits
 from ray_synth.errors import UserError, shortened
+from ray_synth.generators.knowledge import strangers
 
 
 def write_config(
@@ -63,6 +64,7 @@ def write_config(
         found["left_out"].append(f"not used: {shortened([f'{name}/' for name in others], 5)}")
     config = _config(name or run_name(images), found)
     parse_config(config, origin="--name" if name else "the config that init would write")
+    found["embedded"] = config["generation"]["model"] == "embedded"
     header = (
         f"# Written by `ray-synth init` for {len(counts)} classes and {len(index)} training images "
         f"of about {side} pixels.\n# Run it with: ray-synth run --config {_in_shell(out)}\n"
@@ -172,13 +174,18 @@ def describe(found: dict[str, Any], out: Path) -> str:
     """What was found, and what to do next."""
     counts = found["counts"]
     fewest, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    each = f"{counts[fewest]} of {fewest!r} to {counts[most]} of {most!r}"
+    if counts[fewest] == counts[most]:
+        each = f"{counts[most]} of each class"
+    unfit = strangers(list(counts)) if found["embedded"] else None
     return "\n".join(
         [
             f"{len(counts)} classes, {found['num_train']} training images in {found['train']}"
-            f" ({counts[fewest]} of {fewest!r} to {counts[most]} of {most!r}), "
+            f" ({each}), "
             f"{found['num_test']} test images in {found['test']}; about {found['median_side']} pixels",
             *(f"warning: {line}" for line in found["left_out"]),
             f"wrote {out}; look it over, then: ray-synth doctor --config {_in_shell(out)} && "
             f"ray-synth run --config {_in_shell(out)}",
+            *([f"warning: this machine has no GPU, so {unfit}"] if unfit else []),
         ]
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ray_synth.cluster.signals import own_handlers
+from ray_synth.cluster.startup import patient, quiet_terminal
 from ray_synth.config import ClusterConfig
 from ray_synth.errors import UserError
 from ray_synth.monitoring import logs
@@ -18,7 +20,7 @@ from ray_synth.storage.folder import Folder
 from ray_synth.storage.hub import PASSED_ON
 
 log = logging.getLogger("ray_synth")
-STARTS = 6  # of a local Ray, 30 s each
+STARTS = 3  # of a local Ray; each is waited for as long as it makes progress
 NOISY = (
     "ray.data",
     "ray.serve",
@@ -83,6 +85,16 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             "num_gpus": config.num_gpus,
             "include_dashboard": False,
         }
+    with quiet_terminal():
+        yield from _connected(config, address, options)
+
+
+def _connected(
+    config: ClusterConfig, address: str | None, options: dict[str, Any]
+) -> Iterator[None]:
+    """Connect, yield once, and disconnect."""
+    import ray
+
     try:
         with own_handlers():
             _start(options)
@@ -117,7 +129,7 @@ def _hub_access() -> dict[str, Any]:
 
 
 def _start(options: dict[str, Any]) -> None:
-    """`ray.init`, again where a busy machine takes longer than the 30 s that Ray gives itself.
+    """`ray.init`, waited for as long as it makes progress, and again where it hangs or has died.
 
     Raises:
         UserError: it did not start in `STARTS` attempts.
@@ -126,9 +138,11 @@ def _start(options: dict[str, Any]) -> None:
     import ray
 
     before = set(psutil.Process().children(recursive=True))
-    for attempt in range(1, STARTS + 1):
+    started = time.monotonic()
+    for _ in range(STARTS):
         try:
-            ray.init(**options)
+            with patient(before):
+                ray.init(**options)
             return
         except Exception as error:  # Ray raises no class of its own for this
             if "timed out during startup" not in str(error):
@@ -137,9 +151,9 @@ def _start(options: dict[str, Any]) -> None:
             with suppress(psutil.NoSuchProcess):
                 if any("ray" in word for word in child.cmdline()):
                     child.kill()  # half a cluster, which would go on starting beside the next
-        log.warning("Ray is not up after %d s: this machine is busy; trying again", 30 * attempt)
+        log.warning("Ray did not start in %d s; trying again", time.monotonic() - started)
     raise UserError(
-        f"Ray did not start on this machine in {30 * STARTS} s: the machine is too busy, or short of "
+        f"Ray did not start on this machine in {STARTS} attempts: the machine is too busy, or short of "
         "memory; run the same command again when it is not"
     )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_synth.cluster.signals import INTERRUPTED
 from ray_synth.errors import UserError
-from ray_synth.storage.secrets import redact
+from ray_synth.storage.secrets import holds_secret, redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -120,7 +120,17 @@ def check_ray_version(here: str, there: str | None) -> None:
 
 
 def entrypoint(verb: str, arguments: Sequence[str]) -> str:
-    """The shell command of a job."""
+    """The shell command of a job, which the cluster's dashboard shows.
+
+    Raises:
+        UserError: an argument holds a secret.
+    """
+    for argument in arguments:
+        if holds_secret(argument):
+            raise UserError(
+                f"{redact(argument)} holds a secret, which the cluster's dashboard would show: take it "
+                "out, set its variable in the environment, and pass that on with --env NAME"
+            )
     return shlex.join(["python", "-m", "ray_synth.cli", verb, *arguments])
 
 
@@ -283,7 +293,7 @@ def outcome(job: JobDetails) -> str:
     """`job mine-1: FAILED, exit code 2`, and why it failed where its log does not say."""
     line = f"job {job.submission_id}: {job.status.value}, exit code {exit_code(job)}"
     if job.error_type and job.error_type != "JOB_ENTRYPOINT_COMMAND_ERROR":
-        line += f": {job.message}"
+        line += f": {redact(str(job.message))}"
     return line
 
 
@@ -334,7 +344,8 @@ class _Log:
                 now = time.monotonic()
                 if lost_at is None or self.printed > before:
                     lost_at = now
-                    print(f"the connection was lost ({error}); trying again", file=sys.stderr)
+                    lost = f"the connection was lost ({error}); trying again"
+                    print(redact(lost), file=sys.stderr)
                 if now - lost_at > RECONNECT_S:
                     raise UserError(
                         f"the cluster has not answered for {RECONNECT_S:.0f} s ({error}); the job may "

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray_synth
+from ray_synth.cluster.includes import LeftOut, refuse_credential, walk
 from ray_synth.config import Config, SourceConfig
 from ray_synth.errors import UserError
 
 LIMIT = 512 << 20  # bytes that Ray takes as a working directory
-LEFT_OUT = {"__pycache__", ".git", ".venv"}
+MOST_LINES = 40  # of files that go, and of what stays
 
 
 @dataclass
@@ -27,17 +28,21 @@ class Upload:
 
     Attributes:
         code: how many of the files are this package's.
+        left_out: what of the named folders stays here.
+        runs: where runs are kept on this machine; they stay.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     code: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+    runs: Path | None = None
 
     def add(self, setting: str, value: str) -> None:
         """Take along a file, or what is in a folder, that is named by a relative path.
 
         Raises:
-            UserError: there is none, or it lies outside of the current folder.
+            UserError: there is none, it lies outside of the current folder, or holds credentials.
         """
         place = os.path.normpath(value)
         if os.path.isabs(place) or place.startswith(".."):
@@ -48,7 +53,16 @@ class Upload:
         path = Path(place)
         if not path.exists():
             raise UserError(f"{setting}: no such file: {value}")
-        for name in _walk(path) if path.is_dir() else [path]:
+        refuse_credential(setting, path)
+        if not path.is_dir():
+            self.files[path.as_posix()] = path.absolute()
+            return
+        if not path.resolve().is_relative_to(Path.cwd().resolve()):
+            raise UserError(
+                f"{setting} {value} is a link to {path.resolve()}, which is outside of the current "
+                "folder: start from a folder above both, and name that"
+            )
+        for name in walk(path, self.left_out, runs=self.runs):
             self.files[name.as_posix()] = name.absolute()
 
     def size(self) -> int:
@@ -73,17 +87,26 @@ class Upload:
             shutil.copyfile(path, target)
 
     def describe(self) -> list[str]:
-        """Lines to print: each file of the user's, the code in one line, and the whole size."""
+        """Lines to print: the files of the user's with their sizes, the largest first where they are
+        many, the code in one line, the whole size, and what stays here."""
         code = {name for name in self.files if self.code and name.startswith("ray_synth/")}
-        lines = [
-            f"uploads {name} ({_mb(path.stat().st_size)})"
-            for name, path in self.files.items()
-            if name not in code
-        ]
+        sizes = {name: path.stat().st_size for name, path in self.files.items() if name not in code}
+        names = list(sizes)
+        if len(names) > MOST_LINES:
+            names = sorted(names, key=lambda name: -sizes[name])[:MOST_LINES]
+        lines = [f"uploads {name} ({_mb(sizes[name])})" for name in names]
+        if rest := sizes.keys() - set(names):
+            lines.append(
+                f"uploads {len(rest):,} smaller files ({_mb(sum(sizes[name] for name in rest))})"
+            )
         if self.code:
             size = sum(self.files[name].stat().st_size for name in code)
             lines.append(f"uploads ray-synth {ray_synth.__version__} ({_mb(size)})")
-        return [*lines, f"in all {_mb(self.size())} before compression"]
+        lines.append(f"in all {_mb(self.size())} before compression")
+        lines += [f"left out: {place} ({why})" for place, why in self.left_out[:MOST_LINES]]
+        if (more := len(self.left_out) - MOST_LINES) > 0:
+            lines.append(f"left out: {more:,} more")
+        return lines
 
 
 def gather(
@@ -100,6 +123,8 @@ def gather(
         UserError: the config names data or models by a relative path, or a file that is not there.
     """
     upload = Upload()
+    if config is not None and not _is_uri(config.runs_dir):
+        upload.runs = Path(config.runs_dir).expanduser()
     if config is not None and config_path is not None:
         upload.files[config_place(config_path)] = config_path.absolute()
         _add_config(upload, config)
@@ -107,7 +132,7 @@ def gather(
         upload.add("--include", value)
     if code:
         package = Path(ray_synth.__file__).absolute().parent
-        for path in _walk(package):
+        for path in _own_code(package):
             upload.files[path.relative_to(package.parent).as_posix()] = path
             upload.code += 1
     upload.check_size()
@@ -198,14 +223,10 @@ def _is_uri(value: str) -> bool:
     return "://" in value
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder, in order."""
-    for path in sorted(folder.iterdir()):
-        if path.name in LEFT_OUT or path.suffix == ".pyc":
-            continue
-        if path.is_dir():
-            yield from _walk(path)
-        elif path.is_file():
+def _own_code(package: Path) -> Iterator[Path]:
+    """This package's files, in order."""
+    for path in sorted(package.rglob("*")):
+        if "__pycache__" not in path.parts and path.is_file():
             yield path
 
 

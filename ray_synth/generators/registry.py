@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
+from ray_synth.generators.knowledge import strangers, uses_embedded
 from ray_synth.generators.protocol import PLUGIN, ImageGenerator, digest_settings
 
 log = logging.getLogger("ray_synth")
@@ -72,8 +73,10 @@ def filled(config: GenerationConfig) -> GenerationConfig:
     return config.model_copy(update=open_) if open_ else config
 
 
-def advise(config: GenerationConfig, negative_prompt: str) -> None:
+def advise(config: GenerationConfig, negative_prompt: str, class_names: Sequence[str]) -> None:
     """Log what is unwise in a config for its generator, before anything is spent."""
+    if uses_embedded(config) and (line := strangers(class_names)):
+        log.warning("%s", line)
     if config.generator == "diffusers":
         from ray_synth.generators.settings import advice, family_of
 

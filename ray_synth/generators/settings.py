@@ -116,7 +116,7 @@ def prompt_tokens(config: GenerationConfig) -> tuple[Callable[[str], int], int]:
     limit = family.context or named or 300  # where a T5 says that it has no limit
     limit = min(limit, int(tokenizer.model_max_length))
     return (
-        lambda text: len(tokenizer(text, truncation=False)["input_ids"]),
+        lambda text: len(tokenizer(text, truncation=False, verbose=False)["input_ids"]),
         limit - family.template,
     )
 

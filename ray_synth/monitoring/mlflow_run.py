@@ -11,7 +11,6 @@ import json
 import logging
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,16 +33,10 @@ def tracking_uri(config: Config, runs: Folder) -> str:
     """The configured server, or an sqlite file beside the runs (MLflow's file store is gone).
 
     Raises:
-        UserError: the uri holds a password, which would end in the run's config; or there is none
-            and the runs are remote.
+        UserError: there is none, and the runs are remote.
     """
     uri = config.tracking.uri
     if uri:
-        if urllib.parse.urlsplit(uri).password:
-            raise UserError(
-                "tracking.uri holds a password, which would be written to the run's config.yaml: "
-                "take it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
         return uri
     if runs.is_local:
         Path(runs.path()).mkdir(parents=True, exist_ok=True)

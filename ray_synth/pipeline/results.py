@@ -51,6 +51,7 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
         "reject_reasons": generation["reject_reasons"],
         "generation": generation["facts"],
         "contexts": results["plan"]["context_sources"],
+        "shortened": results["plan"].get("shortened", {}),
     }
     metrics["seconds"]["total"] = before.get("seconds", {}).get("total", seconds)
     run.folder.write_json("metrics.json", metrics)

@@ -166,7 +166,7 @@ def check_run(
     records.check()
     if records.record("generation") is None:
         check_generator(config.generation)
-        advise(config.generation, config.prompting.negative_prompt)
+        advise(config.generation, config.prompting.negative_prompt, sets.train.class_names)
     if records.record("plan") is None:
         prompt_limit(config)
         class_budgets(config.prompting, sets.train.counts())

@@ -148,19 +148,29 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
         log.info("%d images of %d that were asked for are there", budgets.sum(), num_images)
         num_images = int(budgets.sum())
     sources: Counter[str] = Counter()
+    shortened: Counter[str] = Counter()
+    settings = plan_settings(config)
 
     def tables() -> Iterator[pa.Table]:
         for table in plan_tables(
-            classes, num_images=num_images, budgets=budgets, **plan_settings(config)
+            classes, num_images=num_images, budgets=budgets, shortened=shortened, **settings
         ):
             for item in pc.value_counts(table["context_source"]).to_pylist():
                 sources[item["values"]] += item["counts"]
             yield table
 
     folder.write_tables("plan.parquet", PLAN_SCHEMA, tables())
+    if cut := shortened["meaning"] + shortened["name"]:
+        log.warning(
+            "%d of %d prompts had more than the %d tokens that the text encoder reads: their meaning "
+            "(%d) or name (%d) was shortened; shorter class names, or a generator that reads more, keep "
+            "them whole",
+            cut, sources.total(), settings["max_tokens"], shortened["meaning"], shortened["name"],
+        )  # fmt: skip
     return {
         "num_synthetic": sources.total(),
         "context_sources": dict(sorted(sources.items())),
+        "shortened": dict(sorted(shortened.items())),
         "digest": folder.digest("plan.parquet"),
         "meanings": choices_digest(meanings),
     }

@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 import yaml
 
 from ray_synth.meaning.answers import ARTICLES, FIELDS, parse_scene_phrases, phrase_key
-from ray_synth.meaning.candidates import few_shot_seed, with_article
+from ray_synth.meaning.candidates import few_shot_seed
 from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.names import plain_name
+from ray_synth.prompting.fitting import fit_prompt, subject
 
 PHOTO = "a photo of {subject}"
 PHRASES_AN_ANSWER = 3  # in each worked example
@@ -268,77 +269,15 @@ def _lacking(found: dict[str, dict[str, str]], field: str, num_contexts: int) ->
     return max(0, -(-num_contexts // uses) - len(found[field]))
 
 
-@lru_cache(maxsize=65_536)
-def subject(class_name: str, meaning: str) -> str:
-    """How a prompt names a class: "a crane, a large wading bird".
+def plain_prompt(class_name: str, meaning: str, **limit: Any) -> str:
+    """The subject alone, for the ablation without contexts and styles.
 
-    The paper appends the meaning to the name. Where the meaning already says the name ("the number
-    seven"), the name is not said twice.
+    Args:
+        limit: `count_tokens`, `max_tokens` and `lost` of `fit_prompt`.
     """
-    name = " ".join(class_name.replace("_", " ").split())
-    meaning = " ".join(meaning.split())
-    if not meaning or phrase_key(meaning) == phrase_key(name):
-        return with_article(name)
-    if f" {phrase_key(name)} " in f" {phrase_key(meaning)} ":
-        return meaning
-    return f"{with_article(name)}, {meaning}"
+    return fit_prompt(PHOTO, class_name, meaning, [], **limit)
 
 
-def plain_prompt(
-    class_name: str, meaning: str, *, count_tokens: Callable[[str], int], max_tokens: int
-) -> str:
-    """The subject alone, for the ablation without contexts and styles."""
-    return fit_prompt(
-        PHOTO, class_name, meaning, [], count_tokens=count_tokens, max_tokens=max_tokens
-    )
-
-
-def contextual_prompt(
-    class_name: str,
-    meaning: str,
-    context: Context,
-    *,
-    count_tokens: Callable[[str], int],
-    max_tokens: int,
-) -> str:
+def contextual_prompt(class_name: str, meaning: str, context: Context, **limit: Any) -> str:
     """The subject first, then as much of its context as the text encoder can read."""
-    return fit_prompt(
-        PHOTO,
-        class_name,
-        meaning,
-        context.phrases(),
-        count_tokens=count_tokens,
-        max_tokens=max_tokens,
-    )
-
-
-def fit_prompt(
-    template: str,
-    class_name: str,
-    meaning: str,
-    phrases: Sequence[str],
-    *,
-    count_tokens: Callable[[str], int],
-    max_tokens: int,
-) -> str:
-    """A prompt of at most `max_tokens` tokens, start and end marks included.
-
-    Phrases that do not fit are left out, later ones first to go; then the meaning loses words from
-    its end. The name itself always stays.
-    """
-    named = template.replace("{subject}", subject(class_name, meaning))
-    whole = ", ".join([named, *phrases])
-    if count_tokens(whole) <= max_tokens:  # nearly always, and counting is what takes time
-        return whole
-    words = meaning.split()
-    for end in range(len(words), -1, -1):
-        prompt = template.replace(
-            "{subject}", subject(class_name, " ".join(words[:end]).rstrip(" ,"))
-        )
-        if count_tokens(prompt) <= max_tokens:
-            break
-    for phrase in phrases:
-        longer = f"{prompt}, {phrase}"
-        if count_tokens(longer) <= max_tokens:
-            prompt = longer
-    return prompt
+    return fit_prompt(PHOTO, class_name, meaning, context.phrases(), **limit)

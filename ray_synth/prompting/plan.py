@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,7 @@ def plan_tables(
     max_tokens: int,
     budgets: np.ndarray | None = None,
     table_rows: int = TABLE_ROWS,
+    shortened: Counter[str] | None = None,
 ) -> Iterator[pa.Table]:
     """The plan of exactly `num_images` rows, in tables (schema `PLAN_SCHEMA`) of `table_rows`.
 
@@ -74,8 +76,10 @@ def plan_tables(
         count_tokens: of the generator's text encoder; prompts stay within `max_tokens`.
         budgets: (num_classes,) images of each class, `num_images` in all; None: the same for each.
         table_rows: the last table may have fewer.
+        shortened: counts rows by what their prompt lost (`fit_prompt`), as they are yielded.
     """
     prompts = _Prompts(classes, styles, count_tokens=count_tokens, max_tokens=max_tokens)
+    prompts.shortened = Counter() if shortened is None else shortened
     id_heads = np.empty(num_images, np.uint64)
     done = 0
     turns = _even_turns(len(classes), num_images) if budgets is None else _turns(budgets)
@@ -255,8 +259,9 @@ def _table(
     return pa.table(columns, schema=PLAN_SCHEMA)
 
 
-class _Prompts(dict[int, str]):
-    """Prompts by the number of their class, kind, context and style; written when first asked for.
+class _Prompts(dict[int, tuple[str, str]]):
+    """Prompts, each with what it lost, by the number of their class, kind, context and style; written
+    when first asked for.
 
     The first `PROMPTS_KEPT` are kept: rows come back to them in cycles, and so the first ones are as
     good to keep as the last.
@@ -266,6 +271,7 @@ class _Prompts(dict[int, str]):
         self, classes: Sequence[ClassPrompts], styles: Sequence[Style], **limit: Any
     ) -> None:
         super().__init__()
+        self.shortened: Counter[str] = Counter()
         self._classes, self._styles, self._limit = classes, styles, limit
         most_contexts = max((len(known.contexts) for known in classes), default=0)
         self._shape = (len(classes), len(KINDS), most_contexts + 1, len(styles) + 1)
@@ -275,23 +281,27 @@ class _Prompts(dict[int, str]):
     ) -> list[str]:
         """The prompts of some rows; a context or style of -1 is none."""
         keys = np.ravel_multi_index((position, kind, context + 1, style + 1), self._shape)
-        return [self[key] for key in keys.tolist()]
+        found = [self[key] for key in keys.tolist()]
+        self.shortened.update(lost for _, lost in found if lost)
+        return [prompt for prompt, _ in found]
 
-    def __missing__(self, key: int) -> str:
+    def __missing__(self, key: int) -> tuple[str, str]:
         position, kind, context, style = map(int, np.unravel_index(key, self._shape))
         known = self._classes[position]
         scene = known.contexts[context - 1][0] if context else Context()
-        prompt = self._write(known.class_name, known.meaning, KINDS[kind], scene, style - 1)
+        lost: Counter[str] = Counter()
+        limit = {**self._limit, "lost": lost}
+        name, meaning = known.class_name, known.meaning
+        if KINDS[kind] == "stylized":
+            prompt = stylized_prompt(self._styles[style - 1], name, meaning, scene, **limit)
+        elif KINDS[kind] == "contextual":
+            prompt = contextual_prompt(name, meaning, scene, **limit)
+        else:
+            prompt = plain_prompt(name, meaning, **limit)
+        written = prompt, next(iter(lost), "")
         if len(self) < PROMPTS_KEPT:
-            self[key] = prompt
-        return prompt
-
-    def _write(self, name: str, meaning: str, kind: str, scene: Context, style: int) -> str:
-        if kind == "stylized":
-            return stylized_prompt(self._styles[style], name, meaning, scene, **self._limit)
-        if kind == "contextual":
-            return contextual_prompt(name, meaning, scene, **self._limit)
-        return plain_prompt(name, meaning, **self._limit)
+            self[key] = written
+        return written
 
 
 def sample_id(

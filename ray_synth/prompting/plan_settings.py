@@ -8,7 +8,10 @@ from ray_synth.config import Config
 from ray_synth.errors import UserError
 from ray_synth.generators.registry import fingerprint, prompt_tokens
 from ray_synth.prompting.contexts import Context
+from ray_synth.prompting.fitting import SUBJECT
 from ray_synth.prompting.styles import load_styles
+
+FOR_THE_SUBJECT = 8  # tokens that a style leaves at the least
 
 
 def plan_settings(config: Config) -> dict[str, Any]:
@@ -34,6 +37,13 @@ def prompt_limit(config: Config) -> int:
             f"prompting.negative_prompt is too long: {length} tokens, and the text encoder of "
             f"{config.generation.model!r} reads {limit}; shorten it"
         )
+    for style in load_styles(config.prompting.styles) if config.prompting.styles else ():
+        length = count_tokens(style.template.replace(SUBJECT, ""))
+        if length + FOR_THE_SUBJECT > limit:
+            raise UserError(
+                f"prompting.styles: {style.name!r} alone takes {length} tokens, and the text encoder of "
+                f"{config.generation.model!r} reads {limit}: nothing is left for the subject; shorten it"
+            )
     return limit
 
 

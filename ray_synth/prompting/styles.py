@@ -5,7 +5,6 @@ The list of styles comes in from YAML (60 of them built in); prompts come out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -14,10 +13,9 @@ from typing import Any
 import yaml
 
 from ray_synth.errors import UserError
-from ray_synth.prompting.contexts import Context, fit_prompt
+from ray_synth.prompting.contexts import Context
+from ray_synth.prompting.fitting import SUBJECT, fit_prompt
 from ray_synth.storage.texts import read_text
-
-SUBJECT = "{subject}"
 
 
 @dataclass(frozen=True)
@@ -76,24 +74,14 @@ def _style(entry: Any, where: str) -> Style:
 
 
 def stylized_prompt(
-    style: Style,
-    class_name: str,
-    meaning: str,
-    context: Context | None = None,
-    *,
-    count_tokens: Callable[[str], int],
-    max_tokens: int,
+    style: Style, class_name: str, meaning: str, context: Context | None = None, **limit: Any
 ) -> str:
     """The subject in a style, then as much of its context as the text encoder can read.
 
     The camera angle is left out: a painting has none.
+
+    Args:
+        limit: `count_tokens`, `max_tokens` and `lost` of `fit_prompt`.
     """
     scene = replace(context, camera_angle="") if context else Context()
-    return fit_prompt(
-        style.template,
-        class_name,
-        meaning,
-        scene.phrases(),
-        count_tokens=count_tokens,
-        max_tokens=max_tokens,
-    )
+    return fit_prompt(style.template, class_name, meaning, scene.phrases(), **limit)

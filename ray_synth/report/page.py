@@ -374,6 +374,7 @@ def set_aside(metrics: dict[str, Any], arms: dict[str, Any]) -> dict[str, Any]:
         "rejected": metrics.get("rejected"),
         "reasons": metrics.get("reject_reasons") or {},
         "contexts": metrics.get("contexts") or {},
+        "shortened": metrics.get("shortened") or {},
     }
 
 

@@ -4,11 +4,14 @@ import errno
 import io
 import json
 import logging
+import os
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import ray
+import torch
 from ray.exceptions import RayTaskError
 
 from ray_synth.cli import command
@@ -210,3 +213,33 @@ def test_a_bug_is_a_line_of_json_where_asked(monkeypatch, capsys):
     assert (code, errors) == (1, "")
     assert line["level"] == "error" and line["message"].startswith("this is a bug in ray-synth")
     assert "in zip_bug" in line["error"]
+
+
+def denied():
+    raise PermissionError(errno.EACCES, "Permission denied", "/data/cats")
+
+
+@pytest.mark.parametrize(
+    ("work", "says"),
+    [
+        (denied, "/data/cats: permission denied"),
+        (lambda: os.mkdir("/tmp/" + "x" * 5000), "too long for the file system"),
+        (lambda: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")), "ulimit -n"),
+        (lambda: (_ for _ in ()).throw(MemoryError()), "memory ran out"),
+        (lambda: (_ for _ in ()).throw(ray.exceptions.OutOfMemoryError("killed")), "of a node"),
+        (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")), "of a GPU"),
+    ],
+)
+def test_what_the_machine_lacks_is_said_with_the_files_name(work, says):
+    assert says in explain(caught(work))
+
+
+def test_it_is_said_as_well_where_a_worker_met_it():
+    error = caught(denied)
+    passed_on = RayTaskError("task", f"PermissionError: {error}", error).as_instanceof_cause()
+    assert "/data/cats" in explain(passed_on)
+    assert "permission denied" in explain(passed_on)
+
+
+def test_a_file_that_is_missing_may_be_a_bug():
+    assert explain(caught(Path("/nowhere/at/all").read_bytes)) is None

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 from ray_synth.cli import doctor
 from ray_synth.cli.command import app
 from ray_synth.cli.setup import write_config
-from ray_synth.config import load_config
+from ray_synth.config import GenerationConfig, load_config
 from ray_synth.errors import UserError
+from ray_synth.generators.registry import advise
 from ray_synth.pipeline import runner
 from ray_synth.pipeline.run import open_run
 
@@ -61,6 +62,30 @@ def test_init_wants_test_images_and_never_overwrites(image_folder, split_folder,
         write_config(split_folder, tmp_path / "a.yaml")
     with pytest.raises(ValueError, match="no such folder"):
         write_config(tmp_path / "none", tmp_path / "b.yaml")
+
+
+def test_init_on_photographs_without_a_gpu_says_what_to_take_instead(split_folder, tmp_path):
+    out = tmp_path / "my.yaml"
+    result = CliRunner().invoke(app, ["init", "--images", str(split_folder), "--out", str(out)])
+    assert "(5 of each class)" in result.output
+    text = " ".join(result.output.split())
+    assert "embedded models know digits and little else: their images of 'cat', 'dog' will" in text
+    assert "generation.generator: endpoint" in text
+    assert "stable-diffusion-v1-5" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "warned"),
+    [(("six", "seven"), False), (("0", "digit_9", "the number 7"), False), (("cat", "7"), True)],
+)
+def test_a_run_says_before_anything_that_the_embedded_models_do_not_know_a_class(
+    names, warned, caplog
+):
+    with caplog.at_level("WARNING", "ray_synth"):
+        advise(GenerationConfig(), "", names)
+        advise(GenerationConfig(generator="glyphs", model="x"), "", ("cat",))
+    assert ("know digits and little else" in caplog.text) is warned
+    assert caplog.text.count("Nothing has been spent yet") == warned
 
 
 def test_doctor_says_what_there_is_and_what_does_not_fit(local_ray):

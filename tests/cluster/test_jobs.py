@@ -50,6 +50,15 @@ def test_arguments_are_quoted_for_the_shell():
     assert command.endswith("run --set 'prompting.mix={plain: 1}; rm -rf x'")
 
 
+@pytest.mark.parametrize(
+    "word", ["s3://KEY:hush@bucket/run", "meaning.llm.base_url=https://host/v1?api_key=hush"]
+)
+def test_a_secret_in_an_argument_is_refused_as_the_dashboard_shows_it(word):
+    with pytest.raises(ValueError, match="pass that on with --env NAME") as error:
+        submit.entrypoint("report", ["--run", word])
+    assert "hush" not in str(error.value)
+
+
 def test_variables_are_passed_by_name_alone(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert submit.passed_on(["HF_TOKEN"]) == {"HF_TOKEN": "hf_secret"}
@@ -65,7 +74,7 @@ def test_variables_are_passed_by_name_alone(monkeypatch):
 
 def test_a_refusal_hides_the_users_variables():
     error = RuntimeError("Request failed:\nValueError: bad runtime_env {'HF_TOKEN': 'hf_secret'}\n")
-    assert submit._refusal(error, {"HF_TOKEN": "hf_secret"}).endswith("{'HF_TOKEN': '<HF_TOKEN>'}")
+    assert submit._refusal(error, {"HF_TOKEN": "hf_secret"}).endswith("{'HF_TOKEN': '***'}")
 
 
 def test_another_minor_version_of_ray_is_refused():

@@ -15,11 +15,21 @@ from ray_synth.config import load_config
 
 TIMED = ("data", "meaning", "plan", "quality", "generation", "training", "evaluation", "total")
 
+SECRETS = {
+    "OPENAI_API_KEY": "sk-planted-hush-1",
+    "MLFLOW_TRACKING_PASSWORD": "planted-hush-2",
+    "AWS_SECRET_ACCESS_KEY": "planted-hush/3",
+    "MY_SERVER": "https://me:planted-hush-4@host/v1?sig=planted-hush-5",
+}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    result = run(command("run", runs, *SMALL))
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in SECRETS.items():
+            environment.setenv(name, value)
+        result = run(command("run", runs, *SMALL))
     assert result.returncode == 0, result.stderr[-4000:]
     return runs / "quickstart", result
 
@@ -31,6 +41,19 @@ def test_a_run_prints_its_table_and_where_to_look(finished):
     assert "mlflow ui --backend-store-uri" in result.stdout
     for stage in TIMED:
         assert stage in result.stdout
+
+
+def test_no_file_of_a_run_holds_a_secret_of_its_environment(finished):
+    """Its config, records, logs and pages, and MLflow's data base and artifacts beside it."""
+    folder, result = finished
+    files = [path for path in folder.parent.rglob("*") if path.is_file()]
+    assert {"config.yaml", "metrics.json", "mlflow.db", "index.html"} <= {
+        path.name for path in files
+    }
+    assert any(path.parent.name == "logs" for path in files)
+    for path in files:
+        assert b"planted-hush" not in path.read_bytes(), path
+    assert "planted-hush" not in result.stdout + result.stderr
 
 
 def test_metrics_hold_what_is_promised(finished):

@@ -147,6 +147,7 @@ REFUSALS = {
     "it is of another architecture": RECIPE,
     "temporary file in": ON_ITS_NODE,
     "(error)": RESULT,  # the loss was not finite
+    "nothing is left for the subject": PLAN,
     "leaves no image to make": BUDGETS,
     "which is no class": BUDGETS,
     # evaluation and report

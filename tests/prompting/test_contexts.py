@@ -18,9 +18,9 @@ from ray_synth.prompting.contexts import (
     contextual_prompt,
     load_pool,
     plain_prompt,
-    subject,
     write_contexts,
 )
+from ray_synth.prompting.fitting import subject
 
 GOOD = {
     "Foreground": ["beside a cup; next to a lamp; behind a vase", "among flowers; under a tree"],

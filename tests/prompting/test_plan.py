@@ -225,3 +225,16 @@ def test_prompts_stay_within_the_text_encoders_reach_and_keep_the_meaning(limit)
     for row in plan(2, 60, limit=limit).to_pylist():
         assert len(row["prompt"].split()) + 2 <= limit or row["kind"] == "stylized"
         assert "thing" in row["prompt"] or limit < 10
+
+
+def test_rows_are_counted_by_what_their_prompt_lost():
+    known = classes(3)
+    known[0] = replace(known[0], meaning="very " * 40 + "long")
+    known[1] = replace(known[1], class_name="name " * 40)
+    shortened = Counter()
+    settings = arguments(30, mix={"plain": 1.0}, limit=20)
+    tables = list(plan_tables(known, table_rows=7, shortened=shortened, **settings))
+    assert shortened == {"meaning": 10, "name": 10}
+    assert all(
+        len(text.split()) + 2 <= 20 for table in tables for text in table["prompt"].to_pylist()
+    )
