@@ -168,8 +168,8 @@ class SourceConfig(Section):
     format: Literal[
         "digits", "uci_digits", "imagefolder", "parquet", "webdataset", "huggingface"
     ] = result()
-    path: str | None = result(None, description="folder, URI, glob, or Hugging Face dataset id")
-    image_list: str | None = result(
+    path: Place | None = result(None, description="folder, URI, glob, or Hugging Face dataset id")
+    image_list: Place | None = result(
         None,
         description="imagefolder: a text file with a line `path label` for each image, paths below "
         "`path`; default: all images, by their folders",
@@ -755,7 +755,7 @@ class Config(Section):
     """One run, from class names to a report."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = how()
-    runs_dir: str = how("runs", description="path or URI (s3://, gs://, abfs://, ...)")
+    runs_dir: Place = how("runs", description="path or URI (s3://, gs://, abfs://, ...)")
     seed: Annotated[int, Field(ge=0)] = result(0)
     data: DataConfig = result()
     meaning: MeaningConfig = result(MeaningConfig())

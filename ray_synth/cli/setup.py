@@ -51,7 +51,7 @@ def write_config(
     counts = index.counts()
     sizes = _sizes(index)
     side = int(np.median([min(size) for size in sizes])) if sizes else 224
-    found = {
+    found: dict[str, Any] = {
         "train": str(train),
         "test": str(test),
         "counts": counts,
@@ -184,8 +184,8 @@ def describe(found: dict[str, Any], out: Path) -> str:
             f" ({each}), "
             f"{found['num_test']} test images in {found['test']}; about {found['median_side']} pixels",
             *(f"warning: {line}" for line in found["left_out"]),
+            *([f"warning: this machine has no GPU, so {unfit}"] if unfit else []),
             f"wrote {out}; look it over, then: ray-synth doctor --config {_in_shell(out)} && "
             f"ray-synth run --config {_in_shell(out)}",
-            *([f"warning: this machine has no GPU, so {unfit}"] if unfit else []),
         ]
     )

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 log = logging.getLogger("ray_synth")
 STILL_S = 60.0  # without a moment of CPU time, its processes hang
@@ -97,10 +96,12 @@ def quiet_terminal() -> Iterator[None]:
     passes the other lines on, so that the last words of a crash are not lost.
     """
     grep = shutil.which("grep")
-    if grep is None or sys.stderr is not sys.__stderr__ or sys.stderr.fileno() != 2:
+    stderr = sys.stderr
+    own = stderr is not None and stderr is sys.__stderr__ and stderr.fileno() == 2
+    if grep is None or not own:
         yield  # a notebook's or a test's own
         return
-    sys.stderr.flush()
+    stderr.flush()
     terminal = os.dup(2)
     direct = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     beside = subprocess.Popen(

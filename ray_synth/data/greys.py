@@ -38,7 +38,8 @@ class Greys(NamedTuple):
 
 def greys_of(image: Image.Image) -> Greys | None:
     """Of a picture that is opened and not loaded yet; None for colour, masks and palettes."""
-    given = image.tile[0].args if image.tile else None
+    tile: Any = getattr(image, "tile", None)  # of a file's image alone
+    given = tile[0].args if tile else None
     parts = given if isinstance(given, tuple) else (given,)
     raw = str(parts[0])
     top = 255 if image.mode == "L" else 65535

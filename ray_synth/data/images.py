@@ -59,7 +59,7 @@ def decode_image(
         image = _open(marked.data, max_pixels)
         greys = greys_of(image)
         value_range = value_range or marked.value_range
-        if value_range and greys is None and ";16" in str(image.tile):
+        if value_range and greys is None and ";16" in str(getattr(image, "tile", "")):
             raise UserError(
                 "colour of 16 bits is read by its type: value_range is for greys; convert it to 8 bits"
             )

@@ -134,7 +134,7 @@ def list_shards(source: SourceConfig) -> Found:
         return _list_shards(source)
 
 
-def _list_shards(source: SourceConfig) -> list[Shard]:
+def _list_shards(source: SourceConfig) -> Found:
     match source.format:
         case "digits" | "uci_digits":
             _, labels = load_digits(source.format, source.split)

@@ -48,6 +48,7 @@ def find_splits(images: Path) -> Splits:
     if train is None and test is None:
         return Splits(images, None, [])
     if train is None:
+        assert test is not None
         raise UserError(
             f"{images} has {test.name}/ but no train/ beside it: put the other class folders in "
             f"{images}/train"

@@ -56,7 +56,7 @@ def plain_name(name: str) -> str:
         text = FORMAT_MARKS.sub(" ", text)
     if len(text) > MOST_CHARACTERS:
         text = text[:MOST_CHARACTERS].rsplit(" ", 1)[0]
-    return text if any(c.isalnum() for c in text) else "unnamed"
+    return text if text.strip() else "unnamed"
 
 
 __all__ = ["MOST_CHARACTERS", "one_plain_line", "plain_name"]

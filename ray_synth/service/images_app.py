@@ -103,8 +103,8 @@ def images_api(config: GenerationConfig, paint: Paint, *, timeout_s: float = 300
             if not data:
                 code = "content_policy_violation" if "safety checker" in reason else "no_image"
                 raise Refused(400, reason, code=code)
-        data = [{"b64_json": base64.b64encode(image).decode()} for image, _ in made]
-        return {"created": int(time.time()), "data": data, "seed": first}
+        found = [{"b64_json": base64.b64encode(image).decode()} for image, _ in made]
+        return {"created": int(time.time()), "data": found, "seed": first}
 
     @api.get("/v1/models", dependencies=[Depends(_check_token)])
     async def models() -> dict[str, Any]:

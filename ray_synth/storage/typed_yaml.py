@@ -196,7 +196,7 @@ def problems(
 
     pydantic tries each kind, and puts its name into the place of what is wrong with it.
     """
-    found: dict[tuple[Any, ...], list[tuple[list[Any], str, dict[str, Any]]]] = {}
+    found: dict[tuple[Any, ...], list[tuple[list[Any], str, Any]]] = {}
     for problem in error.errors():
         place, several, hint = _place(problem["loc"], model)
         key = ("one of", *several) if several is not None else (len(found),)
