@@ -50,7 +50,7 @@ def write_config(
     counts = index.counts()
     sizes = _sizes(index)
     side = int(np.median([min(size) for size in sizes])) if sizes else 224
-    found = {
+    found: dict[str, Any] = {
         "train": str(train),
         "test": str(test),
         "counts": counts,
