@@ -22,7 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticUndefined
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.storage.secrets import holds_secret, redact, refuse_in_setting
@@ -976,9 +976,7 @@ def _first_part(node: dict[str, Any], key: str) -> str:
     return max(there, key=len, default=key.partition(".")[0])
 
 
-def _explain(
-    location: list[Any], hint: str, problem: dict[str, Any], model: type[BaseModel]
-) -> str:
+def _explain(location: list[Any], hint: str, problem: ErrorDetails, model: type[BaseModel]) -> str:
     dotted = ".".join(map(str, location))
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")

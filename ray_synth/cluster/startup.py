@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 log = logging.getLogger("ray_synth")
 STILL_S = 60.0  # without a moment of CPU time, its processes hang
@@ -97,8 +98,7 @@ def quiet_terminal() -> Iterator[None]:
     """
     grep = shutil.which("grep")
     stderr = sys.stderr
-    own = stderr is not None and stderr is sys.__stderr__ and stderr.fileno() == 2
-    if grep is None or not own:
+    if grep is None or stderr is None or stderr is not sys.__stderr__ or stderr.fileno() != 2:
         yield  # a notebook's or a test's own
         return
     stderr.flush()

@@ -45,10 +45,9 @@ def find_splits(images: Path) -> Splits:
     splits = {name: images / name for name in folders if _holds_classes(images / name)}
     train, test = _chosen(splits, TRAIN_NAMES), _chosen(splits, TEST_NAMES)
     others = sorted(set(folders) - {folder.name for folder in (train, test) if folder})
-    if train is None and test is None:
-        return Splits(images, None, [])
     if train is None:
-        assert test is not None
+        if test is None:
+            return Splits(images, None, [])
         raise UserError(
             f"{images} has {test.name}/ but no train/ beside it: put the other class folders in "
             f"{images}/train"

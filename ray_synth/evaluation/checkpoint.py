@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from ray_synth.config import Config
 from ray_synth.data.class_names import read_class_names
-from ray_synth.data.dataset import load_index, load_tests
+from ray_synth.data.dataset import load_index, load_tests, setting_of
 from ray_synth.errors import UserError
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.texts import read_json
+
+log = logging.getLogger("ray_synth")
 
 
 def evaluate_checkpoint(
@@ -61,6 +64,9 @@ def evaluate_checkpoint(
     if checkpoint is not None:
         folder.write_bytes(f"models/{name}.main.safetensors", checkpoint.read_bytes())
     tests = load_tests(config.data, names, config.seed, numbering=numbering)
+    for key, index in tests.items():
+        for line in index.left_out.told(setting_of(key), names):
+            log.warning("%s", line)
     with connect(config.cluster):
         found, corrupt = evaluate(
             tests,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ray_synth.errors import UserError
 
@@ -191,12 +192,12 @@ def _is_section(annotation: Any) -> bool:
 
 def problems(
     error: ValidationError, model: type[BaseModel]
-) -> list[tuple[list[Any], str, dict[str, Any]]]:
+) -> list[tuple[list[Any], str, ErrorDetails]]:
     """(place, what may be there, problem) of each; of a setting of several kinds, what fits best.
 
     pydantic tries each kind, and puts its name into the place of what is wrong with it.
     """
-    found: dict[tuple[Any, ...], list[tuple[list[Any], str, Any]]] = {}
+    found: dict[tuple[Any, ...], list[tuple[list[Any], str, ErrorDetails]]] = {}
     for problem in error.errors():
         place, several, hint = _place(problem["loc"], model)
         key = ("one of", *several) if several is not None else (len(found),)

@@ -26,10 +26,10 @@ def parquet(tmp_path, labels, names=None, name="a", **columns):
         {"image": [encoded(i) for i in range(len(labels))], "label": labels, **columns}
     )
     if names:
-        features = {"label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata(
-            {"huggingface": json.dumps({"info": {"features": features}})}
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
         )
+        table = table.replace_schema_metadata(features.arrow_schema.metadata)  # as exports write it
     pq.write_table(table, tmp_path / f"{name}.parquet")
     return SourceConfig(format="parquet", path=str(tmp_path / f"{name}.parquet"))
 
