@@ -97,8 +97,8 @@ def quiet_terminal() -> Iterator[None]:
     passes the other lines on, so that the last words of a crash are not lost.
     """
     grep = shutil.which("grep")
-    stderr = sys.stderr
-    if grep is None or stderr is None or stderr is not sys.__stderr__ or stderr.fileno() != 2:
+    stderr = sys.__stderr__
+    if grep is None or stderr is None or sys.stderr is not stderr or stderr.fileno() != 2:
         yield  # a notebook's or a test's own
         return
     stderr.flush()
