@@ -202,7 +202,7 @@ def require_results(
         if name not in tested:
             raise UserError(
                 f"test set {name!r} has no results: not one of its images can be used (such as "
-                f"{shortened(corrupt, 3)}). What was trained is kept: mend the set, and run the same "
+                f"{shortened(corrupt, 3)}). What was trained is kept: fix the set, and run the same "
                 "command again"
             )
 

@@ -26,7 +26,7 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
     if not evaluation["results"]:
         raise UserError(
             f"{run.folder.address()}: the evaluation has no results, since not one test image could be "
-            "used: mend data.test and test again with --force-stage evaluation"
+            "used: fix data.test and test again with --force-stage evaluation"
         )
     arms = results["training"].get("seconds", {})
     add_shots(evaluation["results"], results["data"]["counts"])
