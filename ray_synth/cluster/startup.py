@@ -127,5 +127,8 @@ def _point(old: Any, new: Any) -> None:
     """Have the handlers of all loggers that write to a stream write to another."""
     for logger in [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]:
         for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
-            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+            follows = isinstance(
+                getattr(type(handler), "stream", None), property
+            )  # sys.stderr itself
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old and not follows:
                 handler.setStream(new)
