@@ -97,9 +97,11 @@ def quiet_terminal() -> Iterator[None]:
     passes the other lines on, so that the last words of a crash are not lost.
     """
     grep = shutil.which("grep")
-    if grep is None or sys.stderr is not sys.__stderr__ or sys.stderr.fileno() != 2:
+    own = sys.stderr is not None and sys.stderr is sys.__stderr__ and sys.stderr.fileno() == 2
+    if grep is None or not own:
         yield  # a notebook's or a test's own
         return
+    assert sys.stderr is not None
     sys.stderr.flush()
     terminal = os.dup(2)
     direct = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
