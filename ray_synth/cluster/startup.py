@@ -97,11 +97,12 @@ def quiet_terminal() -> Iterator[None]:
     passes the other lines on, so that the last words of a crash are not lost.
     """
     grep = shutil.which("grep")
-    stderr = sys.__stderr__
-    if grep is None or stderr is None or sys.stderr is not stderr or stderr.fileno() != 2:
+    own = sys.stderr is not None and sys.stderr is sys.__stderr__ and sys.stderr.fileno() == 2
+    if grep is None or not own:
         yield  # a notebook's or a test's own
         return
-    stderr.flush()
+    assert sys.stderr is not None
+    sys.stderr.flush()
     terminal = os.dup(2)
     direct = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     beside = subprocess.Popen(
@@ -128,5 +129,8 @@ def _point(old: Any, new: Any) -> None:
     """Have the handlers of all loggers that write to a stream write to another."""
     for logger in [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]:
         for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
-            if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+            follows = isinstance(
+                getattr(type(handler), "stream", None), property
+            )  # sys.stderr itself
+            if isinstance(handler, logging.StreamHandler) and handler.stream is old and not follows:
                 handler.setStream(new)

@@ -32,6 +32,7 @@ from ray_synth.errors import UserError
 from ray_synth.generators.protocol import generate_all, plugin_size
 from ray_synth.generators.registry import filled, generator_class
 from ray_synth.service.full_batches import FullBatches
+from ray_synth.storage.secrets import redact
 
 TOKEN_VARIABLE = "RAY_SYNTH_SERVE_TOKEN"
 MOST_WAITING = 512  # requests; beyond: 503, come again
@@ -147,7 +148,7 @@ def _install_handlers(api: FastAPI) -> None:
         status: int, message: str, param: str | None = None, code: str | None = None
     ) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
-        error = {"message": message, "type": kind, "param": param, "code": code}
+        error = {"message": redact(message), "type": kind, "param": param, "code": code}
         return JSONResponse({"error": error}, status)
 
     @api.exception_handler(Refused)

@@ -125,6 +125,7 @@ def test_a_real_ray_that_takes_longer_than_its_own_limit_starts(monkeypatch):
 SPOKEN = """
 import logging, os, sys
 logging.basicConfig()
+logging.getLogger("other").addHandler(logging._StderrHandler())
 from ray_synth.cluster.startup import quiet_terminal
 head = "[2026-01-02 03:04:05,678 E 12 34] "
 with quiet_terminal():
