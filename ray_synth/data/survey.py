@@ -26,7 +26,7 @@ class Seen(NamedTuple):
     """Deep greys among the images that were looked at: their kind, how many, and their values."""
 
     greys: Greys
-    count: int
+    images: int
     least: float
     most: float
 
@@ -73,7 +73,7 @@ def _few(index: Index) -> Iterator[bytes]:
 
 def _tell(origin: str, seen: Seen, given: ValueRange | None, *, alone: bool) -> None:
     kind, own = seen.greys.kind, seen.greys.own_range
-    holds = f"{seen.count} of them hold values from {seen.least:g} to {seen.most:g}"
+    holds = f"{seen.images} of them hold values from {seen.least:g} to {seen.most:g}"
     if given is not None:
         _say(
             f"{origin}: {kind}: {given[0]:g} is black and {given[1]:g} white, by value_range; {holds}"
