@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ray_synth.data.marks import ValueRange
 from ray_synth.errors import UserError
@@ -36,7 +36,7 @@ class Greys(NamedTuple):
     unsigned: bool = False
 
 
-def greys_of(image: Image.Image) -> Greys | None:
+def greys_of(image: ImageFile.ImageFile) -> Greys | None:
     """Of a picture that is opened and not loaded yet; None for colour, masks and palettes."""
     tile: Any = getattr(image, "tile", None)  # of a file's image alone
     given = tile[0].args if tile else None

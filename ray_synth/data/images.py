@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ray_synth.data.greys import Greys, greys_of, to_eight_bits, values_of
 from ray_synth.data.marks import Marked, ValueRange, unmarked
@@ -56,16 +56,17 @@ def decode_image(
     """
     with _refusing():
         marked = _unmarked(data)
-        image = _open(marked.data, max_pixels)
-        greys = greys_of(image)
+        opened = _open(marked.data, max_pixels)
+        greys = greys_of(opened)
         value_range = value_range or marked.value_range
-        if value_range and greys is None and ";16" in str(getattr(image, "tile", "")):
+        if value_range and greys is None and ";16" in str(opened.tile):
             raise UserError(
                 "colour of 16 bits is read by its type: value_range is for greys; convert it to 8 bits"
             )
         if enough:
-            image.draft(None, (enough, enough))  # JPEG alone
-        image.seek(0)
+            opened.draft(None, (enough, enough))  # JPEG alone
+        opened.seek(0)
+        image: Image.Image = opened
         ImageOps.exif_transpose(image, in_place=True)
         if greys and (value_range or image.mode != "L"):
             image = to_eight_bits(image, greys, value_range)
@@ -140,7 +141,7 @@ def _unmarked(data: bytes) -> Marked:
     return marked
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """The header alone."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     width, height = image.size
