@@ -97,12 +97,11 @@ def quiet_terminal() -> Iterator[None]:
     passes the other lines on, so that the last words of a crash are not lost.
     """
     grep = shutil.which("grep")
-    own = sys.stderr is not None and sys.stderr is sys.__stderr__ and sys.stderr.fileno() == 2
-    if grep is None or not own:
+    stderr = sys.__stderr__
+    if grep is None or stderr is None or sys.stderr is not stderr or stderr.fileno() != 2:
         yield  # a notebook's or a test's own
         return
-    assert sys.stderr is not None
-    sys.stderr.flush()
+    stderr.flush()
     terminal = os.dup(2)
     direct = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     beside = subprocess.Popen(
