@@ -106,6 +106,30 @@ def _stage_table(metrics: dict[str, Any]) -> Any:
     return table
 
 
+def preview(
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="default: 2 per class and kind, 240 at most")
+    ] = None,
+    force_stage: Force = None,
+) -> None:
+    """Draw the first images of a run, and say what the whole would take, on one page."""
+    from ray_synth.pipeline.preview import preview as look
+
+    settings = load_config(config, overrides)
+    with stoppable():
+        found = look(settings, images=images, force_stage=force_stage)
+    kind = "GPU" if found["gpu_hours"] else "CPU"
+    typer.echo(
+        f"{found['images']} of {found['planned']:,} planned images, {found['passed']} passed the "
+        f"checks; the whole: {found['hours']:.2f} hours of generation, "
+        f"{found[f'{kind.lower()}_hours']:.2f} {kind}-hours"
+        + (f", cost {found['cost']:.2f}" if found["cost"] else "")
+    )
+    typer.echo(f"page:    {found['page']}")
+
+
 def import_(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="images made elsewhere")],
     config: ConfigPath,
@@ -215,6 +239,7 @@ def register(app: typer.Typer) -> None:
     for name, stage in SHORTER.items():
         said = stage_of(stage).says
         app.command(name, help=f"{said[0].upper()}{said[1:]}, and stop.")(_shorter(stage))
+    app.command()(preview)
     app.command("import")(import_)
     for verb in (evaluate, report, study):
         app.command()(verb)

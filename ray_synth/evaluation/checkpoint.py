@@ -55,10 +55,9 @@ def evaluate_checkpoint(
     if names is None:
         train = load_index(config.data.train)
         names, numbering = train.class_names, train.numbering
+    # It names files, which are neither hidden nor too long.
     name = re.sub(r"[^A-Za-z0-9._-]", "-", name or (checkpoint.stem if checkpoint else model))
-    name = (
-        name[:100].lstrip(".") or "model"
-    )  # it names files, which are neither hidden nor too long
+    name = name[:100].lstrip(".") or "model"
     card = _card(model, names, checkpoint, pretrained)
     folder.write_json(f"models/{name}.json", card)
     if checkpoint is not None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PAGE = "report/index.html"
+PREVIEW = "preview.json"
 ARMS = {"real_only": "Real only", "recipe": "Published recipe", "mixed": "Mixed"}
 MAIN_BN = ("", "main BN")  # how rows of comparison_rows name it
 CLASSES_SHOWN = (
@@ -133,6 +134,7 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "total_seconds": (metrics.get("seconds") or {}).get("total"),
         "aside": set_aside(metrics, arms),
         "generation": generation_facts(metrics),
+        "preview": None if metrics else _json(folder, PREVIEW),
         "acceptance": acceptance(folder),
         "refused": refused(folder),
         "facts": [

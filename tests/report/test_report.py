@@ -598,3 +598,18 @@ def test_the_least_accepted_come_first():
     found = {"style": {"a": [9, 10], "b": [1, 10], "c": [5, 10]}}
     assert least_accepted(found, "style", 2) == [("b", 1, 10), ("c", 5, 10)]
     assert least_accepted({}, "style", 2) == []
+
+
+def test_a_preview_says_what_the_whole_would_take(judged):
+    judged.delete("metrics.json")
+    found = {"images": 12, "passed": 9, "planned": 1200, "seconds_per_image": 0.5, "hours": 0.17,
+             "gpu_hours": 0.0, "cpu_hours": 0.17, "cost": 0.0}  # fmt: skip
+    judged.write_json("preview.json", found)
+    write_report(judged)
+    page = read_page(judged)
+    assert "preview" in page.ids and "headline" not in page.ids
+    assert "first 12 of 1,200 planned images, of which 9 passed" in page.text
+    assert "CPU-hours of generation" in page.text
+    judged.write_json("metrics.json", metrics())
+    write_report(judged)
+    assert "preview" not in read_page(judged).ids
