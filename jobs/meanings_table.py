@@ -20,7 +20,7 @@ class Verdict:
         choice: the chosen meaning.
         right: whether it is the one shown or spoken of.
         confidence, ambiguous: as `rank_meanings` gives them.
-        num_senses: given senses, one of them right.
+        num_senses: given senses for each that is right.
         source: who gave the choice: "user", "llm", or "name" for the bare class name.
     """
 
@@ -29,7 +29,7 @@ class Verdict:
     right: bool
     confidence: float
     ambiguous: bool
-    num_senses: int
+    num_senses: float
     source: str
 
 

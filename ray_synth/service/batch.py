@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from fastapi import HTTPException
 
+from ray_synth.meaning.background import Background
 from ray_synth.meaning.candidates import siblings_context
 from ray_synth.service.limits import read_images
 from ray_synth.service.messages import Answer, BatchBody, ClassQuestion, Line
@@ -51,7 +52,7 @@ async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str
             seed=body.seed,
             meanings=question.meanings,
             context=body.context or siblings,
-            reference_features=np.concatenate(known) if known else None,
+            others=Background.of(np.concatenate(known)) if known else None,
         )
         async with gate:
             found = await _guarded(question, work, resolver)
