@@ -26,6 +26,7 @@ async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str
     """
     names = [question.class_name for question in body.classes]
     features: dict[str, np.ndarray | None] = {}
+    whole: list[Background] = []  # one, of all images, once there are any
     gate = asyncio.Semaphore(CLASSES_AT_ONCE)
 
     async def see(question: ClassQuestion) -> Line | bool:
@@ -38,12 +39,13 @@ async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str
         if isinstance(found, Line):
             return found
         features[question.class_name] = found
+        if found is not None:
+            whole[:] = [sum(whole, Background.of(found))]
         return True
 
     async def ask(question: ClassQuestion) -> Line:
         own = features[question.class_name]
-        others = [rows for name, rows in features.items() if name != question.class_name]
-        known = [rows for rows in others if rows is not None]
+        others = whole[0] if whole else None
         siblings = siblings_context(question.class_name, names) if own is None else None
         work = resolver.resolve(
             question.class_name,
@@ -52,7 +54,7 @@ async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str
             seed=body.seed,
             meanings=question.meanings,
             context=body.context or siblings,
-            others=Background.of(np.concatenate(known)) if known else None,
+            others=others.without(own) if others and own is not None else others,
         )
         async with gate:
             found = await _guarded(question, work, resolver)

@@ -57,6 +57,7 @@ class Resolver:
         self.senses = lexicon.candidates if lexicon else None
         self.metrics = Metrics()
         self.clip_facts: dict[str, Any] = {}
+        self.shipped: Background | None = None
 
     async def complete(self, prompt: FewShot, seed: int, **options: Any) -> str:
         """One answer of the LLM deployment."""
@@ -100,8 +101,8 @@ class Resolver:
             others: sums over the other classes' images, where they are known.
         """
         if not self.clip_facts:
-            self.clip_facts = await _ask(self.clip.describe)
             self.shipped = await _ask(self.clip.background)
+            self.clip_facts = await _ask(self.clip.describe)  # last: it says that both are there
         features = await self.embed_images(images) if isinstance(images, list) else images
         entry = await resolve_meaning(
             class_name,

@@ -223,16 +223,6 @@ def test_digits_are_recognised_by_five_images(
     assert not any(v.right for v in swapped[:40])
 
 
-def test_the_fitted_temperature_is_the_packed_one(
-    clip: ClipModel, digits: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(meanings, "FIT_DRAWS", 1000)
-    found = meanings.fit_temperature(clip, digits.fit)
-    assert found["temperature"] == pytest.approx(clip.temperature, rel=0.3)
-    assert found["nll"] <= found["nll_before"] + 1e-4
-    assert set(found["alone"]) == {1, 5}
-
-
 def test_contexts_decide_without_an_image(clip: ClipModel, embedded_llm: TransformersLLM) -> None:
     some = QUESTIONS.contexts[:2]
     found = meanings.ask_contexts(MeaningModels(embedded_llm, clip), some)
