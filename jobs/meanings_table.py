@@ -34,9 +34,15 @@ class Verdict:
 
 
 def summary(found: dict[str, list[Verdict]]) -> dict[str, dict[str, Any]]:
-    """Figures of each test, and of all that had only given senses to choose from."""
+    """Figures of each test, of all pictures, and of all that had only given senses."""
     given = [v for name, verdicts in found.items() if "LLM" not in name for v in verdicts]
-    return {name: totals(v) for name, v in {**found, "all with given senses": given}.items()}
+    shown = [v for name, some in found.items() if _of_pictures(name) for v in some]
+    whole = {"all pictures": shown, "all with given senses": given}
+    return {name: totals(v) for name, v in {**found, **whole}.items() if v}
+
+
+def _of_pictures(test: str) -> bool:
+    return "LLM" not in test and not test.startswith(("digits", "contexts"))
 
 
 def totals(verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Background:
             texts: (n, dim).
         """
         means = texts @ self.total / self.count
-        second = np.einsum("ni,ij,nj->n", texts, self.squares / self.count, texts)
+        second = (texts @ self.squares * texts).sum(axis=1) / self.count
         return means, np.sqrt((second - means**2).clip(LEAST_SPREAD**2))
 
     def save(self, path: Path) -> None:

@@ -107,6 +107,8 @@ def _deviations(
     if background is None:
         return by_image / COSINE_SPREAD
     means, spreads = background.of_texts(texts.astype(np.float64))
+    # halfway to that of all candidates: a text that is far from everything varies little
+    spreads = np.sqrt(spreads * spreads.mean())
     return (by_image - means[:, None]) / spreads[:, None]
 
 
