@@ -76,8 +76,8 @@ async def resolve_meaning(
         image_features: (num_images, dim) unit rows: the class's N real images.
         num_meanings: K, how many phrases the LLM must give at least; every distinct one is ranked.
             0 asks it for none: the caller's and the lexicon's are ranked.
-        retries: further rounds of asking while it gave fewer than K, or the bare name still wins;
-            none where a lexicon has senses.
+        retries: further rounds of asking while it gave fewer than K, or the bare name still wins,
+            and no lexicon has senses.
         meanings: phrases of the user's, ranked with the LLM's.
         context: what the name is one of, such as "from a list of farm animals".
         background, temperature: see `rank_meanings`.
@@ -89,9 +89,8 @@ async def resolve_meaning(
     """
     if num_meanings < 0 or retries < 0:
         raise ValueError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")
-    if image_features is not None and len(image_features) == 0:
-        image_features = None
-    if image_features is None and not context:
+    num_images = 0 if image_features is None else len(image_features)
+    if not num_images and not context:
         raise UserError(f"class {class_name!r} has no images to judge its meanings by")
     senses = models.senses(class_name) if models.senses else []
     found = _given(meanings or (), senses)
@@ -101,7 +100,8 @@ async def resolve_meaning(
         )
     found.setdefault(phrase_key(class_name), Candidate(class_name, "name"))
     answers = _Answers(class_name, context, models, seed=seed, found=found)
-    judge = _Judge(class_name, context, models, image_features, background)
+    images = image_features if num_images else None
+    judge = _Judge(class_name, context, models, images, background)
     for _ in range(1 if senses else retries + 1):
         await answers.ask(ANSWERS_A_MEANING * num_meanings)
         ranking = await judge.rank(list(found.values()), merge_at, temperature)
@@ -112,7 +112,7 @@ async def resolve_meaning(
         "class_name": class_name,
         **ranking,
         "context": context,
-        "num_images": 0 if image_features is None else len(image_features),
+        "num_images": num_images,
         "num_refused": answers.refused,
         "raw_answers": answers.raw,
     }

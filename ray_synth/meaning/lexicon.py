@@ -34,7 +34,7 @@ FIX = (
 # natural objects and plants. Others are acts, persons, states, units and so on.
 THINGS = frozenset((b"05", b"06", b"08", b"13", b"17", b"20"))
 # said of the word before what it means: "common name for an edible agaric"
-ABOUT = re.compile(r"^(?:an?\s)?(?:\w+\s)?(?:names?|terms?)\s(?:for|of)\s")
+ABOUT = re.compile(r"^(?:an?\s)?(?:common\s)?(?:names?|terms?)\s(?:for|of)\s")
 # where a gloss that is too long may end, before the word
 BOUNDARY = re.compile(
     r"\s(?=(?:of|in|into|on|onto|at|with|for|from|by|through|that|which|who|whose|when|where|having|"

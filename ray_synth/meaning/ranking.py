@@ -64,21 +64,18 @@ def rank_meanings(
     assert text_features.shape[0] == len(candidates) > 0
     texts = unit_means(text_features)
     by_image = texts @ image_features.T  # (candidates, images)
-    if by_image.shape[1]:
-        similarities = by_image.mean(axis=1)
-        by_image = _deviations(texts, by_image, background)
-        deviations = by_image.mean(axis=1)
-        weight = 1 / np.sqrt(ALIKE + (1 - ALIKE) / by_image.shape[1])
-        scores = np.logaddexp(deviations * weight / temperature, 0)
-    else:
-        similarities = deviations = scores = np.zeros(len(candidates))
+    similarities = _means(by_image)
+    by_image = _deviations(texts, by_image, background)
+    deviations = _means(by_image)
+    scores = _evidence(deviations, by_image.shape[1], temperature)
     scores = scores + agreement * _agreement(candidates)
     scores = scores - NO_THING * np.array([not candidate.thing for candidate in candidates])
     if context_logits is not None:
         scores = scores + context_logits
     rivals = _rivals(candidates, deviations, heard=context_logits is not None)
     ranks = sorted(range(len(candidates)), key=lambda i: (i not in rivals, -scores[i], i))
-    odds = np.where([i in rivals for i in range(len(candidates))], np.exp(scores - scores.max()), 0)
+    odds = np.exp(scores - scores[rivals].max())
+    odds[[i for i in ranks if i not in rivals]] = 0
     probabilities = odds / odds.sum()
     columns = {
         "score": scores,
@@ -100,6 +97,19 @@ def rank_meanings(
     }
 
 
+def _means(by_image: np.ndarray) -> np.ndarray:
+    """Over images, (candidates,); 0 where there are none."""
+    return by_image.mean(axis=1) if by_image.shape[1] else np.zeros(len(by_image))
+
+
+def _evidence(deviations: np.ndarray, num_images: int, temperature: float) -> np.ndarray:
+    """Nats by which the images speak for each candidate; what does not stand out has about none."""
+    if not num_images:
+        return deviations
+    weight = 1 / np.sqrt(ALIKE + (1 - ALIKE) / num_images)  # a mean of many varies less than one
+    return np.logaddexp(deviations * weight / temperature, 0)
+
+
 def _deviations(
     texts: np.ndarray, by_image: np.ndarray, background: Background | None
 ) -> np.ndarray:
@@ -107,8 +117,6 @@ def _deviations(
     if background is None:
         return by_image / COSINE_SPREAD
     means, spreads = background.of_texts(texts.astype(np.float64))
-    # halfway to that of all candidates: a text that is far from everything varies little
-    spreads = np.sqrt(spreads * spreads.mean())
     return (by_image - means[:, None]) / spreads[:, None]
 
 

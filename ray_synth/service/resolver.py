@@ -103,11 +103,14 @@ class Resolver:
         if not self.clip_facts:
             self.shipped = await _ask(self.clip.background)
             self.clip_facts = await _ask(self.clip.describe)  # last: it says that both are there
+        # a caller who gives the meanings and asks for no more has them ranked alone
+        closed = options.get("meanings") and options.get("num_meanings") == 0
+        senses = None if closed and self.config.lexicon == "auto" else self.senses
         features = await self.embed_images(images) if isinstance(images, list) else images
         entry = await resolve_meaning(
             class_name,
             image_features=features,
-            models=Models(self.complete, self.embed_texts, self.likelihood, self.senses),
+            models=Models(self.complete, self.embed_texts, self.likelihood, senses),
             background=beside(others, self.shipped),
             temperature=self.clip_facts["temperature"],
             merge_at=self.clip_facts["merge_at"],
