@@ -73,19 +73,17 @@ async def resolve_meaning(
     Bad answers never raise: they are counted, kept raw, and asked again with new seeds.
 
     Args:
-        image_features: (num_images, dim) unit rows: the class's N real images.
+        image_features: (N, dim) unit rows, of the class's real images.
         num_meanings: K, how many phrases the LLM must give at least; every distinct one is ranked.
             0 asks it for none: the caller's and the lexicon's are ranked.
         retries: further rounds of asking while it gave fewer than K, or the bare name still wins,
             and no lexicon has senses.
         meanings: phrases of the user's, ranked with the LLM's.
         context: what the name is one of, such as "from a list of farm animals".
-        background, temperature: see `rank_meanings`.
-        merge_at: see `merge_alike`.
+        background, temperature, merge_at: see `rank_meanings` and `merge_alike`.
 
     Raises:
-        UserError: there are neither images nor a context, or a meaning of the user's cannot go in a
-            prompt.
+        UserError: neither images nor a context; or a meaning of the user's cannot go in a prompt.
     """
     if num_meanings < 0 or retries < 0:
         raise ValueError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")

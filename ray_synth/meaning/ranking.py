@@ -39,10 +39,8 @@ def rank_meanings(
 ) -> dict[str, Any]:
     """Rank candidates by how far their similarity to the images stands above the background.
 
-    The images speak for a candidate as far as it stands out, and what stands out no more than with
-    images of other things has nothing from them: then the rest decides, and confidence is that of a
-    guess. The bare name holds every sense and is no rival, nor is a phrase of the LLM's that stands
-    out less than an average one; either is chosen only where nothing else is left or near.
+    What stands out no more than with images of other things has nothing from them, so that confidence
+    is that of a guess. The bare name is no rival (`_rivals` says what is).
 
     Args:
         candidates: in any order; the first of equals wins.
@@ -57,9 +55,8 @@ def rank_meanings(
 
     Returns:
         `candidates` ({meaning, score, deviations, similarity, probability, answers, source, merged},
-        best first: `score` in nats, `deviations` the standard deviations above the background),
-        `choice`, `margin`, the score of the first over the second (None when there is no second),
-        `confidence`, the probability of the choice, and `ambiguous`.
+        best first; scores in nats), `choice`, `margin`, the score of the first over the next (None
+        when there is none), `confidence`, the probability of the choice, and `ambiguous`.
     """
     assert text_features.shape[0] == len(candidates) > 0
     texts = unit_means(text_features)
@@ -74,27 +71,31 @@ def rank_meanings(
         scores = scores + context_logits
     rivals = _rivals(candidates, deviations, heard=context_logits is not None)
     ranks = sorted(range(len(candidates)), key=lambda i: (i not in rivals, -scores[i], i))
-    odds = np.exp(scores - scores[rivals].max())
-    odds[[i for i in ranks if i not in rivals]] = 0
-    probabilities = odds / odds.sum()
     columns = {
         "score": scores,
         "deviations": deviations,
         "similarity": similarities,
-        "probability": probabilities,
+        "probability": _probabilities(scores, rivals),
     }
-    first, confidence = ranks[0], float(probabilities[ranks[0]])
-    rivals = [i for i in ranks if i in rivals]
+    confidence = float(columns["probability"][ranks[0]])
+    rivals = ranks[: len(rivals)]
     return {
         "candidates": [
             _entry(candidates[i], {name: float(column[i]) for name, column in columns.items()})
             for i in ranks
         ],
-        "choice": candidates[first].meaning,
-        "margin": round(float(scores[first] - scores[rivals[1]]), 6) if len(rivals) > 1 else None,
+        "choice": candidates[ranks[0]].meaning,
+        "margin": round(float(scores[ranks[0]] - scores[rivals[1]]), 6) if rivals[1:] else None,
         "confidence": round(confidence, 6),
         "ambiguous": confidence < SURE or _is_tied(by_image, rivals),
     }
+
+
+def _probabilities(scores: np.ndarray, rivals: list[int]) -> np.ndarray:
+    """Of each candidate; 0 for those that are no rivals."""
+    odds = np.zeros(len(scores))
+    odds[rivals] = np.exp(scores[rivals] - scores[rivals].max())
+    return odds / odds.sum()
 
 
 def _means(by_image: np.ndarray) -> np.ndarray:
@@ -122,6 +123,9 @@ def _deviations(
 
 def _rivals(candidates: Sequence[Candidate], deviations: np.ndarray, *, heard: bool) -> list[int]:
     """Which candidates may be chosen.
+
+    The bare name holds every sense and resolves nothing; a phrase of the LLM's that stands out less
+    than an average one is not supported. Either is a rival only where nothing else is left or near.
 
     Args:
         heard: a context speaks too, so that images alone refuse nothing.
