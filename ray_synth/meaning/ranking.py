@@ -45,11 +45,10 @@ def rank_meanings(
     Args:
         candidates: in any order; the first of equals wins.
         image_features: (num_images, dim), unit rows; (0, dim) where only the context decides.
-        text_features: (num_candidates, num_templates, dim), unit rows; templates are averaged, and
-            the average is scaled to length 1.
+        text_features: (num_candidates, num_templates, dim), unit rows; see `unit_means`.
         background: of images of other things, the class's own left out.
-        agreement: nats that each of the LLM's answers with a phrase adds, up to three; the phrases of
-            a user or a lexicon have the full bonus.
+        agreement: nats that each of the LLM's answers with a phrase adds, up to three; a user's and
+            a lexicon's have the full bonus.
         context_logits: (num_candidates,) nats by which a context speaks for each.
         temperature: standard deviations worth a factor e of probability.
 
@@ -66,7 +65,7 @@ def rank_meanings(
     deviations = _means(by_image)
     scores = _evidence(deviations, by_image.shape[1], temperature)
     scores = scores + agreement * _agreement(candidates)
-    scores = scores - NO_THING * np.array([not candidate.thing for candidate in candidates])
+    scores[[i for i, candidate in enumerate(candidates) if not candidate.thing]] -= NO_THING
     if context_logits is not None:
         scores = scores + context_logits
     rivals = _rivals(candidates, deviations, heard=context_logits is not None)
