@@ -66,8 +66,7 @@ def rank_meanings(
     scores = _evidence(deviations, by_image.shape[1], temperature)
     scores = scores + agreement * _agreement(candidates)
     scores[[i for i, candidate in enumerate(candidates) if not candidate.thing]] -= NO_THING
-    if context_logits is not None:
-        scores = scores + context_logits
+    scores += 0 if context_logits is None else context_logits
     rivals = _rivals(candidates, deviations, heard=context_logits is not None)
     ranks = sorted(range(len(candidates)), key=lambda i: (i not in rivals, -scores[i], i))
     columns = {
