@@ -121,7 +121,9 @@ def main(
     found: dict[str, list[Verdict]] = {}
     both = ask_pictures(models, asked.pictures, meaning, seed=settings.seed, known=known)
     found["pictures, given senses"], found["pictures, with the LLM's"] = both
-    questions = dict(all_questions(load_sets(), pictures, clip, wordnet)) if pictures else {}
+    questions = (
+        dict(all_questions(load_sets(), pictures, clip, wordnet)) if pictures and wordnet else {}
+    )
     found |= {test: ask_sets(models, some) for test, some in questions.items()}
     for n in GROUPS:
         test = f"digits, {n} image{'s' * (n > 1)}"

@@ -32,7 +32,8 @@ def refuse_early(
     judged = generation.checks.policy != "off" and generation.checks.clip
     if asked or (judged and {"quality", "generation", "training"} & set(todo)):
         check_clip(meaning.clip)
-    if local and meaning.enabled and "meaning" in todo:
+    named = meaning.lexicon not in ("auto", "off")
+    if local and meaning.enabled and named and "meaning" in todo:
         from ray_synth.meaning.lexicon import installed_lexicon
 
         installed_lexicon(meaning.lexicon)
