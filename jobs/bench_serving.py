@@ -112,11 +112,13 @@ class _InProcess:
 
     def __init__(self) -> None:
         from ray_synth.meaning.backends import load_llm
+        from ray_synth.meaning.background import shipped_background
         from ray_synth.meaning.clip import ClipModel
 
         threads = os.cpu_count()
         self.llm = load_llm(LlmConfig(), num_threads=threads)
         self.clip = ClipModel(num_threads=threads)
+        self.background = shipped_background(self.clip)
 
     async def answer_all(self, questions: list[Question]) -> None:
         from ray_synth.data.images import decode_image
@@ -149,7 +151,7 @@ class _InProcess:
                     num_meanings=q["num_meanings"],
                     meanings=q.get("meanings"),
                     seed=q["seed"],
-                    temperature=self.clip.temperature,
+                    background=self.background,
                     merge_at=self.clip.merge_similarity,
                 )
             )

@@ -35,10 +35,11 @@ from ray_synth.data.dataset import hold_out, load_index, read_index, select
 from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
 from ray_synth.meaning.backends import load_llm
+from ray_synth.meaning.background import Background, beside, shipped_background
 from ray_synth.meaning.candidates import Candidate, candidate_texts
 from ray_synth.meaning.clip import load_clip
 from ray_synth.meaning.comparison import Outcome, compare
-from ray_synth.meaning.lexicon import WordNet
+from ray_synth.meaning.lexicon import installed_lexicon
 from ray_synth.meaning.ranking import unit_means
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -79,13 +80,16 @@ def compare_backends(
     """
     meaning = settings.meaning
     clip = load_clip(meaning.clip)
-    senses = None if meaning.lexicon == "off" else WordNet(meaning.lexicon).senses
+    lexicon = installed_lexicon(meaning.lexicon)
     images = class_features(settings, clip)
+    whole = Background.of(np.concatenate(list(images.values())))
+    shipped = shipped_background(clip)
     accepted = read_truth(truth, images) if truth is not None else None
     questions = [
         {
             "class_name": class_name,
             "image_features": features,
+            "background": beside(whole.without(features), shipped),
             "num_meanings": meaning.num_meanings,
             "retries": meaning.retries,
             "context": meaning.context,
@@ -100,7 +104,7 @@ def compare_backends(
             clip,
             temperature=meaning.clip.temperature,
             merge_at=meaning.clip.merge_similarity,
-            senses=senses,
+            senses=lexicon.candidates if lexicon else None,
         )
         return models.resolve_all(questions)
 

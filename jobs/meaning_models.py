@@ -13,9 +13,12 @@ import numpy as np
 
 from ray_synth.errors import UserError
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
+from ray_synth.meaning.background import Background
+from ray_synth.meaning.candidates import Candidate
 from ray_synth.meaning.clip import ClipModel
 from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.language_model import Llm
+from ray_synth.meaning.ranking import TEMPERATURE
 
 GATHER_S = 0.02  # how long questions are collected before the model is asked
 Asked = tuple[FewShot, int, dict[str, Any], "asyncio.Future[str]"]
@@ -27,8 +30,9 @@ class MeaningModels:
     Args:
         llm: as `load_llm` gives it; None where only given meanings are ranked by images.
         clip: as `load_clip` gives it. A text is embedded once.
-        temperature, merge_at: see `resolve_meaning`; None is the CLIP model's own.
-        senses: a lexicon's phrases for a name.
+        temperature, merge_at: see `resolve_meaning`; None is the default, or the CLIP model's own.
+        senses: a lexicon's candidates for a name.
+        background: of questions that have none of their own.
     """
 
     def __init__(
@@ -38,10 +42,12 @@ class MeaningModels:
         *,
         temperature: float | None = None,
         merge_at: float | None = None,
-        senses: Callable[[str], list[str]] | None = None,
+        senses: Callable[[str], list[Candidate]] | None = None,
+        background: Background | None = None,
     ) -> None:
         self.llm, self.clip = llm, clip
-        self.temperature = temperature or clip.temperature
+        self.temperature = temperature or TEMPERATURE
+        self.background = background
         self.merge_at = merge_at or clip.merge_similarity
         self.senses = senses
         self._texts: dict[str, np.ndarray] = {}
@@ -63,7 +69,7 @@ class MeaningModels:
             return await asyncio.gather(
                 *(
                     resolve_meaning(
-                        **question,
+                        **{"background": self.background} | question,
                         models=models,
                         temperature=self.temperature,
                         merge_at=self.merge_at,

@@ -1,8 +1,9 @@
 """How often is the right meaning found? `python jobs/meanings.py`.
 
-Three tests of the models of a config, in this process and without Ray: pictures that come inside
-installed packages, with their names' dictionary senses; handwritten digits; and text contexts without
-a picture. Ends with Markdown tables, and a last line of JSON.
+Tests of the models of a config, in this process and without Ray: pictures that come inside packages, with
+their names' dictionary senses; handwritten digits; and text contexts without a picture. With a folder of
+more pictures (more_pictures.yaml says which) it leaves out each part of the rule too. Ends with Markdown
+tables, and a last line of JSON.
 """
 
 from __future__ import annotations
@@ -22,23 +23,27 @@ import yaml
 from pydantic import Field
 
 from jobs.meaning_models import MeaningModels
+from jobs.meaning_parts import Rules, costs, part_rows, part_table
+from jobs.meaning_questions import Question, all_questions, load_sets
 from jobs.meanings_table import Verdict, markdown, summary
 from ray_synth.cli.command import prepare_process
 from ray_synth.config import MeaningConfig, Section, load_config, parse_config
 from ray_synth.data.digits import CLASS_NAMES as NUMBERS
 from ray_synth.errors import UserError
 from ray_synth.meaning.answers import phrase_key
-from ray_synth.meaning.candidates import Candidate, candidate_texts
+from ray_synth.meaning.background import Background, beside, shipped_background
+from ray_synth.meaning.candidates import Candidate
 from ray_synth.meaning.clip import load_clip
 from ray_synth.meaning.comparison import names_it
-from ray_synth.meaning.ranking import unit_means
+from ray_synth.meaning.lexicon import WordNet, installed_lexicon
+from ray_synth.meaning.ranking import TEMPERATURE
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 QUESTIONS = Path(__file__).parent / "pictures.yaml"
 PHRASES = [f"the number {number}" for number in NUMBERS]
 # Images per question -> questions per class, no image in two of them.
 GROUPS = {1: 50, 5: 50, 16: 15}
-FIT_SIZES, FIT_DRAWS = (1, 5), 4000
+OTHERS = 16  # images of each other digit
 
 
 class Picture(Section):
@@ -57,6 +62,10 @@ class Picture(Section):
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"{self.package} is missing: pip install 'ray-synth[dev]'")
         return Path(spec.submodule_search_locations[0], self.file).read_bytes()
+
+    def known(self, wordnet: WordNet) -> list[Candidate]:
+        """The dictionary's candidates that are among the senses."""
+        return [c for c in wordnet.candidates(self.class_name) if c.meaning in self.senses]
 
 
 class ContextQuestions(Section):
@@ -84,7 +93,10 @@ class Digits:
 
 def main(
     config: Annotated[Path, typer.Option("--config", "-c")] = QUICKSTART,
-    fit: Annotated[bool, typer.Option(help="fit the softmax temperature on other digits")] = False,
+    pictures: Annotated[
+        Path | None, typer.Option(help="folder of the packages in more_pictures.yaml")
+    ] = None,
+    fit: Annotated[bool, typer.Option(help="fit the temperature on the questions")] = False,
     out: Annotated[Path | None, typer.Option(help="write the tables to this file too")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set")] = None,
 ) -> None:
@@ -93,35 +105,49 @@ def main(
 
     settings = load_config(config, overrides)
     meaning = settings.meaning
-    clip = load_clip(meaning.clip)
-    digits = load_digits(clip)
-    fitted = fit_temperature(clip, digits.fit) if fit else None
+    clip, wordnet = load_clip(meaning.clip), installed_lexicon("auto")
+    if wordnet is None and pictures:
+        raise UserError("more_pictures.yaml counts WordNet's senses: apt install wordnet-base")
+    asked = load_questions()
+    known = {p.class_name: p.known(wordnet) for p in asked.pictures} if wordnet else None
     models = MeaningModels(
         load_llm(meaning.llm),
         clip,
-        temperature=(fitted or {}).get("temperature") or meaning.clip.temperature,
+        temperature=meaning.clip.temperature,
         merge_at=meaning.clip.merge_similarity,
+        background=shipped_background(clip),
     )
-    questions = load_questions()
-    given, with_llm = ask_pictures(models, questions.pictures, meaning, seed=settings.seed)
-    found = {
-        "pictures, given senses": given,
-        "pictures, with the LLM's": with_llm,
-        **{f"digits, {n} image{'s' * (n > 1)}": ask_digits(models, digits.test, n) for n in GROUPS},
-        "contexts, no image": ask_contexts(models, questions.contexts),
-    }
+    digits = load_digits(clip)
+    found: dict[str, list[Verdict]] = {}
+    both = ask_pictures(models, asked.pictures, meaning, seed=settings.seed, known=known)
+    found["pictures, given senses"], found["pictures, with the LLM's"] = both
+    questions = (
+        dict(all_questions(load_sets(), pictures, clip, wordnet)) if pictures and wordnet else {}
+    )
+    found |= {test: ask_sets(models, some) for test, some in questions.items()}
+    for n in GROUPS:
+        test = f"digits, {n} image{'s' * (n > 1)}"
+        found[test] = ask_digits(models, digits.test, n)
+        found[f"{test}, ten classes"] = ask_digits(models, digits.test, n, others=digits.fit)
+    found["contexts, no image"] = ask_contexts(models, asked.contexts)
     used = {
         "llm": meaning.llm.model,
         "clip": meaning.clip.model,
-        "temperature": round(models.temperature, 6),
+        "temperature": models.temperature,
     }
     text = markdown(found, used)
-    if fitted:
-        print(f"fitted on digits that are not asked about: {fitted}\n")
+    rows: list[dict[str, Any]] = []
+    if questions:
+        rules = Rules(models.embed_texts, models.background or shipped_background(clip))
+        rows = part_rows(questions, rules)
+        one = [question for some in questions.values() for question in some]
+        text += f"\n\n{part_table(rows)}\n\nMilliseconds per class: {costs(one, clip, rules)}"
+        if fit:
+            text += f"\n\nFitted: {fit_temperature(rules, questions)}"
     print(text)
     if out:
         out.write_text(text + "\n")
-    print(json.dumps({"verb": "meanings", **used, "fit": fitted, "tests": summary(found)}))
+    print(json.dumps({"verb": "meanings", **used, "tests": summary(found), "parts": rows}))
 
 
 def load_questions(path: Path = QUESTIONS) -> Questions:
@@ -142,33 +168,89 @@ def load_digits(clip: Any, *, of_each: int = 500) -> Digits:
 
 
 def ask_pictures(
-    models: MeaningModels, pictures: list[Picture], meaning: MeaningConfig, *, seed: int
+    models: MeaningModels,
+    pictures: list[Picture],
+    meaning: MeaningConfig,
+    *,
+    seed: int,
+    known: dict[str, list[Candidate]] | None = None,
 ) -> tuple[list[Verdict], list[Verdict]]:
-    """Each picture by its given senses alone, and by the LLM's phrases beside them."""
+    """Each picture by its given senses alone, and by the LLM's phrases beside them.
+
+    Args:
+        known: the senses as a dictionary has them, by name; else they are a user's phrases.
+    """
     from ray_synth.data.images import decode_image
 
     features = models.clip.encode_images([decode_image(picture.read()) for picture in pictures])
+    whole = Background.of(features)
     given = [
         {
             "class_name": picture.class_name,
             "image_features": features[i : i + 1],
-            "meanings": picture.senses,
+            "background": beside(whole.without(features[i : i + 1]), models.background),
+            "meanings": None if known else picture.senses,
             "num_meanings": 0,
         }
         for i, picture in enumerate(pictures)
     ]
     asked = {"num_meanings": meaning.num_meanings, "retries": meaning.retries, "seed": seed}
-    return tuple(
+    rounds = (given, [{**question, **asked} for question in given])
+    models.senses = known.__getitem__ if known else None
+    found = tuple(
         [
             _verdict(entry, picture.senses, picture.shows, picture.accept)
             for entry, picture in zip(models.resolve_all(asking), pictures, strict=True)
         ]
-        for asking in (given, [{**question, **asked} for question in given])
-    )  # type: ignore[return-value]
+        for asking in rounds
+    )
+    models.senses = None
+    return found  # type: ignore[return-value]
 
 
-def ask_digits(models: MeaningModels, features: np.ndarray, images: int) -> list[Verdict]:
-    """Digits by the ten numbers, `images` of one class at a time."""
+def ask_sets(models: MeaningModels, questions: list[Question]) -> list[Verdict]:
+    """Questions by all of the dictionary's senses."""
+    models.senses = {q.class_name: q.candidates for q in questions}.__getitem__
+    entries = models.resolve_all(
+        [
+            {
+                "class_name": q.class_name,
+                "image_features": q.images,
+                "background": beside(q.others, models.background),
+                "num_meanings": 0,
+            }
+            for q in questions
+        ]
+    )
+    models.senses = None
+    return [
+        Verdict(
+            q.class_name,
+            entry["choice"],
+            entry["choice"] in q.right,
+            entry["confidence"],
+            entry["ambiguous"],
+            len(q.candidates) / len(q.shows),
+            entry["candidates"][0]["source"],
+        )
+        for q, entry in zip(questions, entries, strict=True)
+    ]
+
+
+def ask_digits(
+    models: MeaningModels, features: np.ndarray, images: int, *, others: np.ndarray | None = None
+) -> list[Verdict]:
+    """Digits by the ten numbers, `images` of one class at a time.
+
+    Args:
+        others: (10, n, dim) of other digits: the ten classes are known, as to the pipeline.
+    """
+    rest = [
+        Background.of(np.concatenate(np.delete(others[:, :OTHERS], digit, axis=0)))
+        if others is not None
+        else None
+        for digit in range(10)
+    ]
     order = np.random.default_rng(0).permutation(features.shape[1])
     groups = [order[i * images : (i + 1) * images] for i in range(GROUPS[images])]
     truths = [digit for digit in range(10) for _ in groups]
@@ -177,6 +259,7 @@ def ask_digits(models: MeaningModels, features: np.ndarray, images: int) -> list
             {
                 "class_name": NUMBERS[digit],
                 "image_features": features[digit, group],
+                "background": beside(rest[digit], models.background),
                 "meanings": PHRASES,
                 "num_meanings": 0,
             }
@@ -222,47 +305,29 @@ def _verdict(
     return Verdict(entry["class_name"], choice, right, *doubt, len(senses), source)
 
 
-def fit_temperature(clip: Any, features: np.ndarray) -> dict[str, Any]:
-    """The temperature of least negative log-likelihood of the right number (Guo et al., 2017).
+def fit_temperature(rules: Rules, questions: dict[str, list[Question]]) -> dict[str, Any]:
+    """The temperature of least negative log-likelihood of what is right (Guo et al., 2017).
 
-    Questions of 1 and of 5 images count the same; they are drawn again and again.
-
-    Args:
-        features: (10, n, dim) of digits that no test asks about.
+    Every test counts the same, however many questions it has.
     """
     from scipy.optimize import minimize_scalar
 
-    texts = [text for phrase in PHRASES for text in candidate_texts(Candidate(phrase, "user"))]
-    phrases = unit_means(clip.encode_texts(texts).reshape(len(PHRASES), -1, features.shape[-1]))
-    rng = np.random.default_rng(1)
-    parts = []
-    for size in FIT_SIZES:
-        truths = rng.integers(10, size=FIT_DRAWS)
-        drawn = [rng.choice(features[t], size, replace=False).mean(axis=0) for t in truths]
-        parts.append((np.stack(drawn) @ phrases.T, truths))
-
-    def loss(log_temperature: float, some: list[Any]) -> float:
-        logits = [similarity / np.exp(log_temperature) for similarity, _ in some]
+    def loss(log_temperature: float) -> float:
         return float(
             np.mean(
                 [
-                    np.logaddexp.reduce(rows, axis=1) - rows[np.arange(len(rows)), truths]
-                    for rows, (_, truths) in zip(logits, some, strict=True)
+                    np.mean([-np.log(rules.right_odds(q, np.exp(log_temperature))) for q in some])
+                    for some in questions.values()
                 ]
             )
         )
 
-    def best(some: list[Any]) -> float:
-        limits = (np.log(1e-3), np.log(1.0))
-        found = minimize_scalar(loss, args=(some,), bounds=limits, method="bounded")
-        return float(f"{np.exp(found.x):.3g}")
-
+    limits = (np.log(0.2), np.log(3.0))
+    found = minimize_scalar(loss, bounds=limits, method="bounded", options={"xatol": 0.02})
     return {
-        "temperature": best(parts),
-        "nll": round(loss(np.log(best(parts)), parts), 4),
-        "nll_before": round(loss(np.log(clip.temperature), parts), 4),
-        "alone": {size: best([part]) for size, part in zip(FIT_SIZES, parts, strict=True)},
-        "draws": FIT_DRAWS,
+        "temperature": float(f"{np.exp(found.x):.3g}"),
+        "nll": round(float(found.fun), 4),
+        "nll_before": round(loss(np.log(TEMPERATURE)), 4),
     }
 
 

@@ -20,7 +20,7 @@ class Verdict:
         choice: the chosen meaning.
         right: whether it is the one shown or spoken of.
         confidence, ambiguous: as `rank_meanings` gives them.
-        num_senses: given senses, one of them right.
+        num_senses: given senses for each that is right.
         source: who gave the choice: "user", "llm", or "name" for the bare class name.
     """
 
@@ -29,14 +29,20 @@ class Verdict:
     right: bool
     confidence: float
     ambiguous: bool
-    num_senses: int
+    num_senses: float
     source: str
 
 
 def summary(found: dict[str, list[Verdict]]) -> dict[str, dict[str, Any]]:
-    """Figures of each test, and of all that had only given senses to choose from."""
+    """Figures of each test, of all pictures, and of all that had only given senses."""
     given = [v for name, verdicts in found.items() if "LLM" not in name for v in verdicts]
-    return {name: totals(v) for name, v in {**found, "all with given senses": given}.items()}
+    shown = [v for name, some in found.items() if _of_pictures(name) for v in some]
+    whole = {"all pictures": shown, "all with given senses": given}
+    return {name: totals(v) for name, v in {**found, **whole}.items() if v}
+
+
+def _of_pictures(test: str) -> bool:
+    return "LLM" not in test and not test.startswith(("digits", "contexts"))
 
 
 def totals(verdicts: Sequence[Verdict]) -> dict[str, Any]:

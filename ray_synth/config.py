@@ -292,7 +292,9 @@ class ClipConfig(Section):
     dtype: Dtype = result("auto")
     max_batch_size: Positive = how(64)
     temperature: Annotated[float, Field(gt=0)] | None = result(
-        None, description="cosine similarity worth a factor e of probability; default: the model's"
+        None,
+        description="standard deviations of similarity above other images that are worth a factor "
+        "e of probability; default: 0.7",
     )
     merge_similarity: Fraction | None = result(
         None, description="cosine similarity from which two phrases mean the same"
@@ -314,8 +316,10 @@ class MeaningConfig(Section):
     num_meanings: Positive = result(5, description="K: phrases asked from the LLM")
     num_images: Positive = result(16, description="N: real images per class that judge them")
     retries: Annotated[int, Field(ge=0)] = result(3)
-    lexicon: Literal["off", "wordnet"] | str = result(
-        "off", description="dictionary senses as candidates: 'wordnet', or a WordNet folder"
+    lexicon: Literal["auto", "off", "wordnet"] | str = result(
+        "auto",
+        description="dictionary senses as candidates: 'auto' is WordNet where it is installed; "
+        "'wordnet', a WordNet folder, 'off'",
     )
     context: str | None = result(
         None, max_length=200, description="what the classes are of: 'from a list of farm animals'"

@@ -1,8 +1,8 @@
 """Label ambiguity resolution (LAR, the paper's section 3.1): which meaning do the images show?
 
 A class name, its images' features and two callables (an LLM, a text encoder) go in; the class's
-entry of meanings.json comes out. The rule is the paper's; K, N, templates, prompts and the judgement
-by a text context are ours.
+entry of meanings.json comes out. The idea is the paper's; the rule (`ranking`), K, N, templates, prompts
+and the judgement by a text context are ours.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from ray_synth.errors import UserError
 from ray_synth.meaning.answers import clean_phrase, parse_meanings, phrase_key
+from ray_synth.meaning.background import Background
 from ray_synth.meaning.candidates import (
     TEMPLATES,
     Candidate,
@@ -27,7 +28,7 @@ from ray_synth.meaning.candidates import (
     with_article,
     with_cue,
 )
-from ray_synth.meaning.ranking import rank_meanings, unit_means
+from ray_synth.meaning.ranking import TEMPERATURE, rank_meanings, unit_means
 
 ANSWERS_A_MEANING = 3  # answers asked for per meaning wanted: some repeat, some are refused
 CONTEXT_NATS = 4.0  # nats of the context's log-likelihood ratio that are worth one of probability
@@ -44,13 +45,13 @@ class Models:
         embed_texts: unit-norm text features, (n, dim).
         likelihood: log-probabilities of answers after prompts, for contexts; None, or an answer of
             None, where the LLM does not say.
-        senses: a lexicon's phrases for a name.
+        senses: a lexicon's candidates for a name.
     """
 
     complete: Callable[..., Awaitable[str]]
     embed_texts: Callable[[list[str]], Awaitable[np.ndarray]]
     likelihood: Callable[[list[Any], list[str]], Awaitable[list[float] | None]] | None = None
-    senses: Callable[[str], list[str]] | None = None
+    senses: Callable[[str], list[Candidate]] | None = None
 
 
 async def resolve_meaning(
@@ -63,8 +64,8 @@ async def resolve_meaning(
     seed: int = 0,
     meanings: Sequence[str] | None = None,
     context: str | None = None,
-    reference_features: np.ndarray | None = None,
-    temperature: float = 0.01,
+    background: Background | None = None,
+    temperature: float = TEMPERATURE,
     merge_at: float = 1.0,
 ) -> dict[str, Any]:
     """One class's entry of meanings.json, judged by images, by a text context, or by both.
@@ -72,34 +73,34 @@ async def resolve_meaning(
     Bad answers never raise: they are counted, kept raw, and asked again with new seeds.
 
     Args:
-        image_features: (num_images, dim) unit rows: the class's N real images.
+        image_features: (N, dim) unit rows, of the class's real images.
         num_meanings: K, how many phrases the LLM must give at least; every distinct one is ranked.
             0 asks it for none: the caller's and the lexicon's are ranked.
-        retries: further rounds of asking while it gave fewer than K, or the bare name still wins.
+        retries: further rounds of asking while it gave fewer than K, or the bare name still wins,
+            and no lexicon has senses.
         meanings: phrases of the user's, ranked with the LLM's.
         context: what the name is one of, such as "from a list of farm animals".
-        reference_features, temperature: see `rank_meanings`.
-        merge_at: see `merge_alike`.
+        background, temperature, merge_at: see `rank_meanings` and `merge_alike`.
 
     Raises:
-        UserError: there are neither images nor a context, or a meaning of the user's cannot go in a
-            prompt.
+        UserError: neither images nor a context; or a meaning of the user's cannot go in a prompt.
     """
     if num_meanings < 0 or retries < 0:
         raise ValueError(f"num_meanings {num_meanings} and retries {retries} must be 0 or more")
-    if image_features is not None and len(image_features) == 0:
-        image_features = None
-    if image_features is None and not context:
+    num_images = 0 if image_features is None else len(image_features)
+    if not num_images and not context:
         raise UserError(f"class {class_name!r} has no images to judge its meanings by")
-    found = _given(meanings or (), models.senses(class_name) if models.senses else ())
+    senses = models.senses(class_name) if models.senses else []
+    found = _given(meanings or (), senses)
     if not found and num_meanings == 0:
         raise UserError(
             f"there is no meaning of {class_name!r} to rank: give meanings, or num_meanings above 0"
         )
     found.setdefault(phrase_key(class_name), Candidate(class_name, "name"))
     answers = _Answers(class_name, context, models, seed=seed, found=found)
-    judge = _Judge(class_name, context, models, image_features, reference_features)
-    for _ in range(retries + 1):
+    images = image_features if num_images else None
+    judge = _Judge(class_name, context, models, images, background)
+    for _ in range(1 if senses else retries + 1):
         await answers.ask(ANSWERS_A_MEANING * num_meanings)
         ranking = await judge.rank(list(found.values()), merge_at, temperature)
         sources = [candidate["source"] for candidate in ranking["candidates"]]
@@ -109,13 +110,13 @@ async def resolve_meaning(
         "class_name": class_name,
         **ranking,
         "context": context,
-        "num_images": 0 if image_features is None else len(image_features),
+        "num_images": num_images,
         "num_refused": answers.refused,
         "raw_answers": answers.raw,
     }
 
 
-def _given(meanings: Sequence[str], senses: Sequence[str]) -> dict[str, Candidate]:
+def _given(meanings: Sequence[str], senses: Sequence[Candidate]) -> dict[str, Candidate]:
     """The user's and the lexicon's candidates, by their phrase's key."""
     found: dict[str, Candidate] = {}
     for phrase in meanings:
@@ -123,8 +124,8 @@ def _given(meanings: Sequence[str], senses: Sequence[str]) -> dict[str, Candidat
         if not cleaned:
             raise UserError(f"meaning {phrase!r} cannot be used: give at most 12 plain words")
         found.setdefault(phrase_key(cleaned), Candidate(cleaned, "user"))
-    for phrase in senses:
-        found.setdefault(phrase_key(phrase), Candidate(phrase, "lexicon"))
+    for sense in senses:
+        found.setdefault(phrase_key(sense.meaning), sense)
     return found
 
 
@@ -179,12 +180,12 @@ class _Judge:
         context: str | None,
         models: Models,
         images: np.ndarray | None,
-        others: np.ndarray | None,
+        background: Background | None,
     ) -> None:
         self.class_name, self.context, self.models = class_name, context, models
-        self.images, self.others = images, others  # `others`: reference features
-        self.features: dict[str, np.ndarray] = {}
-        self.logits: dict[str, float] = {}
+        self.images, self.background = images, background
+        self.features: dict[str, np.ndarray] = {}  # by text
+        self.logits: dict[str, float] = {}  # by meaning
 
     async def rank(
         self, candidates: list[Candidate], merge_at: float, temperature: float
@@ -195,7 +196,7 @@ class _Judge:
             kept,
             np.zeros((0, features.shape[-1])) if self.images is None else self.images,
             features,
-            reference_features=self.others,
+            background=self.background,
             context_logits=context_logits,
             temperature=temperature,
         )
@@ -204,15 +205,15 @@ class _Judge:
         self, candidates: list[Candidate], *, merge_at: float
     ) -> tuple[list[Candidate], np.ndarray, np.ndarray | None]:
         """The candidates left after merging, their text features, and their context's logits."""
-        new = [candidate for candidate in candidates if candidate.meaning not in self.features]
+        new = [candidate for candidate in candidates if candidate.read not in self.features]
         if new:
             texts = [text for candidate in new for text in candidate_texts(candidate)]
             embedded = np.asarray(await self.models.embed_texts(texts))
             rows = embedded.reshape(len(new), len(TEMPLATES), -1)
-            self.features |= {c.meaning: row for c, row in zip(new, rows, strict=True)}
-        features = np.stack([self.features[candidate.meaning] for candidate in candidates])
+            self.features |= {c.read: row for c, row in zip(new, rows, strict=True)}
+        features = np.stack([self.features[candidate.read] for candidate in candidates])
         kept, _ = merge_alike(candidates, unit_means(features), at=merge_at)
-        features = np.stack([self.features[candidate.meaning] for candidate in kept])
+        features = np.stack([self.features[candidate.read] for candidate in kept])
         if not self.context:
             return kept, features, None
         await self._weigh([candidate for candidate in kept if candidate.meaning not in self.logits])

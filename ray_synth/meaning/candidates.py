@@ -52,16 +52,25 @@ class Candidate:
     """A meaning that a class name may have.
 
     Attributes:
-        meaning: the phrase.
+        meaning: the phrase, for prompts.
         source: "llm", "user", "lexicon", or "name" for the bare class name.
         answers: how many of the LLM's answers gave it, or a phrase merged into it.
         merged: phrases that mean the same.
+        text: the whole of it, for the text encoder, where the phrase is a part; "" is the phrase.
+        thing: whether an image can be of it, as far as is known.
     """
 
     meaning: str
     source: str
     answers: int = 0
     merged: tuple[str, ...] = ()
+    text: str = ""
+    thing: bool = True
+
+    @property
+    def read(self) -> str:
+        """What the text encoder reads of it."""
+        return self.text or self.meaning
 
 
 def meaning_question(class_name: str, *, turn: int, context: str | None = None) -> FewShot:
@@ -96,7 +105,7 @@ def siblings_context(class_name: str, class_names: Sequence[str]) -> str | None:
 def candidate_texts(candidate: Candidate) -> list[str]:
     """What the text encoder reads of a candidate: one text per template."""
     bare = candidate.source == "name"
-    phrase = with_article(candidate.meaning) if bare else candidate.meaning
+    phrase = with_article(candidate.meaning) if bare else candidate.read
     return [template.format(phrase) for template in TEMPLATES]
 
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# The embedded model's, fitted on digits by `python jobs/meanings.py --fit`.
-EMBEDDED_TEMPERATURE = 0.0136
 # "the number 7" and "the number seven" are 0.95 to 0.98 alike to the embedded model, neighbours among
 # the numbers 0.85 at most; models trained on photographs put whole scenes closer together.
 EMBEDDED_MERGE, MERGE = 0.9, 0.98
@@ -92,14 +90,6 @@ class ClipModel:
                 "lists, hf-hub:ID that this machine can reach, or local-dir:FOLDER"
             ) from None
         self._model: Any = network.to(device=self.device, dtype=self.dtype).eval()
-
-    @property
-    def temperature(self) -> float:
-        """Cosine similarity worth a factor e of probability: that of the model's training, unless
-        it was fitted."""
-        if self.name == "embedded":
-            return EMBEDDED_TEMPERATURE
-        return float(1 / self._model.logit_scale.detach().float().exp())
 
     @property
     def merge_similarity(self) -> float:

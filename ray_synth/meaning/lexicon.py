@@ -1,7 +1,7 @@
 """A dictionary's senses of a name as candidates: WordNet's noun files in, short phrases out.
 
-The files are read as they are (their format is wndb(5WN)), whoever packed them: Debian, NLTK, or
-WordNet's own archive.
+A sense is ranked by its whole gloss and put in prompts by a phrase of it. The files are read as they are
+(their format is wndb(5WN)), whoever packed them: Debian, NLTK, or WordNet's own archive.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ray_synth.errors import UserError
 from ray_synth.meaning.answers import MAX_WORDS, clean_phrase
+from ray_synth.meaning.candidates import Candidate
 
 SYSTEM_FOLDERS = ("/usr/share/wordnet", "/usr/local/share/wordnet", "/opt/homebrew/share/wordnet")
 FILES = ("index.noun", "data.noun", "noun.exc")
@@ -29,6 +30,11 @@ FIX = (
     "install Debian's package wordnet-base, or ray-synth[lexicon] and then `python -m nltk.downloader "
     "wordnet`, or name a folder with WordNet's files index.noun and data.noun in meaning.lexicon"
 )
+# WordNet's numbers (lexnames(5WN)) of what images are taken of: animals, artifacts, bodies' parts, food,
+# natural objects and plants. Others are acts, persons, states, units and so on.
+THINGS = frozenset((b"05", b"06", b"08", b"13", b"17", b"20"))
+# said of the word before what it means: "common name for an edible agaric"
+ABOUT = re.compile(r"^(?:an?\s)?(?:common\s)?(?:names?|terms?)\s(?:for|of)\s")
 # where a gloss that is too long may end, before the word
 BOUNDARY = re.compile(
     r"\s(?=(?:of|in|into|on|onto|at|with|for|from|by|through|that|which|who|whose|when|where|having|"
@@ -85,12 +91,22 @@ class WordNet:
 
     def senses(self, name: str) -> list[str]:
         """A phrase for each sense of the noun, the most usual first; none for an unknown name."""
+        return [candidate.meaning for candidate in self.candidates(name)]
+
+    def candidates(self, name: str) -> list[Candidate]:
+        """A candidate for each sense of the noun, the most usual first; none for an unknown name."""
         word = "_".join(name.replace("_", " ").casefold().split())
         offsets = dict.fromkeys(
             offset for form in self._forms(word) for offset in self._offsets.get(form, ())
         )
-        phrases = (sense_phrase(self._gloss(offset)) for offset in offsets)
-        return list(dict.fromkeys(phrase for phrase in phrases if phrase))
+        found: dict[str, Candidate] = {}
+        for offset in offsets:
+            kind, gloss = self._synset(offset)
+            phrase = sense_phrase(gloss)
+            if phrase:
+                sense = Candidate(phrase, "lexicon", text=sense_text(gloss), thing=kind in THINGS)
+                found.setdefault(phrase, sense)
+        return list(found.values())
 
     def _forms(self, word: str) -> Iterator[str]:
         """The word, and what it may be the plural of."""
@@ -105,10 +121,16 @@ class WordNet:
             if word.endswith(ending):
                 yield word.removesuffix(ending) + singular
 
-    def _gloss(self, offset: int) -> str:
-        """The gloss of the synset whose line begins at this byte."""
+    def _synset(self, offset: int) -> tuple[bytes, str]:
+        """The kind and the gloss of the synset whose line begins at this byte."""
         line, _, _ = self._data[offset : offset + LONGEST_LINE].partition(b"\n")
-        return line.decode(errors="replace").partition(" | ")[2]
+        return line[9:11], line.decode(errors="replace").partition(" | ")[2]
+
+
+def sense_text(gloss: str) -> str:
+    """The whole gloss without examples and parentheses: what tells a sense from others."""
+    text = re.split(r'[;:]?\s*"', re.sub(r"\([^()]*\)", " ", gloss[:MOST_CHARS]), maxsplit=1)[0]
+    return " ".join(text.split())
 
 
 def sense_phrase(gloss: str) -> str:
@@ -118,13 +140,31 @@ def sense_phrase(gloss: str) -> str:
     `clean_phrase`, ends earlier, where a clause does if possible.
     """
     text = re.split(r"[;:]", re.sub(r"\([^()]*\)", " ", gloss[:MOST_CHARS]), maxsplit=1)[0]
-    text = _with_article(" ".join(text.split()))
+    text = _with_article(ABOUT.sub("", " ".join(text.split())))
     cuts = [text[: cut.start()].rstrip(" ,") for cut in BOUNDARY.finditer(text)][::-1]
     short = [part for part in cuts if 1 < len(part.split()) <= MAX_WORDS]
     whole = [part for part in short if len(part.split()) > 2 and not CUT_OFF.search(part)]
     if len(text.split()) <= MAX_WORDS:
         whole.insert(0, text)
-    return next(filter(None, map(clean_phrase, (*whole, *short, text))), "")
+    words = text.split()[:MAX_WORDS]
+    anywhere = (" ".join(words[:end]).rstrip(" ,") for end in range(len(words), 2, -1))
+    return next(filter(None, map(clean_phrase, (*whole, *short, text, *anywhere))), "")
+
+
+def installed_lexicon(setting: str) -> WordNet | None:
+    """What `meaning.lexicon` names: "auto" is WordNet where it is installed, "off" is none.
+
+    Raises:
+        UserError: it is named, and missing.
+    """
+    if setting == "off":
+        return None
+    if setting != "auto":
+        return WordNet(setting)
+    try:
+        return WordNet()
+    except UserError:
+        return None
 
 
 def _with_article(text: str) -> str:

@@ -92,9 +92,9 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
     if config.meaning.enabled:
         few = select(run.train, config.meaning.num_images, config.seed)
         images = ImagesByClass(few)
-        todo = ((name, images[i]) for i, name in enumerate(names) if name not in entries)
+        every = ((name, images[i]) for i, name in enumerate(names) if len(entries) < len(names))
         with Bar("meaning", len(names), "classes", done=len(entries)) as bar:
-            for entry in service.resolve_all(todo, seed=config.seed):
+            for entry in service.resolve_all(every, seed=config.seed, known=set(entries)):
                 entries[entry["class_name"]] = entry
                 _tell_refused(entry["class_name"], entry["num_refused"])
                 journal.add(entry["class_name"], entry)

@@ -33,10 +33,11 @@ def refuse_early(
     judged = generation.checks.need_clip
     if asked or (judged and {"quality", "generation", "training"} & set(todo)):
         check_clip(meaning.clip)
-    if local and meaning.enabled and meaning.lexicon != "off" and "meaning" in todo:
-        from ray_synth.meaning.lexicon import WordNet
+    named = meaning.lexicon not in ("auto", "off")
+    if local and meaning.enabled and named and "meaning" in todo:
+        from ray_synth.meaning.lexicon import installed_lexicon
 
-        WordNet(meaning.lexicon)
+        installed_lexicon(meaning.lexicon)
     if "plan" in todo:
         load_styles(config.prompting.styles)
     if "generation" in todo or "training" in todo:

@@ -8,6 +8,7 @@ import numpy as np
 from fastapi import HTTPException
 
 from ray_synth.meaning.ambiguity import ANSWERS_A_MEANING
+from ray_synth.meaning.background import Background
 from ray_synth.meaning.candidates import siblings_context
 from ray_synth.service.limits import read_images
 from ray_synth.service.messages import Answer, BatchBody, ClassQuestion, Line
@@ -30,27 +31,23 @@ def classes_at_once(config: ServeConfig, num_meanings: int) -> int:
 
 
 class Seen:
-    """The features of a list's images: of each class, and the sum of all for the mean of the others."""
+    """The features of a list's images: of each class, and the sums of all as a background."""
 
     def __init__(self) -> None:
         self.rows: dict[str, np.ndarray | None] = {}
-        self._sum: Any = 0.0  # (dim,) float64
-        self._count = 0
+        self._all: Background | None = None
 
     def add(self, name: str, rows: np.ndarray | None) -> None:
         """(num_images, dim) unit rows of a class; None where it has no images."""
         self.rows[name] = rows
         if rows is not None:
-            self._sum = self._sum + rows.sum(axis=0, dtype=np.float64)
-            self._count += len(rows)
+            own = Background.of(rows)
+            self._all = own if self._all is None else self._all + own
 
-    def mean_of_others(self, name: str) -> np.ndarray | None:
-        """(1, dim): what stands for all other classes' images where only their mean counts."""
+    def others(self, name: str) -> Background | None:
+        """All other classes' images."""
         own = self.rows[name]
-        total, count = self._sum, self._count
-        if own is not None:
-            total, count = total - own.sum(axis=0, dtype=np.float64), count - len(own)
-        return (total / count)[None].astype(np.float32) if count else None
+        return self._all.without(own) if self._all and own is not None else self._all
 
 
 async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str]:
@@ -87,7 +84,7 @@ async def answer_lines(body: BatchBody, resolver: Resolver) -> AsyncIterator[str
                 seed=body.seed,
                 meanings=question.meanings,
                 context=body.context or siblings,
-                reference_features=seen.mean_of_others(question.class_name),
+                others=seen.others(question.class_name),
             )
             found = await _guarded(question, work, resolver)
         return found if isinstance(found, Line) else _line(question, answer=Answer(**found))

@@ -16,7 +16,9 @@ from ray_synth.config import ClipConfig
 from ray_synth.data.images import decode_image, decoding_bytes
 from ray_synth.device import usable_cpus
 from ray_synth.errors import UserError
+from ray_synth.meaning.background import Background, shipped_background
 from ray_synth.meaning.clip import load_clip
+from ray_synth.meaning.ranking import TEMPERATURE
 from ray_synth.service.full_batches import FullBatches
 from ray_synth.service.llm_deployment import MAX_ONGOING
 from ray_synth.service.turns import Caller, Room
@@ -126,6 +128,11 @@ class ClipDeployment:
         ends = list(itertools.accumulate(len(request) for request in requests))
         return np.split(features, ends[:-1])
 
+    async def background(self) -> Background:
+        """What this CLIP takes pictures of many things for; see `shipped_background`."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.model_thread, shipped_background, self.clip)
+
     def describe(self) -> dict[str, Any]:
         """The model, what it takes cosines for, and how full its batches were."""
         return {
@@ -134,7 +141,7 @@ class ClipDeployment:
             "dtype": str(self.clip.dtype).removeprefix("torch."),
             "device": self.clip.device,
             "context_length": self.clip.context_length,
-            "temperature": self.config.temperature or self.clip.temperature,
+            "temperature": self.config.temperature or TEMPERATURE,
             "merge_at": self.config.merge_similarity or self.clip.merge_similarity,
             "seen_before": self.hits,
             "batches": self.images.batches,

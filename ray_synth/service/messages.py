@@ -75,7 +75,8 @@ class CandidateAnswer(BaseModel):
     """One meaning; best first in an answer."""
 
     meaning: str
-    score: float
+    score: float = Field(description="nats that speak for it")
+    deviations: float = Field(description="standard deviations above images of other things")
     similarity: float = Field(description="mean cosine similarity to the images")
     probability: float
     answers: int = Field(description="how many of the LLM's answers gave it")

@@ -14,8 +14,9 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from ray_synth.config import ClipConfig, LlmConfig, Replicas, Section
 from ray_synth.errors import UserError
 from ray_synth.meaning.ambiguity import Models, resolve_meaning
+from ray_synth.meaning.background import Background, beside
 from ray_synth.meaning.few_shot import FewShot
-from ray_synth.meaning.lexicon import WordNet
+from ray_synth.meaning.lexicon import installed_lexicon
 from ray_synth.prompting.contexts import write_contexts
 from ray_synth.service.limits import Limits
 from ray_synth.service.measurements import Metrics
@@ -28,7 +29,7 @@ class ServeConfig(Section):
     llm: LlmConfig = LlmConfig()
     clip: ClipConfig = ClipConfig()
     limits: Limits = Limits()
-    lexicon: str = "off"
+    lexicon: str = "auto"
     replicas: Replicas = 1
     autoscaling: dict[str, float] = Field(
         default_factory=dict,
@@ -53,9 +54,11 @@ class Resolver:
 
     def __init__(self, config: ServeConfig, llm: DeploymentHandle, clip: DeploymentHandle) -> None:
         self.config, self.llm, self.clip = config, llm, clip
-        self.senses = None if config.lexicon == "off" else WordNet(config.lexicon).senses
+        lexicon = installed_lexicon(config.lexicon)
+        self.senses = lexicon.candidates if lexicon else None
         self.metrics = Metrics()
         self.clip_facts: dict[str, Any] = {}
+        self.shipped: Background | None = None
 
     async def complete(self, prompt: FewShot, seed: int, **options: Any) -> str:
         """One answer of the LLM deployment."""
@@ -87,16 +90,29 @@ class Resolver:
         return await _ask(self.llm.likelihood, (prompts, answers), CALLER.get())
 
     async def resolve(
-        self, class_name: str, images: list[bytes] | np.ndarray | None, **options: Any
+        self,
+        class_name: str,
+        images: list[bytes] | np.ndarray | None,
+        others: Background | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
-        """The class's entry of meanings.json (paper, section 3.1); options as `resolve_meaning`."""
+        """The class's entry of meanings.json (paper, section 3.1); options as `resolve_meaning`.
+
+        Args:
+            others: sums over the other classes' images, where they are known.
+        """
         if not self.clip_facts:
-            self.clip_facts = await _ask(self.clip.describe)
+            self.shipped = await _ask(self.clip.background)
+            self.clip_facts = await _ask(self.clip.describe)  # last: it says that both are there
+        # a caller who gives the meanings and asks for no more has them ranked alone
+        closed = options.get("meanings") and options.get("num_meanings") == 0
+        senses = None if closed and self.config.lexicon == "auto" else self.senses
         features = await self.embed_images(images) if isinstance(images, list) else images
         entry = await resolve_meaning(
             class_name,
             image_features=features,
-            models=Models(self.complete, self.embed_texts, self.likelihood, self.senses),
+            models=Models(self.complete, self.embed_texts, self.likelihood, senses),
+            background=beside(others, self.shipped),
             temperature=self.clip_facts["temperature"],
             merge_at=self.clip_facts["merge_at"],
             **options,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import tenacity
 
 from ray_synth.config import Config
+from ray_synth.meaning.background import Background
 from ray_synth.service.apps import app_name, remove_left_behind, start_serve, take_down
 
 log = logging.getLogger("ray_synth")
@@ -57,22 +59,40 @@ class Service:
         return self._handle
 
     def resolve_all(
-        self, images: Iterable[tuple[str, list[bytes]]], *, seed: int
+        self,
+        images: Iterable[tuple[str, list[bytes]]],
+        *,
+        seed: int,
+        known: Container[str] = frozenset(),
     ) -> Iterator[dict[str, Any]]:
-        """meanings.json entries of classes, given with their images, as they are resolved."""
-        meaning = self.config.meaning
+        """meanings.json entries of classes, given with their images, as they are resolved.
 
-        def ask(item: tuple[str, list[bytes]]) -> Any:
+        All images are embedded first: each class is judged against the others'.
+
+        Args:
+            known: names of classes that were resolved before, and only inform the others.
+        """
+        meaning = self.config.meaning
+        features: dict[str, np.ndarray] = {}
+        whole: Background | None = None
+        for (name, _), rows in ask_all(images, lambda i: self._app().embed_images.remote(i[1])):
+            features[name] = rows
+            own = Background.of(rows)
+            whole = own if whole is None else whole + own
+
+        def ask(item: tuple[str, np.ndarray]) -> Any:
             return self._app().resolve.remote(
                 item[0],
                 item[1],
+                whole.without(item[1]) if whole else None,
                 num_meanings=meaning.num_meanings,
                 retries=meaning.retries,
                 seed=seed,
                 context=meaning.context,
             )
 
-        for _, entry in ask_all(images, ask):
+        todo = ((name, rows) for name, rows in features.items() if name not in known)
+        for _, entry in ask_all(todo, ask):
             yield entry
 
     def write_contexts_all(

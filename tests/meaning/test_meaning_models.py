@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jobs.meaning_models import MeaningModels
+from ray_synth.meaning.candidates import Candidate
 from ray_synth.meaning.few_shot import FewShot
 
 BIRD, MACHINE = "a large wading bird", "a machine for lifting"
@@ -18,7 +19,7 @@ IMAGES = np.tile(np.eye(4, dtype=np.float32)[0], (2, 1))
 class Clip:
     """Texts with the word "bird" point to the images; notes what it was asked."""
 
-    temperature, merge_similarity = 0.01, 0.99
+    merge_similarity = 0.99
 
     def __init__(self) -> None:
         self.texts: list[list[str]] = []
@@ -85,10 +86,12 @@ def test_the_settings_and_the_lexicon_are_used() -> None:
     given = {"num_meanings": 0, "meanings": ["a bird", "a wader"]}
     cold, warm = (
         MeaningModels(None, Clip(), temperature=t).resolve_all([question("crane", **given)])[0]
-        for t in (None, 1.0)
+        for t in (None, 100.0)
     )
     assert cold["confidence"] > 0.99 > warm["confidence"]
-    senses = MeaningModels(None, Clip(), senses=lambda name: [f"a bird called {name}"])
+    senses = MeaningModels(
+        None, Clip(), senses=lambda name: [Candidate(f"a bird called {name}", "lexicon")]
+    )
     entry = senses.resolve_all([question("crane", num_meanings=0)])[0]
     assert entry["candidates"][0]["source"] == "lexicon"
     birds = Llm(even="a tall bird")

@@ -20,8 +20,8 @@ def test_sevens_are_resolved_with_scores(url, sevens):
     assert entry["class_name"] == "seven"
     assert entry["num_images"] == 8
     assert entry["choice"] == entry["candidates"][0]["meaning"]
-    scores = [candidate["score"] for candidate in entry["candidates"]]
-    assert scores == sorted(scores, reverse=True)
+    odds = [candidate["probability"] for candidate in entry["candidates"]]
+    assert odds == sorted(odds, reverse=True)
     assert {"llm", "name"} <= {candidate["source"] for candidate in entry["candidates"]}
     assert entry["raw_answers"]
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from ray_synth.config import LlmConfig
-from ray_synth.meaning.candidates import TEMPLATES, Candidate, siblings_context
-from ray_synth.meaning.ranking import rank_meanings
+from ray_synth.meaning.candidates import siblings_context
 from ray_synth.service.batch import Seen, answer_lines, classes_at_once
 from ray_synth.service.messages import BatchBody, Line
 from ray_synth.service.resolver import Resolver, ServeConfig
@@ -21,31 +20,23 @@ def unit_rows(rng, *shape):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def test_the_mean_of_the_others_ranks_as_their_rows_do():
+def test_what_is_kept_of_the_others_is_what_their_rows_say():
     rng = np.random.default_rng(0)
     seen = Seen()
     rows = {f"class {i}": unit_rows(rng, 1 + i % 7) for i in range(30)}
     for name, own in rows.items():
         seen.add(name, own)
     seen.add("without", None)
-    candidates = [Candidate(f"meaning {i}", "llm", answers=i) for i in range(6)]
-    texts = unit_rows(rng, 6, len(TEMPLATES))
+    texts = unit_rows(rng, 6)
     for name in ("class 0", "class 13", "class 29"):
         others = np.concatenate([own for other, own in rows.items() if other != name])
-        answers = [
-            rank_meanings(candidates, rows[name], texts, reference_features=reference)
-            for reference in (others, seen.mean_of_others(name))
-        ]
-        figures = [
-            [c[key] for c in answer["candidates"] for key in ("score", "probability")]
-            for answer in answers
-        ]
-        assert np.allclose(*figures, atol=2e-6)
-        assert answers[0]["choice"] == answers[1]["choice"]
-    assert seen.mean_of_others("without").shape == (1, DIM)
+        means, spreads = seen.others(name).of_texts(texts)
+        assert np.allclose(means, (others @ texts.T).mean(axis=0), atol=1e-6)
+        assert np.allclose(spreads, (others @ texts.T).std(axis=0), atol=1e-6)
+    assert seen.others("without").count == sum(map(len, rows.values()))
     alone = Seen()
     alone.add("a", unit_rows(rng, 3))
-    assert alone.mean_of_others("a") is None
+    assert alone.others("a").count == 0
 
 
 class InProcess(Resolver):
@@ -54,6 +45,7 @@ class InProcess(Resolver):
     def __init__(self) -> None:
         self.config = ServeConfig()
         self.senses, self.metrics, self.clip_facts = None, _NoMetrics(), FACTS
+        self.shipped = None
 
     async def embed_images(self, images):
         await asyncio.sleep(0)
