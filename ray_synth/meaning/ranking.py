@@ -22,6 +22,9 @@ ALIKE = 0.02
 # Ours, in nats: what an answer that says a phrase again is worth, and what speaks against a sense that
 # is no thing (an act, a person, a quality), since images are mostly taken of things.
 AGREEMENT, NO_THING = 0.4, 2.5
+# Of two phrases of the LLM's that images leave nearly tied the plain one: nats for each word from the
+# fourth on. ("a number 7" before "the last letter of the number seven".)
+WORD, PLAIN_WORDS = 0.2, 3
 MOST_AGREEMENT = 3
 SURE = 0.5  # below this probability a choice is called ambiguous
 COSINE_SPREAD = 0.02  # of a text's similarities, where nothing is known of other images
@@ -64,7 +67,7 @@ def rank_meanings(
     by_image = _deviations(texts, by_image, background)
     deviations = _means(by_image)
     scores = _evidence(deviations, by_image.shape[1], temperature)
-    scores = scores + agreement * _agreement(candidates)
+    scores = scores + agreement * _agreement(candidates) - WORD * _long_winded(candidates)
     scores[[i for i, candidate in enumerate(candidates) if not candidate.thing]] -= NO_THING
     scores += 0 if context_logits is None else context_logits
     rivals = _rivals(candidates, deviations, heard=context_logits is not None)
@@ -149,6 +152,12 @@ def _agreement(candidates: Sequence[Candidate]) -> np.ndarray:
             for c in candidates
         ]
     )
+
+
+def _long_winded(candidates: Sequence[Candidate]) -> np.ndarray:
+    """Words beyond `PLAIN_WORDS` of the LLM's phrases; (num_candidates,)."""
+    words = [len(c.meaning.split()) if c.source == "llm" else 0 for c in candidates]
+    return np.maximum(np.array(words) - PLAIN_WORDS, 0)
 
 
 def _entry(candidate: Candidate, figures: dict[str, float]) -> dict[str, Any]:
