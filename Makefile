@@ -17,7 +17,7 @@ run: $(VENV)/.installed
 
 # Two processes: what starts Ray, and the rest.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

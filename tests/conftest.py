@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -33,14 +35,24 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2`: whatever starts Ray one after the other in one process, the rest in the other."""
-    for item in items:
-        room = item.path.relative_to(ROOT / "tests").parts[0]
-        starts_ray = room in RAY_ROOMS or "local_ray" in getattr(item, "fixturenames", ())
-        file = str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray else file))
+@functools.cache
+def starts_ray(file: str) -> bool:
+    """Whether a test file starts Ray, in this process or in others."""
+    room = Path(file).parts[1]
+    return room in RAY_ROOMS or "local_ray" in (ROOT / file).read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n 2`: what starts Ray, file by file, in one process, and the rest in the other."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if starts_ray(file) else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="module")
