@@ -985,7 +985,7 @@ def _explain(location: list[Any], hint: str, problem: ErrorDetails, model: type[
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         value = problem["input"]
-        shown = not isinstance(value, dict | list) and not holds_secret(str(value))
+        shown = not isinstance(value, dict) and not holds_secret(str(value))
         given = f" (given: {value!r})" if shown else ""
         return redact(f"{dotted or model.__name__}: {message}{f' ({hint})' if hint else ''}{given}")
     # A recipe, or another part of a config, is validated on its own: its names lack the first parts.

@@ -73,7 +73,7 @@ def test_too_few_cpus_end_the_command_with_the_arithmetic(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("prompting.negative_prompt=" + "ugly " * 90, "negative_prompt is too long: "),
+        ("prompting.negative_prompt=" + " ".join(["ugly"] * 90), "negative_prompt is too long: "),
     ],
 )
 def test_prompts_that_the_text_encoder_cannot_read_are_refused(setting, says):
