@@ -85,7 +85,7 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
         )
     generator = generator_class(config.generation.generator)(as_made(config.generation, facts))
     inputs = {**row, "seed": attempt_seed(row["seed"], row["attempt"])}
-    if row["reference"] and config.generation.reference is not None:
+    if row["reference"] and not hasattr(generator, "references"):  # imported images name themselves
         references = read_references(run)
         if row["reference"] not in references:
             raise UserError(f"{row['sample_id']}: the run keeps no image {row['reference']!r}")
