@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import typer
 
 SEEN = Path(__file__).resolve().parents[1] / "tests" / "generation" / "seen_by_eye.parquet"
 REAL_PER_CLASS = 5  # as the quickstart has
@@ -94,4 +95,4 @@ def _reference(clip: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
