@@ -29,6 +29,7 @@ def url(tmp_path_factory):
         stack.enter_context(connect(ClusterConfig(num_cpus=4)))
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         config = ServeConfig(
+            lexicon="off",  # the same where WordNet is installed and where not
             llm=LlmConfig(num_cpus=0.5, cache_dir=str(cache)),
             clip=ClipConfig(num_cpus=0.5),
             limits=Limits(
