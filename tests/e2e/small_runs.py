@@ -53,7 +53,7 @@ def command(verb: str, runs: Path, *settings: str) -> list[str]:
     return line(*arguments(verb, runs, *settings))
 
 
-def run(line: list[str], *, timeout: float = 400) -> subprocess.CompletedProcess[str]:
+def run(line: list[str], *, timeout: float = 570) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         line,
         cwd=ROOT,
