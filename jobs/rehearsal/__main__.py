@@ -118,7 +118,7 @@ class Rehearsal:
         """Rows in the store, by the footers of its parts."""
         import pyarrow.parquet as pq
 
-        parts = (self.run / "images").glob("*.parquet")
+        parts = (self.run / "images").glob("part-*.parquet")
         return sum(pq.read_metadata(part).num_rows for part in parts)
 
     def has_checkpoint(self) -> bool:
@@ -139,7 +139,7 @@ class Rehearsal:
 
         with urllib.request.urlopen(f"http://127.0.0.1:{self.bucket}/") as answer:
             requests = json.load(answer)
-        images = [path.stat().st_size for path in (self.run / "images").glob("*.parquet")]
+        images = [path.stat().st_size for path in (self.run / "images").glob("part-*.parquet")]
         plan = self.run / "plan.parquet"
         return {
             "seconds": {name: round(value, 1) for name, value in self.seconds().items()},

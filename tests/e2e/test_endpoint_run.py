@@ -44,7 +44,9 @@ def test_a_run_takes_its_images_from_our_own_images_server(tmp_path):
     folder = tmp_path / "quickstart"
     assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
     rows = [
-        r for part in (folder / "images").glob("*.parquet") for r in pq.read_table(part).to_pylist()
+        r
+        for part in (folder / "images").glob("part-*.parquet")
+        for r in pq.read_table(part).to_pylist()
     ]
     assert {(row["width"], row["height"]) for row in rows} == {(64, 64)}
     assert all(f'"server": "127.0.0.1:{port}"' in row["generator"] for row in rows)
@@ -68,7 +70,7 @@ def test_images_made_elsewhere_are_checked_trained_on_and_reported(tmp_path):
     from ray_synth.data.digits import load_digits
     from ray_synth.data.images import encode_array
 
-    pixels, names = load_digits("uci_digits", "train")
+    pixels, names = load_digits("uci_digits", "test")
     for name in ("six", "seven"):
         (tmp_path / "made" / name).mkdir(parents=True)
         for at in [i for i, found in enumerate(names) if found == name][:20]:
