@@ -36,6 +36,7 @@ from ray_synth.service.messages import (
     PromptsBody,
 )
 from ray_synth.service.problems import documented, install_handlers
+from ray_synth.service.replicas import replica_options
 from ray_synth.service.resolver import Resolver, ServeConfig
 
 PAGE = (Path(__file__).parent / "page.html").read_text()
@@ -209,12 +210,12 @@ def build(config: ServeConfig) -> Application:
     ingress: Any = Disambiguation.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         graceful_shutdown_timeout_s=finish_s,
-        **_replicas(config.replicas, config.autoscaling, busy=64),
+        **replica_options(config.replicas, config.autoscaling, busy=64),
     )
     deployments: list[Any] = []
     models: Any = ((LlmDeployment, llm), (ClipDeployment, clip))
     for deployment, model in models:
-        options: dict[str, Any] = _replicas(
+        options: dict[str, Any] = replica_options(
             model.replicas, config.autoscaling, busy=2 * model.max_batch_size
         )
         options["ray_actor_options"] = {"num_cpus": model.num_cpus, "num_gpus": model.num_gpus}
@@ -225,17 +226,6 @@ def build(config: ServeConfig) -> Application:
         deployments[0].bind(llm),
         deployments[1].bind(clip, limits.max_pixels, limits.decode_bytes),
     )
-
-
-def _replicas(
-    replicas: int | tuple[int, int], autoscaling: dict[str, float], *, busy: float
-) -> dict[str, Any]:
-    """A number of replicas, or [fewest, most] with `busy` requests in work or waiting for each."""
-    if isinstance(replicas, int):
-        return {"num_replicas": replicas}
-    fewest, most = replicas
-    scaling = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": busy}
-    return {"autoscaling_config": {**scaling, **autoscaling}}
 
 
 __all__ = ["Disambiguation", "ServeConfig", "api", "build"]

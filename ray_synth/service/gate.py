@@ -24,7 +24,9 @@ from ray_synth.service.turns import CALLER
 
 TOKEN_VARIABLE = "RAY_SYNTH_SERVE_TOKEN"
 OPEN = frozenset({"/", "/healthz", "/readyz", "/limits", "/docs", "/openapi.json"})
-WITH_BODY = frozenset({"/disambiguate", "/disambiguate/batch", "/prompts"})
+WITH_BODY = frozenset(
+    {"/disambiguate", "/disambiguate/batch", "/prompts", "/v1/images/generations"}
+)
 DRAIN_S = (
     10.0  # a refused caller that still sends is read and forgotten, so that it sees the answer
 )

@@ -9,16 +9,13 @@ Requests share the model's batches; an image depends on its own prompt and seed,
 # No postponed annotations here: FastAPI could not resolve those of the closures then.
 import asyncio
 import base64
-import hmac
-import os
-import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
@@ -32,10 +29,13 @@ from ray_synth.errors import UserError
 from ray_synth.generators.protocol import generate_all, plugin_size
 from ray_synth.generators.registry import filled, generator_class
 from ray_synth.service.full_batches import FullBatches
+from ray_synth.service.gate import Gate
+from ray_synth.service.limits import Limits
+from ray_synth.service.replicas import replica_options
 from ray_synth.storage.secrets import redact
 
-TOKEN_VARIABLE = "RAY_SYNTH_SERVE_TOKEN"
 MOST_WAITING = 512  # requests; beyond: 503, come again
+LIMITS = Limits(max_body_bytes=1_000_000, max_queued_requests=MOST_WAITING)  # prompts are small
 INGRESS_CPUS = 0.1
 Paint = Callable[[list[dict[str, Any]]], Awaitable[list[tuple[bytes, str]]]]
 
@@ -80,26 +80,23 @@ def images_api(config: GenerationConfig, paint: Paint, *, timeout_s: float = 300
             why there is none.
     """
     api = FastAPI(title="ray-synth images", docs_url=None, redoc_url=None)
+    api.add_middleware(Gate)
     _install_handlers(api)
-    waiting = asyncio.Semaphore(MOST_WAITING)
 
-    @api.post("/v1/images/generations", dependencies=[Depends(_check_token)])
+    @api.post("/v1/images/generations")
     async def generations(body: ImagesBody) -> dict[str, Any]:
         _check(body, config)
-        if waiting.locked():
-            raise Refused(503, f"{MOST_WAITING} requests wait already: ask again later")
         first = secrets.randbelow(2**47) if body.seed is None else body.seed
         rows = [
             {"prompt": body.prompt, "negative_prompt": body.negative_prompt, "seed": first + turn,
              "class_name": "", "meaning": "", "sample_id": str(turn)}
             for turn in range(body.n)
         ]  # fmt: skip
-        async with waiting:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    made = await paint(rows)
-            except TimeoutError:
-                raise Refused(504, f"no image within {timeout_s:g} s: ask again later") from None
+        try:
+            async with asyncio.timeout(timeout_s):
+                made = await paint(rows)
+        except TimeoutError:
+            raise Refused(504, f"no image within {timeout_s:g} s: ask again later") from None
         for data, reason in made:
             if not data:
                 code = "content_policy_violation" if "safety checker" in reason else "no_image"
@@ -107,7 +104,7 @@ def images_api(config: GenerationConfig, paint: Paint, *, timeout_s: float = 300
         found = [{"b64_json": base64.b64encode(image).decode()} for image, _ in made]
         return {"created": int(time.time()), "data": found, "seed": first}
 
-    @api.get("/v1/models", dependencies=[Depends(_check_token)])
+    @api.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": config.model, "object": "model"}]}
 
@@ -131,16 +128,6 @@ def _check(body: ImagesBody, config: GenerationConfig) -> None:
         given = getattr(body, name)
         if given is not None and given != getattr(config, name):
             raise Refused(400, f"{name} is {getattr(config, name)} here", name)
-
-
-async def _check_token(request: Request) -> None:
-    """Where a token is set in the environment, require it."""
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
-    if not token:
-        return
-    given = re.sub(r"(?i)^bearer\s+", "", request.headers.get("authorization", "")).strip()
-    if not hmac.compare_digest(given.encode(), token.encode()):
-        raise Refused(401, "send the header 'Authorization: Bearer TOKEN'", code="invalid_api_key")
 
 
 def _install_handlers(api: FastAPI) -> None:
@@ -213,15 +200,12 @@ def build(config: ImagesConfig) -> Application:
     class Images:
         def __init__(self, painters: DeploymentHandle) -> None:
             self.painters = painters  # of one app with this
+            Gate.open_with(LIMITS)
 
     options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": generation.num_cpus, "num_gpus": generation.num_gpus}
+        "ray_actor_options": {"num_cpus": generation.num_cpus, "num_gpus": generation.num_gpus},
+        **replica_options(config.replicas, {}, busy=2),
     }
-    if isinstance(config.replicas, int):
-        options["num_replicas"] = config.replicas
-    else:
-        fewest, most = config.replicas
-        options["autoscaling_config"] = {"min_replicas": fewest, "max_replicas": most}
     painters: Any = PainterDeployment.options(**options)  # type: ignore[attr-defined]
     ingress: Any = Images.options(  # type: ignore[attr-defined]
         ray_actor_options={"num_cpus": INGRESS_CPUS}

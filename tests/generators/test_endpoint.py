@@ -1,11 +1,13 @@
 """Images from a server: the embedded model behind our own images API, and servers that refuse."""
 
 import base64
+import http.client
 import json
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -92,6 +94,21 @@ def test_a_token_is_asked_for_where_one_is_set(served, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "secret")
     generator = EndpointGenerator(config_of(url, kwargs={"api_key_env": "MY_TOKEN"}))
     assert generator.generate([row(1)])[0].size == (64, 64)
+
+
+def test_the_server_reads_no_body_before_it_knows_the_caller_and_the_size(served, monkeypatch):
+    def status(**headers: str) -> int:
+        connection = http.client.HTTPConnection(urlsplit(served[0]).netloc, timeout=20)
+        connection.putrequest("POST", "/v1/images/generations")
+        for name, value in {"Content-Length": "1000000000", **headers}.items():
+            connection.putheader(name, value)
+        connection.endheaders()  # and nothing of the body
+        return connection.getresponse().status
+
+    assert status() == 413
+    monkeypatch.setenv("RAY_SYNTH_SERVE_TOKEN", "secret")
+    assert status() == 401
+    assert status(Authorization="bearer secret") == 413
 
 
 @contextmanager
