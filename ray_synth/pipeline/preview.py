@@ -5,7 +5,7 @@ They are the first rows of the run's own plan, so `run` goes on from them: nothi
 
 from __future__ import annotations
 
-import logging
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,15 @@ from ray_synth.config import Config
 from ray_synth.generation.acceptance import COLUMNS, Acceptance
 from ray_synth.generation.cost import cost_note, hours_and_cost
 from ray_synth.generation.stream import image_stream, missing_chunks
-from ray_synth.monitoring.driver_lock import sole_driver
-from ray_synth.monitoring.heartbeat import watched
 from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.commits import fetch_generator
-from ray_synth.pipeline.kept import check_kept
-from ray_synth.pipeline.run import Run, begin, check_run
+from ray_synth.pipeline.run import Run
+from ray_synth.pipeline.runner import opened, start
 from ray_synth.pipeline.steps import run_stages
-from ray_synth.preflight import preflight
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.plan_index import PlanIndex
 from ray_synth.report.page import PREVIEW, write_report
-from ray_synth.storage.secrets import redact_value_of
 
-log = logging.getLogger("ray_synth")
 PER_KIND = 2  # images of each class and kind
 MOST = 240  # in all: a minute or two on one device
 
@@ -45,19 +40,12 @@ def preview(
     Raises:
         UserError: as `run_pipeline`.
     """
-    redact_value_of(config.meaning.llm.api_key_env)
-    run = check_run(config, force_stage)
-    for line in run.left_out:
-        log.warning("%s", line)
-    with sole_driver(run.folder):
-        check_kept(run)
-        with connect(run.config.cluster):
-            preflight(run.config, run.sizes, run.todo("generation"))
-            begin(run, force_stage)
-            with watched(run.folder, "generation"):
-                run_stages(run, "quality")
-                count = min(images or _usual(run), len(PlanFile(run.folder)))
-                _draw(run, count)
+    with opened(config, force_stage) as run:
+        with connect(run.config.cluster), ExitStack() as watching:
+            start(run, "generation", force_stage, watching)
+            run_stages(run, "quality")
+            count = min(images or _usual(run), len(PlanFile(run.folder)))
+            _draw(run, count)
         found = figures(run, count)
         run.folder.write_json(PREVIEW, found)
         return {**found, "page": write_report(run.folder)}

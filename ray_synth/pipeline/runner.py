@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ray_synth.cluster.connection import connect
@@ -44,29 +45,42 @@ def run_pipeline(
     """
     up_to(until)
     started = time.perf_counter()
+    with opened(config, force_stage) as run:
+        return _run(run, until, force_stage, estimate, started)
+
+
+@contextmanager
+def opened(config: Config, force_stage: str | None = None) -> Iterator[Run]:
+    """A run that is checked, what it has kept included, and no other driver's while it is open."""
     redact_value_of(config.meaning.llm.api_key_env)
     run = check_run(config, force_stage)
     for line in run.left_out:
         log.warning("%s", line)
     with sole_driver(run.folder):
-        return _run(run, until, force_stage, estimate, started)
+        check_kept(run)
+        yield run
+
+
+def start(run: Run, until: str, force_stage: str | None, watching: ExitStack) -> Reach:
+    """Begin the stages up to one on the cluster that is connected to, watched until `watching` ends."""
+    reach = preflight(run.config, run.sizes, run.todo(until))
+    remove_left_behind()
+    begin(run, force_stage)
+    watching.enter_context(watched(run.folder, until))
+    return reach
 
 
 def _run(
     run: Run, until: str, force_stage: str | None, estimate: bool, started: float
 ) -> dict[str, Any]:
-    """The run, which is no other driver's."""
-    check_kept(run)
+    """The stages of a run that is open."""
     if until == REPORT and run.folder.exists("metrics.json") and not run.todo("evaluation"):
         begin(run)
         write_report(run, time.perf_counter() - started)
         return run.folder.read_json("metrics.json")
     with ExitStack() as watching:
         with connect(run.config.cluster):
-            reach = preflight(run.config, run.sizes, run.todo(until))
-            remove_left_behind()
-            begin(run, force_stage)
-            watching.enter_context(watched(run.folder, until))
+            reach = start(run, until, force_stage, watching)
             tracker = _tracker(run)
             try:
                 expected = _forecast(run, until, reach) if estimate else None
