@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, SourceConfig, parse_config
-from ray_synth.data.dataset import load_index
+from ray_synth.data.dataset import Index, load_index
 from ray_synth.data.images import decode_image
 from ray_synth.data.places import read_all
 from ray_synth.data.sources import read_rows
@@ -77,7 +77,7 @@ class ImportedGenerator:
     @staticmethod
     def check_classes(config: GenerationConfig, class_names: Sequence[str]) -> None:
         """Raises UserError where no image of the set is of a class."""
-        ImportedGenerator.references(config, class_names, 0)
+        _classes(config, class_names)
 
     @staticmethod
     def references(
@@ -88,15 +88,7 @@ class ImportedGenerator:
         Raises:
             UserError: none of the set's labels is a class.
         """
-        index = load_index(_settings(config).source)
-        position = {name: at for at, name in enumerate(class_names)}
-        classes = np.array([position.get(name, -1) for name in index.class_names])[index.label]
-        if (classes < 0).all():
-            raise UserError(
-                f"the imported images are of {shortened(index.class_names, 5, what='labels')}, none of "
-                f"which is a class ({shortened(class_names, 5)}): map them with "
-                "generation.generator_kwargs.source.class_map"
-            )
+        index, classes = _classes(config, class_names)
         order = np.random.default_rng(seed).permutation(len(index))
         found: dict[int, list[str]] = {}
         for at in order[classes[order] >= 0].tolist():
@@ -108,6 +100,20 @@ class ImportedGenerator:
         """Of all that decides the pixels besides the row."""
         source = _settings(config).source
         return digest_settings(["imported", source.path, *config.encoding.values()])
+
+
+def _classes(config: GenerationConfig, class_names: Sequence[str]) -> tuple[Index, np.ndarray]:
+    """The set, and the class index of each of its images, -1 for none. Raises as `references`."""
+    index = load_index(_settings(config).source)
+    position = {name: at for at, name in enumerate(class_names)}
+    classes = np.array([position.get(name, -1) for name in index.class_names])[index.label]
+    if (classes < 0).all():
+        raise UserError(
+            f"the imported images are of {shortened(index.class_names, 5, what='labels')}, none of "
+            f"which is a class ({shortened(class_names, 5)}): map them with "
+            "generation.generator_kwargs.source.class_map"
+        )
+    return index, classes
 
 
 def _place(row: Row) -> tuple[int, str]:

@@ -21,7 +21,6 @@ from ray_synth.pipeline.sets import RealSets, open_sets
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
 from ray_synth.preflight.refusals import refuse_early
-from ray_synth.prompting.budgets import class_budgets
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.plan_settings import prompt_limit
 from ray_synth.stages import REPORT, stage_inputs, up_to
@@ -169,7 +168,6 @@ def check_run(
         advise(config.generation, config.prompting.negative_prompt, sets.train.class_names)
     if records.record("plan") is None:
         prompt_limit(config)
-        class_budgets(config.prompting, sets.train.counts())
     if records.record("training") is None:
         check_recipe(config.training)
     run = Run(config, runs, folder, records, sets, commits, kept_in)

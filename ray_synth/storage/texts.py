@@ -1,4 +1,4 @@
-"""Small files that people bring, read as what they should be: text, JSON, YAML; errors name the file."""
+"""Small files that people bring, read as what they should be: text and JSON; errors name the file."""
 
 from __future__ import annotations
 
@@ -66,14 +66,3 @@ def as_json(data: bytes | str, origin: str) -> Any:
     except (ValueError, RecursionError) as error:
         state = "is empty" if not text.strip() else f"is not whole JSON ({first_line(error)})"
         raise UserError(f"{origin} {state}; write or fetch it again") from None
-
-
-def as_yaml(data: bytes | str, origin: str) -> Any:
-    """The values of a YAML text. Raises UserError where it is cut off or no YAML."""
-    import yaml
-
-    text = as_text(data, origin) if isinstance(data, bytes) else data
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{origin} is not valid YAML: {error}") from None
