@@ -3,21 +3,15 @@
 import os
 import shlex
 import signal
-import socket
 import subprocess
-import time
 import urllib.request
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from head import wait_for
+from service import free_port
 from small_runs import NO_LLM, QUICKSTART, SMALL, command, line, planned_ids, run, stored_ids
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -31,7 +25,7 @@ def test_a_run_takes_its_images_from_our_own_images_server(tmp_path):
             stdout=log, stderr=log, start_new_session=True, env={**os.environ, "RAY_ADDRESS": "local"},
         )  # fmt: skip
     try:
-        _wait(f"{url}/healthz", server)
+        wait_for(lambda: _answers(f"{url}/healthz", server), seconds=300)
         settings = [
             *SMALL, *NO_LLM, "generation.generator=endpoint",
             f"generation.generator_kwargs={{base_url: '{url}/v1', max_images: 64}}",
@@ -53,15 +47,13 @@ def test_a_run_takes_its_images_from_our_own_images_server(tmp_path):
     assert "Real + synthetic" in found.stdout
 
 
-def _wait(url: str, server: subprocess.Popen) -> None:
-    for _ in range(600):
-        assert server.poll() is None
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"{url} does not answer")
+def _answers(url: str, server: subprocess.Popen) -> bool:
+    assert server.poll() is None
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 @pytest.mark.slow
