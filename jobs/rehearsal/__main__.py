@@ -63,6 +63,7 @@ def main(
         run.start("training", kill=run.has_checkpoint)
         run.start("training")
         run.start("generation", minutes=minutes)
+        run.start("evaluation")
         print(run.table())
         print(json.dumps({"verb": "rehearsal", **run.figures()}))
 
@@ -78,11 +79,14 @@ class Rehearsal:
         self.run = folder / "runs" / "rehearsal"
         self.rates: dict[str, float] = {}
         self.kills: list[str] = []
+        self.tested_s = 0.0
 
     def start(self, until: str, *, kill: Any = None, minutes: float | None = None) -> None:
         """Run the command up to a stage; kill it where `kill` says so, or when its time is over."""
         words = [item for setting in self.settings for item in ("--set", setting)]
-        line = [sys.executable, "-m", "ray_synth.cli", "run", "--until", until, "--config"]
+        tested = until == "evaluation"
+        verb = ["ray_synth.cli", "run", "--until", until, "--config"]
+        line = [sys.executable, "-m", *(["rehearsal.evaluation"] if tested else verb)]
         log = (self.folder / "output.log").open("ab")
         env = {**os.environ, "PYTHONPATH": f"{JOBS}:{JOBS.parent}"}
         driver = subprocess.Popen(
@@ -92,7 +96,7 @@ class Rehearsal:
         begun, made = time.monotonic(), self.made()
         try:
             while driver.poll() is None:
-                self.memory.stage = self.at_work()
+                self.memory.stage = until if tested else self.at_work()
                 over = minutes is not None and time.monotonic() - begun > 60 * minutes
                 if over or (kill is not None and kill()):
                     driver.send_signal(signal.SIGKILL)
@@ -103,7 +107,11 @@ class Rehearsal:
         finally:
             if driver.poll() is None:
                 driver.kill()
-        self.rates[until] = (self.made() - made) / (time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        if tested:
+            self.tested_s = seconds
+        else:
+            self.rates[until] = (self.made() - made) / seconds
         if driver.returncode not in (0, -signal.SIGKILL):
             raise SystemExit(
                 f"the run ended with {driver.returncode}: see {self.folder}/output.log"
@@ -132,7 +140,8 @@ class Rehearsal:
 
     def seconds(self) -> dict[str, float]:
         records = (self.run / "stages").glob("*.json")
-        return {path.stem: json.loads(path.read_text())["seconds"] for path in records}
+        found = {path.stem: json.loads(path.read_text())["seconds"] for path in records}
+        return {**found, **({"evaluation": self.tested_s} if self.tested_s else {})}
 
     def figures(self) -> dict[str, Any]:
         import pyarrow.parquet as pq

@@ -25,7 +25,7 @@ from ray_synth.config import ClipConfig, ClusterConfig, LlmConfig
 MINUTES = float(os.environ.get("RAY_SYNTH_SOAK_MINUTES", "20"))
 HONEST = 3  # callers at once
 PAUSE_S = 0.3  # between a caller's questions
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 * (MINUTES + 10))]
 
 
 @pytest.fixture
