@@ -18,6 +18,7 @@ from torch import Tensor
 from ray_synth.data.images import decode_image
 from ray_synth.data.places import Readable, read_all
 from ray_synth.errors import UserError
+from ray_synth.training.shared_memory import AHEAD, packed, shared_bytes, slots_of, with_room
 
 if TYPE_CHECKING:
     from ray_synth.training.augmentation import ImageTransform
@@ -26,7 +27,6 @@ log = logging.getLogger("ray_synth")
 Row = dict[str, Any]
 # What decoding processes have loaded when they start; the first takes 4 s, the others next to nothing.
 PRELOADED = ["ray_synth.training.decoder", "timm.data.transforms_factory", "pyarrow"]
-AHEAD = 2  # batches that each process has to do
 
 
 class Item(NamedTuple):
@@ -151,22 +151,26 @@ class Decoder:
         first = next(draws, ())
         draws = chain([first] if first else [], draws)
         pixels = all(isinstance(item.form, Tensor) for draw in first for item in draw.items)
-        if not self.workers or pixels:
+        count = sum(len(draw.items) for draw in first)
+        workers = self.workers
+        if workers and not pixels and not self.on_cluster:
+            workers = with_room(workers, count * 3 * self.transform.image_size**2)
+        if not workers or pixels:
             for some in draws:
                 yield self.batch(*some)
             return
         waiting: deque[Sequence[Draw]] = deque()  # batches come back in the order of their tasks
-        # One more than are under way: the batch that was yielded last.
-        slots = AHEAD * self.workers + 1
+        slots = slots_of(workers)
 
         def tasks() -> Iterator[Task]:
             for number, some in enumerate(draws):
                 waiting.append(some)
                 yield _task(some, number % slots)
 
-        count = sum(len(draw.items) for draw in first)
         found = (
-            self._ray_tasks(tasks()) if self.on_cluster else self._processes(tasks(), slots, count)
+            self._ray_tasks(tasks())
+            if self.on_cluster
+            else self._processes(tasks(), workers, count)
         )
         for images, errors in found:
             yield self._whole(waiting.popleft(), images, errors)
@@ -192,7 +196,7 @@ class Decoder:
         while waiting:
             yield fetched()
 
-    def _processes(self, tasks: Iterator[Task], slots: int, count: int) -> Iterator[Decoded]:
+    def _processes(self, tasks: Iterator[Task], workers: int, count: int) -> Iterator[Decoded]:
         """What processes of a DataLoader have decoded, in order."""
         import multiprocessing
 
@@ -202,12 +206,13 @@ class Decoder:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         # Allocated once: fresh memory for each batch would cost as much as copying it.
-        size = self.transform.image_size
-        shared = _shared(slots * count * 3 * size**2).view(slots, count, size, size, 3)
+        slots, size = slots_of(workers), self.transform.image_size
+        shared = shared_bytes(slots * count * 3 * size**2).view(slots, count, size, size, 3)
+        shared.zero_()  # taken now: others that look for room see what is left
         loader: DataLoader[Any] = DataLoader(
             _Tasks(self.transform, self.max_pixels, shared),  # type: ignore[arg-type]
             batch_sampler=tasks,  # type: ignore[arg-type]
-            num_workers=self.workers,
+            num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=AHEAD,
             multiprocessing_context=context,
@@ -338,23 +343,7 @@ def _task(draws: Sequence[Draw], slot: int) -> Task:
                 forms.append(len(item.form))
             else:
                 forms.append(None if isinstance(item.form, Tensor) else item.form)
-    return Task(slot, forms, _seeds(draws), _packed(encoded))
-
-
-def _shared(size: int) -> Tensor:
-    """(size,) uint8 in memory that processes share, as torch's own default_collate makes its batches."""
-    storage = torch.UntypedStorage._new_shared(size) if size else torch.UntypedStorage(0)
-    return torch.tensor([], dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
-
-
-def _packed(parts: list[bytes]) -> Tensor:
-    """Bytes one after the other in shared memory, copied once; (total,) uint8."""
-    packed = _shared(sum(map(len, parts)))
-    view, start = packed.numpy().data, 0
-    for part in parts:
-        view[start : start + len(part)] = part
-        start += len(part)
-    return packed
+    return Task(slot, forms, _seeds(draws), packed(encoded))
 
 
 def _seeds(draws: Sequence[Draw]) -> list[int]:

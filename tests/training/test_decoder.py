@@ -5,6 +5,7 @@ import pickle
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -20,6 +21,7 @@ from ray_synth.training.augmentation import train_transform
 from ray_synth.training.decoder import Decoder, Draw, Item, _task
 from ray_synth.training.feed import IndexedImages, ShuffledFeed
 from ray_synth.training.prefetch import Prefetcher
+from ray_synth.training.shared_memory import with_room
 
 CROPS = {"crop_scale": [0.3, 1.0], "auto_augment": "rand-m9-mstd0.5-inc1"}
 
@@ -154,6 +156,29 @@ def test_processes_are_counted_by_the_cpus_of_a_worker(num_cpus, given, expected
     config = TrainingConfig(steps=1, num_cpus=num_cpus, decode_workers=given)
     assert config.decoders == expected
     assert TrainingConfig(steps=1, num_cpus=0.5).decoders == 0
+
+
+def test_as_many_processes_start_as_shared_memory_has_room_for(tmp_path, caplog, monkeypatch):
+    free = 64_000_000  # what a container has unless it is told otherwise
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=free))
+    batch = 256 * 3 * 224**2  # 38.5 MB
+    assert with_room(12, batch) == 0
+    assert "64 MB free" in caplog.text and "--shm-size" in caplog.text
+    caplog.clear()
+    assert with_room(12, 64 * 3 * 32**2) == 12
+    assert not caplog.messages
+    free = 20_000_000_000
+    assert with_room(12, batch) == 12
+    free = 250_000_000  # 5 batches, with one that was yielded: 2 processes
+    assert with_room(12, batch) == 2
+
+
+def test_without_shared_memory_this_thread_decodes_the_same(image_folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr(Decoder, "_processes", None)
+    draws = mixed_draws(image_folder)
+    for batch, some in zip(decoder(workers=2).batches(iter(draws)), draws, strict=True):
+        assert torch.equal(batch.images, decoder().batch(*some).images)
 
 
 def test_batches_have_channels_last_as_the_model_wants_them():
