@@ -205,8 +205,9 @@ def _settings(
         f"data.ood={{imagenet_sketch: {source('sketch')}, imagenet_r: {source('r')}}}",
         "meaning.llm={backend: openai, model: sleeper, replicas: 1, "
         f"base_url: 'http://127.0.0.1:{language}/v1'}}",
-        "meaning.clip={model: embedded, num_gpus: 0.5}",
+        "meaning.clip={model: embedded, num_cpus: 0.5, num_gpus: 0.5}",
         f"prompting.contexts_per_class={contexts}",
+        "generation.num_cpus=0.25", "training.num_cpus=0.25", "evaluation.num_cpus=0.5",
         "generation.generator=rehearsal.painter:Painter", "generation.model=embedded",
         "generation.width=64", "generation.height=64", "generation.checks={policy: off}",
         "generation.compile=false", f"generation.pool={{min_size: 8, max_size: {generators}}}",

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 import psutil
 
 GPUS_PER_NODE = 8
+CPUS_PER_NODE = 4  # Ray starts a process for each: more than the machine has are of no use
 OBJECT_STORE = 200 << 20  # bytes per node
 ROLES = {
     "RayTrainWorker": "training worker",
@@ -30,11 +31,19 @@ def fake_cluster(nodes: int) -> Iterator[str]:
 
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 32, "num_gpus": 0, "object_store_memory": 2 * OBJECT_STORE},
+        head_node_args={
+            "num_cpus": CPUS_PER_NODE,
+            "num_gpus": 0,
+            "object_store_memory": 2 * OBJECT_STORE,
+        },
     )
     try:
         for _ in range(nodes):
-            cluster.add_node(num_cpus=64, num_gpus=GPUS_PER_NODE, object_store_memory=OBJECT_STORE)
+            cluster.add_node(
+                num_cpus=CPUS_PER_NODE,
+                num_gpus=GPUS_PER_NODE,
+                object_store_memory=OBJECT_STORE,
+            )
         yield cluster.address
     finally:
         cluster.shutdown()
