@@ -44,6 +44,9 @@ def main(
 ) -> None:
     """Rehearse the run; the last line is JSON."""
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ["PYTHONPATH"] = (
+        f"{JOBS}:{JOBS.parent}"  # of all that is started, Ray's workers as well
+    )
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         os.environ.setdefault(name, "none")  # the bucket asks for none
     nodes = -(-(generators + trainers) // GPUS_PER_NODE)
@@ -88,9 +91,8 @@ class Rehearsal:
         verb = ["ray_synth.cli", "run", "--until", until, "--config"]
         line = [sys.executable, "-m", *(["rehearsal.evaluation"] if tested else verb)]
         log = (self.folder / "output.log").open("ab")
-        env = {**os.environ, "PYTHONPATH": f"{JOBS}:{JOBS.parent}"}
         driver = subprocess.Popen(
-            [*line, str(self.config), *words], cwd=JOBS.parent, env=env, stdout=log, stderr=log
+            [*line, str(self.config), *words], cwd=JOBS.parent, stdout=log, stderr=log
         )
         self.memory.driver = driver.pid
         begun, made = time.monotonic(), self.made()
@@ -231,8 +233,7 @@ def _first_classes(count: int) -> list[str]:
 @contextmanager
 def _server(module: str, port: int, *words: object) -> Any:
     """A server of this package in a process of its own, ready when its port answers."""
-    env = {**os.environ, "PYTHONPATH": f"{JOBS}:{JOBS.parent}"}
-    process = subprocess.Popen([sys.executable, "-m", module, str(port), *map(str, words)], env=env)
+    process = subprocess.Popen([sys.executable, "-m", module, str(port), *map(str, words)])
     try:
         for _ in range(300):
             if process.poll() is not None:

@@ -45,6 +45,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What Ray tries again by itself, as at each end of Serve, is nothing that a user could do.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "There are infinite retries remaining",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -39,6 +39,7 @@ def test_a_run_prints_its_table_and_where_to_look(finished):
     assert "Real + synthetic" in result.stdout
     assert str(folder / "report" / "index.html") in result.stdout
     assert "mlflow ui --backend-store-uri" in result.stdout
+    assert "retries remaining" not in result.stdout + result.stderr  # Ray's own business
     for stage in TIMED:
         assert stage in result.stdout
 
