@@ -62,7 +62,7 @@ def main(
             trainers=trainers, steps=steps, contexts=contexts,
         )  # fmt: skip
         run = Rehearsal(folder, config, settings, memory, bucket)
-        run.start("meaning", kill=lambda: run.kept("meanings.partial") > classes // 3)
+        run.start("meaning", kill=lambda: run.kept("meanings.partial") > classes // 50)
         run.start("training", kill=run.has_checkpoint)
         run.start("training")
         run.start("generation", minutes=minutes)
@@ -105,7 +105,7 @@ class Rehearsal:
                     driver.wait()
                     self.kills.append(self.memory.stage)
                     break
-                time.sleep(1)
+                time.sleep(0.3)
         finally:
             if driver.poll() is None:
                 driver.kill()
