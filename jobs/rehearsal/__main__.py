@@ -38,7 +38,7 @@ def main(
     generators: Annotated[int, typer.Option(help="logical GPUs that generate")] = 48,
     trainers: Annotated[int, typer.Option(help="training workers")] = 8,
     steps: Annotated[int, typer.Option(help="of training")] = 300,
-    minutes: Annotated[float, typer.Option(help="for generation after training")] = 30,
+    minutes: Annotated[float, typer.Option(help="for training, and for images after it")] = 30,
     contexts: Annotated[int, typer.Option(help="scenes per class; the config has 200")] = 16,
     latency_ms: Annotated[int, typer.Option(help="of the bucket")] = 5,
 ) -> None:
@@ -64,8 +64,7 @@ def main(
         run = Rehearsal(folder, config, settings, memory, bucket)
         run.start("meaning", kill=lambda: run.kept("meanings.partial") > classes // 50)
         run.start("training", kill=run.has_checkpoint)
-        run.start("training")
-        run.start("generation", minutes=minutes)
+        run.start("training", minutes=minutes)
         run.start("evaluation")
         print(run.table())
         print(json.dumps({"verb": "rehearsal", **run.figures()}))
@@ -141,8 +140,10 @@ class Rehearsal:
         return next((stage for stage in order if stage not in done), "generation")
 
     def seconds(self) -> dict[str, float]:
-        records = (self.run / "stages").glob("*.json")
-        found = {path.stem: json.loads(path.read_text())["seconds"] for path in records}
+        kept = {
+            path.stem: json.loads(path.read_text()) for path in (self.run / "stages").glob("*.json")
+        }
+        found = {name: kept[name]["seconds"] for name in STAGES if name in kept}
         return {**found, **({"evaluation": self.tested_s} if self.tested_s else {})}
 
     def figures(self) -> dict[str, Any]:
@@ -215,6 +216,7 @@ def _settings(
         "generation.compile=false", f"generation.pool={{min_size: 8, max_size: {generators}}}",
         "training.model=test_byobnet", "training.image_size=32", "training.augment=none",
         "training.batch_size=64", "training.accumulate_steps=1", f"training.steps={steps}",
+        "training.feed=live",  # of the kept feed's epochs an hour would see nothing
         "training.compile=false", "training.dtype=float32", "training.decode_workers=0",
         f"training.num_workers={trainers}", "training.num_gpus=0", "training.baseline=none",
         "evaluation.num_gpus=0",
