@@ -39,7 +39,7 @@ class Keys:
     def page(self, prefix: str, after: str, most: int) -> tuple[list[str], bool]:
         """Keys under a prefix that come after one, and whether there are more."""
         found: list[str] = []
-        at = max(0, bisect_right(self.folders, (after, "~", "~")) - 1)
+        at = max(0, bisect_right(self.folders, (max(after, prefix), "~", "~")) - 1)
         for folder, name, label in self.folders[at:]:
             if folder > prefix and not folder.startswith(prefix) and not prefix.startswith(folder):
                 break
