@@ -37,6 +37,7 @@ def main(
     per_class: Annotated[int, typer.Option(help="real images")] = 1_281,
     generators: Annotated[int, typer.Option(help="logical GPUs that generate")] = 48,
     trainers: Annotated[int, typer.Option(help="training workers")] = 8,
+    planned: Annotated[int, typer.Option(help="synthetic images")] = 7_686_000,
     steps: Annotated[int, typer.Option(help="of training")] = 300,
     minutes: Annotated[float, typer.Option(help="for training, and for images after it")] = 30,
     contexts: Annotated[int, typer.Option(help="scenes per class; the config has 200")] = 16,
@@ -60,6 +61,7 @@ def main(
         settings = _settings(
             folder, address, bucket, language, classes=classes, generators=generators,
             trainers=trainers, steps=steps, contexts=contexts,
+            multiplier=planned / (classes * per_class),
         )  # fmt: skip
         run = Rehearsal(folder, config, settings, memory, bucket)
         run.start("meaning", kill=lambda: run.kept("meanings.partial") > classes // 50)
@@ -186,7 +188,7 @@ class Rehearsal:
 
 def _settings(
     folder: Path, address: str, bucket: int, language: int, *, classes: int, generators: int,
-    trainers: int, steps: int, contexts: int,
+    trainers: int, steps: int, contexts: int, multiplier: float,
 ) -> list[str]:  # fmt: skip
     """What is divided, and where things are."""
     options = f"endpoint_override=127.0.0.1:{bucket}&scheme=http&region=us-east-1"
@@ -209,7 +211,7 @@ def _settings(
         "meaning.llm={backend: openai, model: sleeper, replicas: 1, "
         f"base_url: 'http://127.0.0.1:{language}/v1'}}",
         "meaning.clip={model: embedded, num_cpus: 0.5, num_gpus: 0.5}",
-        f"prompting.contexts_per_class={contexts}",
+        f"prompting.contexts_per_class={contexts}", f"prompting.multiplier={multiplier}",
         "generation.num_cpus=0.25", "training.num_cpus=0.25", "evaluation.num_cpus=0.5",
         "generation.generator=rehearsal.painter:Painter", "generation.model=embedded",
         "generation.width=64", "generation.height=64", "generation.checks={policy: off}",

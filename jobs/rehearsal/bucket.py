@@ -137,7 +137,9 @@ if __name__ == "__main__":
 
     port, per_class, latency_ms = (int(word) for word in sys.argv[1:4])
     wnids = sorted(ImageNetInfo().label_names())[: int(sys.argv[4]) if sys.argv[4:] else None]
-    sets = {"train": per_class, "val": 50, "sketch": 50, "r": 30}
+    share = per_class / 1_281  # of ImageNet's own counts
+    tests = {"val": 50, "sketch": 50, "r": 30}
+    sets = {"train": per_class} | {name: max(1, round(share * n)) for name, n in tests.items()}
     web.run_app(
         application(Keys(sets, wnids), latency_ms / 1000), host="127.0.0.1", port=port, print=None
     )

@@ -12,7 +12,8 @@ from small_runs import ROOT, planned_ids, stored_ids
 @pytest.mark.timeout(1800)
 def test_a_small_rehearsal_is_killed_twice_and_makes_each_row_once(tmp_path):
     settings = {"classes": 20, "per-class": 60, "generators": 8, "trainers": 2, "steps": 60,
-                "contexts": 4, "minutes": 10}  # fmt: skip
+                "contexts": 4, "minutes": 10,
+                "planned": 7200}  # fmt: skip
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     found = subprocess.run(
         [sys.executable, "-m", "rehearsal", str(tmp_path), *options],
