@@ -49,6 +49,7 @@ Code = Annotated[
         help="upload ray-synth itself; default: where it runs from a working copy",
     ),
 ]
+Name = Annotated[str | None, typer.Option("--id", help="default: the run's name, numbered")]
 Dry = Annotated[
     bool,
     typer.Option("--dry-run", help="print what would be uploaded, run and made; send nothing"),
@@ -60,9 +61,7 @@ def submit(
     verb: Annotated[str, typer.Argument(help=f"one of: {', '.join(VERBS)}")],
     arguments: Annotated[list[str] | None, typer.Argument(help="as the verb takes them")] = None,
     address: Address = None,
-    job_id: Annotated[
-        str | None, typer.Option("--id", help="default: the run's name, numbered")
-    ] = None,
+    job_id: Name = None,
     follows: Annotated[
         bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends")
     ] = True,
@@ -84,18 +83,18 @@ def submit(
     config_path, overrides, rest = _split(arguments or [], parameters.get("config"))
     config = load_config(config_path, overrides) if config_path else None
     code = is_checkout() if code is None else code
-    included = [*_files(parameters), *(include or [])]
-    upload = gather(config, config_path, code=code, include=included)
+    more = [*_files(parameters), *(include or [])]
+    upload = gather(config, config_path, code=code, include=more)
     variables = jobs.passed_on(env or [])
     if not code:
         variables[VERSION] = __version__
     given = ["--config", config_place(config_path)] if config_path else []
     given += [word for override in overrides for word in ("--set", override)]
+    line = jobs.entrypoint(verb, [*given, *rest])
     said = [*upload.describe(), *(f"note: {note}" for note in upload.notes)]
     if dry:
-        say(*said, f"would run: {jobs.entrypoint(verb, [*given, *rest])}")
-        if config and verb in PLANNED:
-            _say_plan(config, parameters.get("until") or PLANNED[verb], parameters)
+        say(*said, f"would run: {line}")
+        _say_plan(verb, config, parameters)
         return
     client = jobs.connect_jobs(address)
     say(*said, err=True)
@@ -104,7 +103,7 @@ def submit(
         upload.write(Path(folder))
         submitted = jobs.submit(
             client,
-            jobs.entrypoint(verb, [*given, *rest]),
+            line,
             working_dir=Path(folder) if upload.files else None,
             run=run,
             name=config.name if config else verb,
@@ -127,10 +126,13 @@ def _files(parameters: dict[str, Any]) -> list[str]:
     ]
 
 
-def _say_plan(config: Config, until: str, parameters: dict[str, Any]) -> None:
+def _say_plan(verb: str, config: Config | None, parameters: dict[str, Any]) -> None:
     """What a job would make, as far as this machine can tell: its data and its run may lie elsewhere."""
     from ray_synth.pipeline.dry_run import dry_run
 
+    if config is None or verb not in PLANNED:
+        return
+    until = parameters.get("until") or PLANNED[verb]
     try:
         found = dry_run(config, until=until, force_stage=parameters.get("force_stage"))
     except UserError as error:

@@ -125,7 +125,9 @@ def adopt(name: str) -> None:
 def _format(logger: logging.Logger) -> None:
     for handler in logger.handlers:
         if type(handler).__name__ in ("StreamHandler", "PlainRayHandler"):
-            handler.setFormatter(JsonFormatter() if is_json() else TextFormatter(handler.stream))
+            handler.setFormatter(
+                JsonFormatter() if is_json() else TextFormatter(getattr(handler, "stream", None))
+            )
             if not logger.name.startswith("ray"):
                 handler.setLevel(_volume)
 
