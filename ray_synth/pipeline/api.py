@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 class Run:
     """What a run's directory holds; nothing is started or written, and its real images are not needed.
 
-        >>> run = Run("runs/quickstart")
+        >>> run = Run("runs/finished")
         >>> run.status().verdict
         'done'
-        >>> run.meanings()["seven"]
-        'the digit 7'
+        >>> run.meanings()["six"]
+        'a number 6'
+        >>> len(run.plan)
+        32
 
     Args:
         place: the directory, its URI (`s3://...`), or the config of a run, begun or not.
