@@ -45,6 +45,15 @@ def finished(tmp_path_factory) -> Path:
     return folder / "finished"
 
 
+@pytest.fixture
+def config(finished, tmp_path) -> str:
+    """The config of the finished run, as a file."""
+    values = load_run_config(Folder(finished)).model_dump(mode="json")
+    path = tmp_path / "finished.yaml"
+    path.write_text(yaml.safe_dump({**values, "runs_dir": str(finished.parent)}))
+    return str(path)
+
+
 def call(capsys, *line: str, code: int = 0) -> str:
     """What a verb prints in a pipe."""
     with pytest.raises(SystemExit) as ended:
@@ -84,10 +93,12 @@ def tree(folder: Path) -> dict[str, int]:
 # JSON ----------------------------------------------------------------------------------------------
 
 
-def test_verbs_print_one_json_document(finished, tmp_path, capsys):
+def test_verbs_print_one_json_document(finished, config, tmp_path, capsys):
     run = ["--run", str(finished)]
     status = json.loads(call(capsys, "status", str(finished), "--json"))
     assert status["verdict"] == "done"
+    metrics = json.loads(call(capsys, "report", "--config", config, "--json"))
+    assert metrics["num_synthetic"] == 32 and metrics["mixed"]["main"]["in_domain"]["images"] == 40
     to = str(tmp_path / "data")
     exported = json.loads(call(capsys, "export", to, *run, "--json"))
     assert exported["exported"] == 32 and len(exported["classes"]) == 2
@@ -121,13 +132,10 @@ def test_every_verb_that_prints_figures_has_json():
 
 
 def test_a_dry_run_says_what_is_done_and_what_would_be_made_and_writes_nothing(
-    finished, tmp_path, capsys
+    finished, config, tmp_path, capsys
 ):
-    values = load_run_config(Folder(finished)).model_dump(mode="json")
-    config = tmp_path / "finished.yaml"
-    config.write_text(yaml.safe_dump({**values, "runs_dir": str(finished.parent)}))
     before = tree(finished.parent)
-    line = ["run", "--config", str(config)]
+    line = ["run", "--config", config]
     found = json.loads(call(capsys, *line, "--dry-run", "--json"))
     assert [step["done"] for step in found["steps"]] == [True] * 7 + [False]
     again = call(capsys, *line, "--dry-run", "--force-stage", "training", "--until", "training")
