@@ -33,8 +33,11 @@ def say(*lines: str, err: bool = False, fg: str | None = None) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Print a value as one line of JSON."""
-    typer.echo(json.dumps(value, ensure_ascii=False, default=str))
+    """Print a value as one line of JSON; numbers of NumPy are numbers, paths are text."""
+    plain = json.dumps(
+        value, ensure_ascii=False, default=lambda v: v.item() if hasattr(v, "item") else str(v)
+    )
+    typer.echo(plain)
 
 
 def show(table: Any) -> None:
