@@ -10,7 +10,7 @@ KUBERAY := 1.7.1
 CRDS := https://raw.githubusercontent.com/ray-project/kuberay/v$(KUBERAY)/helm-chart/kuberay-operator/crds
 
 .PHONY: run test test-slow lint format bench rehearsal studies clean install
-.PHONY: constraints compat licences sbom crds
+.PHONY: constraints compat licences sbom crds reference docs
 
 run: $(VENV)/.installed
 	$(BIN)/python jobs/run.py --config $(CONFIG)
@@ -59,6 +59,14 @@ compat: $(VENV)/.installed
 
 licences: $(VENV)/.installed
 	$(BIN)/python jobs/licences.py docs/licences.md
+
+# The pages that are written from the code; a test compares them.
+reference: $(VENV)/.installed
+	$(BIN)/python jobs/reference.py docs/reference
+
+# The pages as a site in build/site/, without a network; a link that leads nowhere is an error.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 sbom: $(VENV)/.installed
 	@mkdir -p build

@@ -20,6 +20,7 @@ CARRIED = (
     "embedded/weights/clip/open_clip_model.safetensors",
     "embedded/weights/sd/unet/diffusion_pytorch_model.safetensors",
     "export/card.md.j2",
+    "py.typed",
     "prompting/contexts.yaml",
     "prompting/styles.yaml",
     "report/page.html.j2",
@@ -87,6 +88,16 @@ def test_it_holds_every_file_of_the_package(wheel: Path) -> None:
     assert listed == {
         path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts
     }
+
+
+def test_it_is_as_an_index_wants_it(wheel: Path) -> None:
+    """Its description can be shown, and nothing lies in it that should not; it stays small."""
+    for line in (["twine", "check", "--strict"], ["check_wheel_contents"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *line, wheel], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert wheel.stat().st_size < 30e6, "the embedded models are most of it"
 
 
 def test_its_command_works_without_a_checkout(

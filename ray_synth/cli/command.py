@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from ray_synth.cli import looking, running, serving, submission
+from ray_synth.cli.exit_codes import BUG, USER_ERROR
 from ray_synth.cli.explanation import bug_report, explain
+from ray_synth.cli.output import all_voiced, say
 from ray_synth.cluster import signals
 from ray_synth.monitoring import logs
 from ray_synth.storage.secrets import redact
@@ -21,7 +23,6 @@ app = typer.Typer(
     help="Better image classifiers from synthetic images, at cluster scale.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 app.add_typer(serving.app, name="serve", no_args_is_help=True)
 
@@ -38,6 +39,7 @@ def common(
 
 for group in (running, looking, submission):
     group.register(app)
+all_voiced(app, serving.app)
 
 
 def prepare_process() -> None:
@@ -48,10 +50,7 @@ def prepare_process() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command and of `jobs/run.py`.
-
-    Exits with 0, 2 for what the user can fix, 1 for a bug, 130 after Ctrl-C, 143 after SIGTERM.
-    """
+    """Entry point of the command and of `jobs/run.py`; ends with one of `exit_codes.EXIT_CODES`."""
     try:
         prepare_process()
         submission.check_version()
@@ -70,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         if logs.is_json():
             log.error(message or bug, exc_info=None if message else error)
         elif message:
-            typer.secho(f"error: {redact(message)}", fg="red", err=True)
+            say(f"error: {redact(message)}", fg="red", err=True)
         else:
             typer.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
-            typer.secho(redact(bug), fg="red", err=True)
-        sys.exit(2 if message else 1)
+            say(redact(bug), fg="red", err=True)
+        sys.exit(USER_ERROR if message else BUG)

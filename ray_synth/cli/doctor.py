@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from typing import Any
 
 from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import ClusterConfig, Config
@@ -29,23 +30,28 @@ PACKAGES = (
 )
 
 
-def diagnose(config: Config | None, *, estimate: bool = False) -> tuple[list[str], bool]:
-    """Lines to print, and whether the config fits the cluster (True without a config).
+def diagnose(config: Config | None, *, estimate: bool = False) -> tuple[list[str], dict[str, Any]]:
+    """Lines to print, and the same for programs: `problems` is empty where the config fits.
 
     Args:
         estimate: where it fits, probe the cluster for the time and the cost of each stage.
     """
+    figures: dict[str, Any] = {"python": platform.python_version(), "packages": {}, "problems": []}
     lines = [f"Python {platform.python_version()} on {platform.platform()}"]
     for package in PACKAGES:
         try:
-            lines.append(f"{package} {importlib.metadata.version(package)}")
+            version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{package} MISSING")
-    lines += _devices()
+            version = None
+        figures["packages"][package] = version
+        lines.append(f"{package} {version or 'MISSING'}")
+    figures["devices"] = _devices()
+    lines += figures["devices"]
     with connect(config.cluster if config else ClusterConfig()):
         import ray
 
         nodes = [node for node in ray.nodes() if node["Alive"]]
+        figures["nodes"] = [{"name": n["NodeManagerHostname"], **n["Resources"]} for n in nodes]
         lines.append(f"cluster: {len(nodes)} node(s), Ray {ray.__version__}")
         for node in nodes:
             r = node["Resources"]
@@ -55,19 +61,25 @@ def diagnose(config: Config | None, *, estimate: bool = False) -> tuple[list[str
                 f"{r.get('object_store_memory', 0) / 2**30:.1f} GiB object store"
             )
         if config is None:
-            return lines, True
-        problems, found = _look(config)
-        if estimate and not problems:
-            found += _estimate(config)
-    return lines + found, not problems
+            return lines, figures
+        found = _look(config, figures)
+        if estimate and not figures["problems"]:
+            found += _estimate(config, figures)
+    return lines + found, figures
 
 
-def _look(config: Config) -> tuple[list[str], list[str]]:
-    """What is wrong with a config on the connected cluster, and the lines to print."""
+def _look(config: Config, figures: dict[str, Any]) -> list[str]:
+    """What is wrong with a config on the connected cluster, as lines to print, and for programs in
+    `figures`."""
     sizes, wrong, left_out = _sizes(config)
     reach = cluster_reach(config)
     fits = fit_stages(config, reach, sizes)
     lines = table(fits, reach)
+    figures["stages"] = [
+        {"stage": f.stage, "cpus": f.cpus, "gpus": f.gpus, "fits": f.placement is not None}
+        for f in fits
+    ]
+    figures["reach"] = {"cpus": reach.cpus, "gpus": reach.gpus}
     if reach.held_cpus or reach.held_gpus:
         who = ", ".join(reach.holders) or "other jobs or actors"
         lines.append(f"held by {who}: {reach.held_cpus:g} CPUs, {reach.held_gpus:g} GPUs")
@@ -78,18 +90,20 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
     if not runs.is_local:
         runs.check_writable()
         lines.append(f"storage: {runs.address()} can be written")
-    lines += memory.notes + [f"warning: {line}" for line in [*left_out, *memory.warnings]]
+    figures |= {"notes": memory.notes, "warnings": [*left_out, *memory.warnings]}
+    lines += memory.notes + [f"warning: {line}" for line in figures["warnings"]]
     if not wrong and config.generation.num_gpus and config.training.num_gpus:
         lines += _outlook(config, sizes, reach)
     problems = [fit.problem for fit in fits if fit.problem]
     lines += [f"does not fit: {problem}" for problem in problems + memory.problems]
     if problems:
-        lines += [f"would fit: {way}" for way in fixes(config, reach, sizes)]
+        figures["would_fit"] = fixes(config, reach, sizes)
+        lines += [f"would fit: {way}" for way in figures["would_fit"]]
     lines += [f"wrong: {problem}" for problem in wrong]
-    problems += memory.problems + wrong
-    if not problems:
+    figures["problems"] = problems + memory.problems + wrong
+    if not figures["problems"]:
         lines.append("the config fits")
-    return problems, lines
+    return lines
 
 
 def _outlook(config: Config, sizes: Sizes, reach: Reach) -> list[str]:
@@ -101,7 +115,7 @@ def _outlook(config: Config, sizes: Sizes, reach: Reach) -> list[str]:
     return outlook.lines(outlook.outlook(config, sizes, slowest), config.name) if slowest else []
 
 
-def _estimate(config: Config) -> list[str]:
+def _estimate(config: Config, figures: dict[str, Any]) -> list[str]:
     from ray_synth.pipeline.estimate import lines
     from ray_synth.pipeline.probe import forecast, share_cores
     from ray_synth.pipeline.run import check_run
@@ -109,7 +123,9 @@ def _estimate(config: Config) -> list[str]:
     run = check_run(config)
     if not run.todo("report"):
         return ["nothing is left to do: the run is finished"]
-    return lines(forecast(run, "report", shared=share_cores(config, cluster_reach(config))))
+    found = forecast(run, "report", shared=share_cores(config, cluster_reach(config)))
+    figures["estimate"] = found.as_dict()
+    return lines(found)
 
 
 def _sizes(config: Config) -> tuple[Sizes, list[str], list[str]]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_synth.cli.exit_codes import NO
+from ray_synth.cli.output import AsJson, say, say_json
 from ray_synth.cli.running import Overrides, Probe
 from ray_synth.config import load_config
 from ray_synth.errors import UserError
@@ -24,17 +26,23 @@ def init(
     out: Annotated[Path, typer.Option(help="the config to write")] = Path("ray_synth.yaml"),
     test: Annotated[Path | None, typer.Option(help="a test folder; default: images/test")] = None,
     name: Annotated[str | None, typer.Option(help="the run's name")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Look at a folder of images and write a config for it."""
     from ray_synth.cli.setup import describe, write_config
 
-    typer.echo(describe(write_config(images, out, test=test, name=name), out))
+    found = write_config(images, out, test=test, name=name)
+    if as_json:
+        say_json({**found, "config": str(out)})
+    else:
+        say(describe(found, out))
 
 
 def doctor(
     config: Annotated[Path | None, typer.Option("--config", "-c")] = None,
     overrides: Overrides = None,
     estimate: Probe = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print versions, devices and cluster resources, and what of a config would not fit."""
     from ray_synth.cli.doctor import diagnose
@@ -42,10 +50,13 @@ def doctor(
     if estimate and config is None:
         raise UserError("--estimate goes with --config: there is nothing to estimate")
     settings = load_config(config, overrides) if config else None
-    lines, fits = diagnose(settings, estimate=estimate)
-    typer.echo("\n".join(lines))
-    if not fits:
-        raise typer.Exit(1)
+    lines, figures = diagnose(settings, estimate=estimate)
+    if as_json:
+        say_json(figures)
+    else:
+        say(*lines)
+    if figures["problems"]:
+        raise typer.Exit(NO)
 
 
 def estimate(
@@ -55,6 +66,7 @@ def estimate(
     gpu: Annotated[str | None, typer.Option(help="A10G, A100-80G, H100, ...")] = None,
     with_studies: Annotated[bool, typer.Option("--studies", help="and of each study")] = False,
     overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
     """Print what a run would take: GPU-hours, cost, TB, days, bottleneck. By arithmetic, without data or
     cluster; `doctor --estimate` measures.
@@ -66,34 +78,42 @@ def estimate(
     if min(images, classes) < 1:
         raise UserError(f"{images} images of {classes} classes: give 1 or more of both")
     settings, sizes = load_config(config, overrides), Sizes(images, classes)
-    typer.echo("\n".join(outlook.lines(outlook.outlook(settings, sizes, gpu), settings.name)))
-    if with_studies:
-        costs = of_studies.study_costs(settings, sizes, gpu)
-        typer.echo("\n".join(of_studies.lines(costs, settings.cluster.price_per_gpu_hour)))
+    found = outlook.outlook(settings, sizes, gpu)
+    costs = of_studies.study_costs(settings, sizes, gpu) if with_studies else []
+    if as_json:
+        say_json({**found.as_dict(), "studies": [vars(cost) for cost in costs]})
+        return
+    say(*outlook.lines(found, settings.name))
+    if costs:
+        say(*of_studies.lines(costs, settings.cluster.price_per_gpu_hour))
 
 
 def regenerate(
     sample_id: Annotated[str, typer.Argument(help="an image's id, or the start of one")],
     run_folder: RunFolder = "runs/quickstart",
     out: Annotated[Path | None, typer.Option(help="where to write the image")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make one image again from its row alone, and compare it with the one in the store."""
     from ray_synth.generation.regenerate import regenerate as again
+    from ray_synth.pipeline.api import Run
 
-    found = again(_opened(run_folder), sample_id)
+    found = again(Run(run_folder).folder, sample_id)
     path = out or Path(f"{found.row['sample_id']}.{found.suffix}")
     _write(path, lambda: path.write_bytes(found.image))
-    typer.echo(found.describe())
-    typer.echo(f"wrote {path}")
+    if as_json:
+        say_json({**found.as_dict(), "wrote": str(path)})
+    else:
+        say(found.describe(), f"wrote {path}")
     if not found.identical:
-        raise typer.Exit(1)
+        raise typer.Exit(NO)
 
 
 def status(
     run_folder: Annotated[str, typer.Argument(help="a run's directory, or its URI")] = (
         "runs/quickstart"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    as_json: AsJson = False,
     watch: Annotated[
         float | None, typer.Option(help="look again every this many seconds, until the run ends")
     ] = None,
@@ -121,37 +141,47 @@ def show(
     out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("contact_sheet.png"),
 ) -> None:
     """Draw a contact sheet of any slice of a run's images."""
+    from ray_synth.pipeline.api import Run
     from ray_synth.report.sheet import sheet_of
 
     sheet = sheet_of(
-        _opened(run_folder), class_names=class_names, kinds=kinds, style=style, rejected=rejected,
+        Run(run_folder).folder, class_names=class_names, kinds=kinds, style=style, rejected=rejected,
         sample_ids=sample_ids, limit=limit, columns=columns,
     )  # fmt: skip
     _write(out, lambda: sheet.save(out))
-    typer.echo(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 def export(
     to: Annotated[str, typer.Argument(help="an empty folder, or its URI")],
     run_folder: RunFolder = "runs/quickstart",
-    layout: Annotated[str, typer.Option(help="imagefolder, webdataset or huggingface")] = (
-        "imagefolder"
-    ),
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="imagefolder, webdataset or huggingface",
+            autocompletion=lambda: ["imagefolder", "webdataset", "huggingface"],
+        ),
+    ] = "imagefolder",
     class_names: Names = None,
     kinds: Kinds = None,
     rejected: Annotated[bool, typer.Option(help="rejected images as well")] = False,
     limit: Annotated[int | None, typer.Option(help="images at most")] = None,
     shard_rows: Annotated[int, typer.Option(help="images per shard, at most")] = 10_000,
     licence: Annotated[str | None, typer.Option(help="for the card")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's images as a data set with a card, for other tools."""
     from ray_synth.export.layouts import export_images
+    from ray_synth.pipeline.api import Run
 
     counts = export_images(
-        _opened(run_folder), to, layout=layout, accepted_only=not rejected,
+        Run(run_folder).folder, to, layout=layout, accepted_only=not rejected,
         class_names=class_names, kinds=kinds, limit=limit, shard_rows=shard_rows, licence=licence,
     )  # fmt: skip
-    typer.echo(
+    if as_json:
+        say_json(counts)
+        return
+    say(
         f"wrote {counts['exported']:,} images of {len(counts['classes'])} classes to {counts['to']}"
         + (f"; {counts['unreadable']} could not be read" if counts["unreadable"] else "")
     )
@@ -162,15 +192,6 @@ def _write(path: Path, work: Callable[[], Any]) -> None:
         work()
     except (OSError, ValueError) as error:  # PIL: an unknown suffix
         raise UserError(f"--out {path} cannot be written: {error}") from None
-
-
-def _opened(run_folder: str) -> Any:
-    """The folder of a run. Raises UserError where its storage does not answer at once."""
-    from ray_synth.storage.folder import Folder
-
-    folder = Folder(run_folder)
-    folder.check_readable()
-    return folder
 
 
 def register(app: typer.Typer) -> None:

@@ -12,12 +12,17 @@ from typing import Annotated, Any
 import typer
 
 from ray_synth import __version__
-from ray_synth.config import load_config
+from ray_synth.cli.output import AsJson, say, say_json, show
+from ray_synth.cli.running import SHORTER
+from ray_synth.config import Config, load_config
 from ray_synth.errors import UserError
+from ray_synth.stages import REPORT
 
 VERBS = (
     "run", "disambiguate", "plan", "generate", "train", "evaluate", "report", "study", "doctor",
 )  # fmt: skip
+# Verbs that have a plan, and the stage that each stops after.
+PLANNED = {"run": REPORT, "report": REPORT} | {name: stage for name, (stage, _) in SHORTER.items()}
 # In the environment of a job that runs what its cluster has installed.
 VERSION = "RAY_SYNTH_VERSION"
 Address = Annotated[
@@ -44,6 +49,11 @@ Code = Annotated[
         help="upload ray-synth itself; default: where it runs from a working copy",
     ),
 ]
+Name = Annotated[str | None, typer.Option("--id", help="default: the run's name, numbered")]
+Dry = Annotated[
+    bool,
+    typer.Option("--dry-run", help="print what would be uploaded, run and made; send nothing"),
+]
 
 
 def submit(
@@ -51,15 +61,14 @@ def submit(
     verb: Annotated[str, typer.Argument(help=f"one of: {', '.join(VERBS)}")],
     arguments: Annotated[list[str] | None, typer.Argument(help="as the verb takes them")] = None,
     address: Address = None,
-    job_id: Annotated[
-        str | None, typer.Option("--id", help="default: the run's name, numbered")
-    ] = None,
+    job_id: Name = None,
     follows: Annotated[
         bool, typer.Option("--follow/--no-follow", help="show the job's log until it ends")
     ] = True,
     env: Environment = None,
     include: Include = None,
     code: Code = None,
+    dry: Dry = False,
 ) -> None:
     """Run a verb as a job on a Ray cluster, show its log, and exit with its code.
 
@@ -74,38 +83,66 @@ def submit(
     config_path, overrides, rest = _split(arguments or [], parameters.get("config"))
     config = load_config(config_path, overrides) if config_path else None
     code = is_checkout() if code is None else code
-    files = [
-        str(value)
-        for key, value in parameters.items()
-        if isinstance(value, Path) and key != "config" and not value.is_absolute()
-    ]
-    upload = gather(config, config_path, code=code, include=[*files, *(include or [])])
+    more = [*_files(parameters), *(include or [])]
+    upload = gather(config, config_path, code=code, include=more)
     variables = jobs.passed_on(env or [])
     if not code:
         variables[VERSION] = __version__
-    client = jobs.connect_jobs(address)
-    for line in [*upload.describe(), *(f"note: {note}" for note in upload.notes)]:
-        typer.echo(line, err=True)
     given = ["--config", config_place(config_path)] if config_path else []
     given += [word for override in overrides for word in ("--set", override)]
+    line = jobs.entrypoint(verb, [*given, *rest])
+    said = [*upload.describe(), *(f"note: {note}" for note in upload.notes)]
+    if dry:
+        say(*said, f"would run: {line}")
+        _say_plan(verb, config, parameters)
+        return
+    client = jobs.connect_jobs(address)
+    say(*said, err=True)
+    run = f"{config.runs_dir.rstrip('/')}/{config.name}" if config and verb != "doctor" else None
     with tempfile.TemporaryDirectory() as folder:
         upload.write(Path(folder))
         submitted = jobs.submit(
             client,
-            jobs.entrypoint(verb, [*given, *rest]),
+            line,
             working_dir=Path(folder) if upload.files else None,
-            run=f"{config.runs_dir.rstrip('/')}/{config.name}"
-            if config and verb != "doctor"
-            else None,
+            run=run,
             name=config.name if config else verb,
             job_id=job_id,
             env=variables,
         )
-    typer.echo(f"submitted job {submitted}", err=True)
+    say(f"submitted job {submitted}", err=True)
     if follows:
         _follow(client, submitted)
     else:
-        typer.echo(f"`ray-synth follow {submitted}` shows its log", err=True)
+        say(f"`ray-synth follow {submitted}` shows its log", err=True)
+
+
+def _files(parameters: dict[str, Any]) -> list[str]:
+    """Files here, besides the config, that a verb's parameters name."""
+    return [
+        str(value)
+        for key, value in parameters.items()
+        if isinstance(value, Path) and key != "config" and not value.is_absolute()
+    ]
+
+
+def _say_plan(verb: str, config: Config | None, parameters: dict[str, Any]) -> None:
+    """What a job would make, as far as this machine can tell: its data and its run may lie elsewhere."""
+    from ray_synth.pipeline.dry_run import dry_run
+
+    if config is None or verb not in PLANNED:
+        return
+    until = parameters.get("until") or PLANNED[verb]
+    try:
+        found = dry_run(config, until=until, force_stage=parameters.get("force_stage"))
+    except UserError as error:
+        say(f"its plan cannot be made from here, where its data or its run may not be: {error}")
+        return
+    if "://" not in config.runs_dir:
+        say(
+            f"as seen from here, where {config.runs_dir} may be another folder than on the cluster:"
+        )
+    say(*found.lines())
 
 
 def follow(job_id: JobId, address: Address = None) -> None:
@@ -123,18 +160,20 @@ def stop(job_id: JobId, address: Address = None) -> None:
 
     status = jobs.stop(jobs.connect_jobs(address), job_id)
     if status == JobStatus.STOPPED:
-        typer.echo(f"job {job_id} stopped; to continue, submit the same again")
+        say(f"job {job_id} stopped; to continue, submit the same again")
     else:
-        typer.echo(f"job {job_id} had ended before: {status.value}")
+        say(f"job {job_id} had ended before: {status.value}")
 
 
-def list_jobs(address: Address = None) -> None:
+def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     """List the cluster's submitted jobs."""
-    from rich.console import Console
+    from ray_synth.cluster.jobs import connect_jobs, job_rows, table
 
-    from ray_synth.cluster.jobs import connect_jobs, table
-
-    Console().print(table(connect_jobs(address).list_jobs()))
+    rows = job_rows(connect_jobs(address).list_jobs())
+    if as_json:
+        say_json(rows)
+    else:
+        show(table(rows))
 
 
 def _follow(client: Any, job_id: str) -> None:
@@ -143,13 +182,13 @@ def _follow(client: Any, job_id: str) -> None:
     try:
         job = jobs.follow(client, job_id)
     except KeyboardInterrupt:
-        typer.echo(
+        say(
             f"\nno longer following; job {job_id} goes on. `ray-synth follow {job_id}` shows it "
             f"again, `ray-synth stop {job_id}` ends it",
             err=True,
         )
         raise
-    typer.echo(jobs.outcome(job), err=True)
+    say(jobs.outcome(job), err=True)
     raise typer.Exit(jobs.exit_code(job))
 
 

@@ -297,25 +297,35 @@ def outcome(job: JobDetails) -> str:
     return line
 
 
-def table(jobs: Sequence[JobDetails]) -> Any:
-    """Submitted jobs, the newest last."""
-    from rich.table import Table
-
-    made = Table()
-    for column in ("job", "status", "started", "minutes", "run"):
-        made.add_column(column, overflow="fold")
+def job_rows(jobs: Sequence[JobDetails]) -> list[dict[str, Any]]:
+    """Submitted jobs, the newest last: `job`, `status`, `started`, `minutes` and `run`."""
+    rows = []
     for job in sorted(jobs, key=lambda job: job.start_time or 0):
         if not job.submission_id:
             continue  # a driver that was not submitted
         started = (job.start_time or 0) / 1000
         ended = job.end_time / 1000 if job.end_time else time.time()
-        made.add_row(
-            job.submission_id,
-            job.status.value,
-            f"{datetime.fromtimestamp(started):%Y-%m-%d %H:%M}",
-            f"{(ended - started) / 60:.1f}",
-            (job.metadata or {}).get(RUN, ""),
+        rows.append(
+            {
+                "job": job.submission_id,
+                "status": job.status.value,
+                "started": f"{datetime.fromtimestamp(started):%Y-%m-%d %H:%M}",
+                "minutes": round((ended - started) / 60, 1),
+                "run": (job.metadata or {}).get(RUN, ""),
+            }
         )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Any:
+    """The same for a terminal."""
+    from rich.table import Table
+
+    made = Table()
+    for column in ("job", "status", "started", "minutes", "run"):
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*map(str, row.values()))
     return made
 
 

@@ -49,6 +49,17 @@ class Regenerated:
     def identical(self) -> bool:
         return self.different == 0
 
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: all that `describe` says."""
+        said = {key: self.row[key] for key in ("sample_id", "prompt", "seed", "attempt")}
+        return {
+            **said,
+            "identical": self.identical,
+            "different_values": self.different,
+            "largest_difference": self.largest,
+            "made_elsewhere": self.elsewhere,
+        }
+
     def describe(self) -> str:
         row = self.row
         lines = [

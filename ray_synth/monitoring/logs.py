@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ray_synth.errors import UserError
+from ray_synth.monitoring.terminal import fitted
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.secrets import redact
 
@@ -36,17 +37,20 @@ MOST_ALIKE, MOST, WINDOW_S = 10, 60, 60.0
 
 _where: ContextVar[dict[str, Any] | None] = ContextVar("where", default=None)
 _form = FORMATS[0]
+_volume = logging.INFO  # what is finer is for the run's file
 _last_file: str | None = None
 
 
 class TextFormatter(logging.Formatter):
     """`12:30:01 message`."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: Any = None) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self.stream = stream
 
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        text = redact(super().format(record))
+        return fitted(text, self.stream) if self.stream is not None else text
 
 
 class JsonFormatter(logging.Formatter):
@@ -90,6 +94,24 @@ def set_up(log_format: str | None = None) -> None:
     _format(logging.getLogger())
 
 
+def set_volume(*, quiet: bool = False, verbose: bool = False) -> None:
+    """How much is said in the terminal: warnings alone, or also what is else kept in the run's log.
+
+    Raises:
+        UserError: both are wanted.
+    """
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose: give one of them")
+    global _volume  # noqa: PLW0603
+    _volume = logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO
+    log.setLevel(min(_volume, logging.INFO))
+    _format(logging.getLogger())
+
+
+def is_quiet() -> bool:
+    return _volume > logging.INFO
+
+
 def is_json() -> bool:
     return _form == "json"
 
@@ -103,9 +125,11 @@ def adopt(name: str) -> None:
 def _format(logger: logging.Logger) -> None:
     for handler in logger.handlers:
         if type(handler).__name__ in ("StreamHandler", "PlainRayHandler"):
-            handler.setFormatter(JsonFormatter() if is_json() else TextFormatter())
+            handler.setFormatter(
+                JsonFormatter() if is_json() else TextFormatter(getattr(handler, "stream", None))
+            )
             if not logger.name.startswith("ray"):
-                handler.setLevel(logging.INFO)  # what is finer is for the run's file
+                handler.setLevel(_volume)
 
 
 @contextmanager

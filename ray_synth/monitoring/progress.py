@@ -89,7 +89,7 @@ class Bar:
 
     def __enter__(self) -> Bar:
         _bars.append(self)
-        if sys.stderr.isatty() and not logs.is_json():
+        if sys.stderr.isatty() and not (logs.is_json() or logs.is_quiet()):
             self._task = _Screen.enter().add_task(
                 self.name, total=self.total, completed=self.done, unit=self.unit, note=""
             )

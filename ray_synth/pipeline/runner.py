@@ -33,7 +33,7 @@ def run_pipeline(
     force_stage: str | None = None,
     estimate: bool = False,
 ) -> dict[str, Any]:
-    """Run all stages up to `until`; the metrics (empty before the report).
+    """Run all stages up to `until`; the metrics, or what the stage left in `stages/<until>.json`.
 
     Args:
         until: one of `stages.STAGES`, or `report`.
@@ -90,14 +90,17 @@ def _run(
                 if tracker:
                     tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-        metrics = write_report(run, time.perf_counter() - started) if until == REPORT else {}
+        if until == REPORT:
+            left = write_report(run, time.perf_counter() - started)
+        else:
+            left = (run.records.record(until) or {}).get("result", {})
         if expected:
             _compare(run, expected, time.perf_counter() - estimated)
-        if tracker and metrics:
-            _track_results(run, tracker, metrics)
+        if tracker and until == REPORT:
+            _track_results(run, tracker, left)
         elif tracker:
             tracker.end()
-        return metrics
+        return left
 
 
 def _forecast(run: Run, until: str, reach: Reach) -> Estimate:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 from ray_synth.config import Config, TrainingConfig
 from ray_synth.errors import UserError
@@ -95,6 +96,18 @@ class Outlook:
     @property
     def bottleneck(self) -> Part:
         return max(self.parts, key=lambda part: part.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: all that `lines` prints."""
+        return {
+            "parts": [{**vars(part), "gpu_hours": part.gpu_hours} for part in self.parts],
+            "gpu_hours": self.gpu_hours,
+            "cost": self.cost,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "bottleneck": self.bottleneck.what,
+            "notes": list(self.notes),
+        }
 
 
 def outlook(config: Config, sizes: Sizes, gpu: str | None = None) -> Outlook:

@@ -3,6 +3,7 @@
 import pytest
 from samples import ROOT
 
+import ray_synth
 from ray_synth.cli.command import app, main
 from ray_synth.cli.running import SHORTER
 from ray_synth.stages import STAGES
@@ -22,6 +23,7 @@ def test_an_unknown_stage_ends_the_command_before_anything_is_begun(option, tmp_
 
 
 def test_each_shorter_verb_stops_after_a_stage_that_there_is():
-    assert set(SHORTER.values()) <= set(STAGES)
+    assert {stage for stage, _ in SHORTER.values()} <= set(STAGES)
+    assert {function for _, function in SHORTER.values()} <= set(ray_synth.__all__)
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert {"run", "evaluate", "report", *SHORTER} <= names

@@ -28,7 +28,7 @@ from ray_synth.cli.command import app
 from ray_synth.config import Config, load_config, parse_config
 from ray_synth.errors import UserError
 
-LANGUAGES = {*SHELL, "python", "yaml", "json", "text"}
+LANGUAGES = {*SHELL, "python", "pycon", "yaml", "json", "text"}
 FOLDERS = ("ray_synth", "jobs", "serve", "tests", "docs")
 # Programs that the documents call, besides those whose options are looked up below.
 OTHERS = {
