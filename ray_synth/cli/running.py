@@ -29,6 +29,14 @@ Probe = Annotated[
 Until = Annotated[
     str, typer.Option(help=f"stop after a stage: {', '.join(STAGES)}", metavar="STAGE")
 ]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="DIR",
+        help="classes came or went: keep what an earlier run has of the others (take_over.run)",
+    ),
+]
 QUICKSTART = Path("jobs/configs/quickstart.yaml")
 # Verbs that stop early, and after which stage.
 SHORTER = {"disambiguate": "meaning", "plan": "plan", "generate": "generation", "train": "training"}
@@ -57,9 +65,11 @@ def run(
     force_stage: Force = None,
     estimate: Probe = False,
     until: Until = REPORT,
+    earlier: From = None,
 ) -> None:
     """Run all stages, then print what was gained."""
-    settings = load_config(config, overrides)
+    taken = [f"take_over.run={earlier}"] if earlier else []
+    settings = load_config(config, [*taken, *(overrides or ())])
     metrics = _run(settings, until, force_stage, estimate=estimate)
     if until == REPORT:
         _print_results(settings, metrics)

@@ -18,6 +18,7 @@ from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.kept import check_kept
 from ray_synth.pipeline.records import CLEARED, StageRecords, adopt_older
 from ray_synth.pipeline.sets import RealSets, open_sets
+from ray_synth.pipeline.take_over import check_take_over
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
 from ray_synth.preflight.refusals import refuse_early
@@ -172,7 +173,10 @@ def check_run(
         check_recipe(config.training)
     run = Run(config, runs, folder, records, sets, commits, kept_in)
     planned = run.sizes.synthetic(config)
-    if planned is not None and records.record("generation") is None:
+    unmade = records.record("generation") is None
+    if unmade:
+        check_take_over(config, sets.train.class_names, folder)
+    if planned is not None and unmade and config.take_over is None:
         check_plan(config.generation, planned)
     refuse_early(config, sets.train.class_names, run.todo(REPORT), local=is_local(config))
     return run
