@@ -9,6 +9,7 @@ import platform
 from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import ClusterConfig, Config
 from ray_synth.errors import UserError
+from ray_synth.generators.licences import DISCLAIMER, licences
 from ray_synth.preflight.check import fit_stages, table, unsure
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.memory import Findings, look
@@ -81,6 +82,8 @@ def _look(config: Config) -> tuple[list[str], list[str]]:
     lines += memory.notes + [f"warning: {line}" for line in [*left_out, *memory.warnings]]
     if not wrong and config.generation.num_gpus and config.training.num_gpus:
         lines += _outlook(config, sizes, reach)
+    if not wrong and (found := licences(config)):
+        lines += [f"licence of {licence.line}" for licence in found] + [f"  ({DISCLAIMER})"]
     problems = [fit.problem for fit in fits if fit.problem]
     lines += [f"does not fit: {problem}" for problem in problems + memory.problems]
     if problems:

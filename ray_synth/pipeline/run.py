@@ -13,6 +13,7 @@ from ray_synth.config import Config, TrainingConfig
 from ray_synth.data.dataset import Index, left_out
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
+from ray_synth.generators.licences import LICENCES, licences, warning
 from ray_synth.generators.registry import advise, check_generator, check_plan, filled, fingerprint
 from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.kept import check_kept
@@ -205,6 +206,10 @@ def begin(run: Run, force_stage: str | None = None) -> None:
         _clear(run.store, force_stage)
     if run.records.record("generation") is None:
         run.folder.check_writable()
+        found = licences(run.config)
+        run.folder.write_json(LICENCES, [licence.as_dict() for licence in found])
+        if line := warning(found):
+            log.warning("%s", line)
     for name in ("data", "images", "images/rejected", "models", "quality", "report", "stages"):
         run.folder.child(name).sweep()
     run.folder.sweep()
