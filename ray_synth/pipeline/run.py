@@ -164,6 +164,8 @@ def check_run(
     records = StageRecords(folder, inputs)
     records.redo(force_stage)
     sets = open_sets(config, records, folder, kept_in)
+    if records.record("generation") is None:
+        check_take_over(config, sets.train.class_names, folder)
     records.check()
     if records.record("generation") is None:
         check_generator(config.generation)
@@ -174,10 +176,8 @@ def check_run(
         check_recipe(config.training)
     run = Run(config, runs, folder, records, sets, commits, kept_in)
     planned = run.sizes.synthetic(config)
-    unmade = records.record("generation") is None
-    if unmade:
-        check_take_over(config, sets.train.class_names, folder)
-    if planned is not None and unmade and config.take_over is None:
+    # Of a run that goes on from another, what is missing is known when its plan is written.
+    if planned is not None and config.take_over is None and records.record("generation") is None:
         check_plan(config.generation, planned)
     refuse_early(config, sets.train.class_names, run.todo(REPORT), local=is_local(config))
     return run
