@@ -118,9 +118,9 @@ def licence_of(
     for terms, _, patterns in table():
         if any(fnmatch.fnmatchcase(model.lower(), pattern.lower()) for pattern in patterns):
             return Licence(role, shown, terms, "its name")
-    named = (terms for terms, _, _ in table() if terms.name == family)
-    if terms := next(named, None):
-        return Licence(role, shown, terms, "its family")
+    for terms, _, _ in table():
+        if terms.name == family:
+            return Licence(role, shown, terms, "its family")
     return Licence(role, shown, Terms("unknown"), "")
 
 

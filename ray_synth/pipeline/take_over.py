@@ -18,9 +18,11 @@ from ray_synth.config import Config, TakeOverConfig, flatten
 from ray_synth.data.labels import closest
 from ray_synth.errors import UserError, shortened
 from ray_synth.meaning.entries import MEANINGS, read_meanings
+from ray_synth.pipeline.records import StageRecords
 from ray_synth.pipeline.sets import USED, listing
-from ray_synth.prompting.plan_file import PLAN_FILE
+from ray_synth.prompting.plan_file import MOST_CLASSES, PLAN_FILE
 from ray_synth.stages import changed
+from ray_synth.storage.damage import damaged
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
@@ -47,9 +49,20 @@ class KnownClass:
 def read_classes(folder: Folder) -> list[KnownClass]:
     """The classes of a run with their numbers, in its order. Raises DamagedFile."""
     if folder.exists(CLASSES):
-        return [KnownClass(**item) for item in folder.read_json(CLASSES)]
+        return [_known(item, folder) for item in folder.read_json(CLASSES)]
     names = [entry["class_name"] for entry in read_meanings(folder)]
     return [KnownClass(name, at, name) for at, name in enumerate(names)]
+
+
+def _known(item: Any, folder: Folder) -> KnownClass:
+    """What a file says of a class, which may be anything."""
+    values = item if isinstance(item, dict) else {}
+    name, number, said = (values.get(key) for key in ("class_name", "number", "said"))
+    whole = isinstance(number, int) and 0 <= number < MOST_CLASSES
+    if not (whole and isinstance(name, str) and isinstance(said, str)):
+        raise damaged(folder.address(CLASSES), "an entry has no class_name, number and said")
+    was = values.get("was")
+    return KnownClass(name, number, said, was if isinstance(was, str) else None)
 
 
 def check_take_over(config: Config, class_names: tuple[str, ...], folder: Folder) -> None:
@@ -226,7 +239,8 @@ def _differences(
     earlier: Folder, stage: str, now: dict[str, Any], keys: tuple[str, ...]
 ) -> list[str]:
     """Settings of some keys with which an earlier run's stage was done otherwise."""
-    before = earlier.read_json(f"stages/{stage}.json")["inputs"]
+    record = StageRecords(earlier, {}).record(stage) or {"inputs": {}}
+    before = record["inputs"]
 
     def some(inputs: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in inputs.items() if key.startswith(keys)}
@@ -240,7 +254,8 @@ def _other_images(run: Any, earlier: Folder, classes: list[KnownClass]) -> set[s
     Of pictures in folders the contents count, by the digests that both runs have kept; of files of many
     images, and of those that ship with the package, their number.
     """
-    before = earlier.read_json("stages/data.json")["result"]["counts"]
+    record = StageRecords(earlier, {}).record("data") or {"result": {}}
+    before = record["result"].get("counts") or {}
     now = run.train.counts()
     other = {
         known.class_name

@@ -14,6 +14,8 @@ from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.sets import inspect_training
 from ray_synth.pipeline.steps import write_plan
 from ray_synth.pipeline.take_over import (
+    CLASSES,
+    KnownClass,
     known_classes,
     read_classes,
     settle_classes,
@@ -234,3 +236,17 @@ def test_a_run_without_it_has_the_inputs_that_it_had():
     assert inputs["plan"]["take_over.run"] == "runs/x"
     assert inputs["meaning"]["data.class_info.six.parent"] == "number"
     assert "take_over.run" not in inputs["data"]
+
+
+def test_a_damaged_list_of_classes_is_named(earlier, runs):
+    folder = earlier.folder.child("other")
+    for wrong in (
+        [{"class_name": "six"}],
+        [1],
+        [{"class_name": "six", "number": -1, "said": "six"}],
+    ):
+        folder.write_json(CLASSES, wrong)
+        with pytest.raises(UserError, match="classes.json is damaged"):
+            read_classes(folder)
+    folder.write_json(CLASSES, [{"class_name": "six", "number": 4, "said": "6", "more": 1}])
+    assert read_classes(folder) == [KnownClass("six", 4, "6")]
