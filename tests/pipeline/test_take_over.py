@@ -12,7 +12,7 @@ from ray_synth.config import Config, load_config
 from ray_synth.errors import UserError
 from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.sets import inspect_training
-from ray_synth.pipeline.steps import write_plan
+from ray_synth.pipeline.steps import resolve_meanings, write_plan
 from ray_synth.pipeline.take_over import (
     CLASSES,
     KnownClass,
@@ -40,10 +40,17 @@ NUMBERS = itertools.count()
 
 
 class Writer:
-    """A service that writes one scene, and remembers for whom."""
+    """A service that knows meanings and writes one scene, and remembers for whom."""
 
-    def __init__(self) -> None:
+    def __init__(self, choices: dict[str, str] | None = None) -> None:
+        self.choices = choices or {}
+        self.resolved: list[str] = []
         self.asked: list[str] = []
+
+    def resolve_all(self, images, *, seed, known, told):
+        for name in [name for name, _ in images if name not in known]:
+            self.resolved.append(name)
+            yield {"class_name": name, "choice": self.choices[name], "num_refused": 0}
 
     def write_contexts_all(self, todo, *, seed):
         for name in todo:
@@ -73,10 +80,8 @@ def begun(config: Config) -> Run:
 
 def finish(run: Run, choices: dict[str, str], service: Writer) -> Run:
     """With meanings and a plan."""
-    entries = [{"class_name": name, "choice": choices[name]} for name in run.train.class_names]
-    taken = taken_meanings(run, {})
-    run.folder.write_json("meanings.json", [taken.get(e["class_name"], e) for e in entries])
-    run.records.run("meaning", lambda: choices)
+    service.choices = choices
+    run.records.run("meaning", lambda: resolve_meanings(run, service))
     run.records.run("plan", lambda: write_plan(run, service))
     return run
 
@@ -126,7 +131,8 @@ def test_a_class_that_came_and_one_that_went_leave_all_others_as_they_are(earlie
     ]  # fmt: skip
     service = Writer()
     finish(run, {**CHOICES, "eight": "the number 8"}, service)
-    assert service.asked == ["eight"], "its scenes alone are written"
+    assert service.resolved == ["eight"], "the language model is asked about it alone"
+    assert service.asked == ["eight"], "and its scenes alone are written"
     after = rows_of(run)
     assert after["six"] == before["six"] and after["two"] == before["two"]
     assert not after["eight"] & set().union(*before.values())
@@ -140,7 +146,7 @@ def test_a_renamed_class_keeps_what_it_has_and_prompts_call_it_as_before(earlier
     run = begun(later(runs, classes, "take_over.renamed={six: half a dozen}"))
     service = Writer()
     finish(run, {**CHOICES, "half a dozen": "?"}, service)
-    assert service.asked == []
+    assert service.resolved == service.asked == []
     entries = json.loads(run.folder.read_bytes("meanings.json"))
     assert (entries[0]["class_name"], entries[0]["choice"]) == ("half a dozen", "the number 6")
     assert rows_of(run) == {
@@ -152,7 +158,7 @@ def test_a_renamed_class_keeps_what_it_has_and_prompts_call_it_as_before(earlier
                f"take_over.run={run.folder.uri}", "take_over.renamed={half a dozen: '6'}")
     )  # fmt: skip
     finish(again, {"6": "?", "two": "?", "zero": "the number 0"}, service)
-    assert service.asked == ["zero"]
+    assert service.resolved == service.asked == ["zero"]
     third = rows_of(again)
     assert (third["6"], third["two"]) == (before["six"], before["two"])
     assert [known.number for known in known_classes(again)] == [1, 2, 3]
@@ -164,7 +170,7 @@ def test_parts_of_a_split_class_begin_anew_also_where_one_keeps_the_name(earlier
     run = begun(later(runs, classes, "take_over.split={six: [six, nine]}"))
     service = Writer()
     finish(run, {**CHOICES, "nine": "the number 9"}, service)
-    assert service.asked == ["nine", "six"]
+    assert service.resolved == service.asked == ["nine", "six"]
     after = rows_of(run)
     assert after["one"] == before["one"] and not after["six"] & before["six"]
     assert taken_counts(run, {})["meanings"] == {"taken": 2, "made": 2}
