@@ -22,7 +22,7 @@ from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
 from ray_synth.generation.selection import count_by
 from ray_synth.generation.store import ImageStore
-from ray_synth.generators.licences import DISCLAIMER, LICENCES, licence_of
+from ray_synth.generators.licences import LICENCES, licence_of
 from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
@@ -152,7 +152,6 @@ def dataset_card(
         checks=config.generation.checks.model_dump() if config else {},
         generators=generators,
         models=_models(config, [found["settings"] for found in generators], run_folder),
-        disclaimer=DISCLAIMER,
         cost=cost(run_folder, facts, config),
         versions=versions,
     )

@@ -79,8 +79,7 @@ async def resolve_meaning(
             0 asks it for none: the caller's and the lexicon's are ranked.
         retries: further rounds of asking while it gave fewer than K, or the bare name still wins,
             and no lexicon has senses.
-        meanings: phrases of the user's, ranked with the LLM's.
-        synonyms: names whose senses a lexicon is asked for as well.
+        meanings, synonyms: the user's phrases, and names whose senses in a lexicon count too.
         context: what the name is one of, such as "from a list of farm animals".
         background, temperature, merge_at: see `rank_meanings` and `merge_alike`.
 
@@ -100,8 +99,7 @@ async def resolve_meaning(
         )
     found.setdefault(phrase_key(class_name), Candidate(class_name, "name"))
     answers = _Answers(class_name, context, models, seed=seed, found=found)
-    images = image_features if num_images else None
-    judge = _Judge(class_name, context, models, images, background)
+    judge = _Judge(class_name, context, models, image_features if num_images else None, background)
     for _ in range(1 if senses else retries + 1):
         await answers.ask(ANSWERS_A_MEANING * num_meanings)
         ranking = await judge.rank(list(found.values()), merge_at, temperature)
