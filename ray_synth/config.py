@@ -206,6 +206,13 @@ class SourceConfig(Section):
         return self
 
 
+class ClassInfo(Section):
+    """What the user knows of a class's name."""
+
+    synonyms: list[str] = result(default_factory=list, description="other names of the class")
+    parent: str | None = result(None, description="what it is a kind of: bird")
+
+
 class DataConfig(Section):
     """The real images: training set, in-domain test, out-of-domain tests."""
 
@@ -219,6 +226,11 @@ class DataConfig(Section):
         None,
         description="names, 'imagenet', or a text file with one per line; default: the labels "
         "themselves",
+    )
+    class_info: dict[str, ClassInfo] | Place | None = result(
+        None,
+        description="{synonyms: [...], parent: ...} by class name, or a YAML or CSV file of them: "
+        "candidates and a context for the meanings",
     )
     max_pixels: Positive = result(50_000_000, description="larger images are set aside")
     max_corrupt: Annotated[float, Field(ge=0, le=1)] = how(
@@ -737,6 +749,18 @@ class ReachConfig(Section):
         return {"file": value} if isinstance(value, str) else value
 
 
+class TakeOverConfig(Section):
+    """A finished run whose meanings, scenes and images are kept, where its classes are this run's."""
+
+    run: Place = result(description="its directory: runs/birds")
+    renamed: dict[str, str] = result(
+        default_factory=dict, description="its name of a class -> the name now"
+    )
+    split: dict[str, list[str]] = result(
+        default_factory=dict, description="its class -> the classes it became, which begin anew"
+    )
+
+
 class ClusterConfig(Section):
     """The Ray cluster: an address to join, or what to start on this machine."""
 
@@ -762,6 +786,9 @@ class Config(Section):
     runs_dir: Place = how("runs", description="path or URI (s3://, gs://, abfs://, ...)")
     seed: Annotated[int, Field(ge=0)] = result(0)
     data: DataConfig = result()
+    take_over: TakeOverConfig | None = result(
+        None, description="classes came or went: go on from an earlier run"
+    )
     meaning: MeaningConfig = result(MeaningConfig())
     prompting: PromptingConfig = result(PromptingConfig())
     generation: GenerationConfig = result(GenerationConfig())

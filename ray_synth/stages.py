@@ -47,7 +47,8 @@ TABLE = (
         "decode every real image once",
     ),
     Stage(
-        "meaning", "data", ("meanings.json",), ("meaning",), ("meaning",),
+        "meaning", "data", ("meanings.json",), ("meaning", "data.class_info", "take_over"),
+        ("meaning",),
         "resolve what each class name means (paper, section 3.1)",
     ),
     Stage(
@@ -70,6 +71,8 @@ TABLE = (
     ),
 )  # fmt: skip
 STAGES = tuple(stage.name for stage in TABLE)
+# Settings that are an input only where they are given: digests of runs without them stay what they were.
+WHERE_GIVEN = ("data.class_info", "take_over")
 FILES = (
     "files of "  # with a set's setting, an input besides the settings: a digest of the set's files
 )
@@ -136,7 +139,8 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
             value: Any = values
             for part in key.split("."):
                 value = value[part]
-            own |= flatten({key: value})
+            if value is not None or key not in WHERE_GIVEN:
+                own |= flatten({key: value})
         kept = {k: v for k, v in own.items() if k == "generator" or changes_result(k)}
         inputs[stage.name] = {**(inputs[stage.needs] if stage.needs else {}), **kept}
     return inputs

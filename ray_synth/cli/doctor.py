@@ -10,6 +10,7 @@ from typing import Any
 from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import ClusterConfig, Config
 from ray_synth.errors import UserError
+from ray_synth.generators.licences import DISCLAIMER, licences
 from ray_synth.preflight.check import fit_stages, table, unsure
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.memory import Findings, look
@@ -94,6 +95,8 @@ def _look(config: Config, figures: dict[str, Any]) -> list[str]:
     lines += memory.notes + [f"warning: {line}" for line in figures["warnings"]]
     if not wrong and config.generation.num_gpus and config.training.num_gpus:
         lines += _outlook(config, sizes, reach)
+    if not wrong and (found := licences(config)):
+        lines += [f"licence of {licence.line}" for licence in found] + [f"  ({DISCLAIMER})"]
     problems = [fit.problem for fit in fits if fit.problem]
     lines += [f"does not fit: {problem}" for problem in problems + memory.problems]
     if problems:

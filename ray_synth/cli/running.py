@@ -45,6 +45,14 @@ Dry = Annotated[
         "--dry-run", help="print what is done, what would be made and its cost; start nothing"
     ),
 ]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="DIR",
+        help="classes came or went: keep what an earlier run has of the others (take_over.run)",
+    ),
+]
 QUICKSTART = Path("jobs/configs/quickstart.yaml")
 # Verbs that stop early: after which stage, and its function in ray_synth/pipeline/api.py.
 SHORTER = {
@@ -81,9 +89,11 @@ def run(
     until: Until = REPORT,
     dry: Dry = False,
     as_json: AsJson = False,
+    earlier: From = None,
 ) -> None:
     """Run all stages, then print what was gained."""
-    settings = load_config(config, overrides)
+    taken = [f"take_over.run={earlier}"] if earlier else []
+    settings = load_config(config, [*taken, *(overrides or ())])
     if dry:
         _print_dry(settings, until, force_stage, as_json)
         return

@@ -22,6 +22,7 @@ from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
 from ray_synth.generation.selection import count_by
 from ray_synth.generation.store import ImageStore
+from ray_synth.generators.licences import LICENCES, licence_of
 from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
 
@@ -150,7 +151,7 @@ def dataset_card(
         made=_made(facts),
         checks=config.generation.checks.model_dump() if config else {},
         generators=generators,
-        models=_models(config, [found["settings"] for found in generators]),
+        models=_models(config, [found["settings"] for found in generators], run_folder),
         cost=cost(run_folder, facts, config),
         versions=versions,
     )
@@ -250,8 +251,12 @@ def _generators(facts: pa.Table) -> list[dict[str, Any]]:
     return found
 
 
-def _models(config: Config | None, generators: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _models(
+    config: Config | None, generators: list[dict[str, Any]], run_folder: Folder
+) -> list[tuple[str, str]]:
     """(role, Markdown about it and its licence) of each model that had a part in the images."""
+    kept = run_folder.read_json(LICENCES) if run_folder.exists(LICENCES) else []
+    lines = {item["role"]: item["line"] for item in kept}
     names = [("generator", str(found["model"])) for found in generators if found.get("model")]
     if config:
         clip = config.meaning.enabled or config.generation.checks.policy != "off"
@@ -259,7 +264,19 @@ def _models(config: Config | None, generators: list[dict[str, Any]]) -> list[tup
             names.append(("LLM", config.meaning.llm.model))
         if clip:
             names.append(("CLIP", config.meaning.clip.model))
-    return [(role, _about(role, name)) for role, name in dict.fromkeys(names)]
+    return [
+        (role, f"{_about(role, name)}{_terms(role, name, lines)}")
+        for role, name in dict.fromkeys(names)
+    ]
+
+
+def _terms(role: str, name: str, lines: dict[str, str]) -> str:
+    """What is known of a model's licence: as the run found it, or else by the model's name."""
+    if name == "embedded":
+        return ""
+    found = licence_of(role, name, ask=False)
+    line = lines.get(role) or (found.line if found.by else "")
+    return f". {cell(line[0].upper() + line[1:])}" if line else ""
 
 
 def _about(role: str, name: str) -> str:

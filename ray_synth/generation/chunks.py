@@ -98,7 +98,7 @@ def _holdings(plan: Plan, store: ImageStore, batch_size: int) -> Holdings:
     for start, stop, name in chunks:
         _hold_range(held, name, start, stop)
     if others:
-        _look_up(held, plan, store, others)
+        look_up(held, plan, store, others)
     return held
 
 
@@ -124,7 +124,7 @@ class _Pack:
         return self.name.startswith(f"part-{self._digest.hexdigest()[:16]}-")
 
 
-def _look_up(held: Holdings, plan: Plan, store: ImageStore, names: set[str]) -> None:
+def look_up(held: Holdings, plan: Plan, store: ImageStore, names: set[str]) -> None:
     """Find the rows of parts whose names do not tell."""
     index = PlanIndex(plan.ids(WINDOW))
     for name, table in store.tables(sorted(names), ["sample_id"]):

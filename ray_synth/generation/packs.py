@@ -136,8 +136,8 @@ def packs_to_write(
                 yield PackTask(plan, store, begin, begin + len(piece), ordered, group)
 
 
-def write_packs(tasks: Iterator[PackTask]) -> int:
-    """Run tasks on the cluster, beside whatever else runs there; how many there were."""
+def write_packs(tasks: Iterator[Any]) -> int:
+    """Run tasks, of this module or of `gathering`, beside whatever else the cluster does; how many."""
     import ray
 
     run, most = _remote(), _most_at_once()
@@ -159,7 +159,11 @@ def _remote() -> Any:
     import ray
 
     # No CPU of its own: it mostly waits for the storage, and must not wait for makers to end.
-    return ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_retries=3)(PackTask.run)
+    return ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_retries=3)(_run)
+
+
+def _run(task: Any) -> Any:
+    return task.run()
 
 
 def _most_at_once() -> int:

@@ -63,6 +63,7 @@ async def resolve_meaning(
     retries: int = 2,
     seed: int = 0,
     meanings: Sequence[str] | None = None,
+    synonyms: Sequence[str] = (),
     context: str | None = None,
     background: Background | None = None,
     temperature: float = TEMPERATURE,
@@ -70,7 +71,7 @@ async def resolve_meaning(
 ) -> dict[str, Any]:
     """One class's entry of meanings.json, judged by images, by a text context, or by both.
 
-    Bad answers never raise: they are counted, kept raw, and asked again with new seeds.
+    Bad answers are counted, kept raw, and asked again with new seeds.
 
     Args:
         image_features: (N, dim) unit rows, of the class's real images.
@@ -78,7 +79,7 @@ async def resolve_meaning(
             0 asks it for none: the caller's and the lexicon's are ranked.
         retries: further rounds of asking while it gave fewer than K, or the bare name still wins,
             and no lexicon has senses.
-        meanings: phrases of the user's, ranked with the LLM's.
+        meanings, synonyms: the user's phrases, and names whose senses in a lexicon count too.
         context: what the name is one of, such as "from a list of farm animals".
         background, temperature, merge_at: see `rank_meanings` and `merge_alike`.
 
@@ -90,7 +91,7 @@ async def resolve_meaning(
     num_images = 0 if image_features is None else len(image_features)
     if not num_images and not context:
         raise UserError(f"class {class_name!r} has no images to judge its meanings by")
-    senses = models.senses(class_name) if models.senses else []
+    senses = [s for name in (class_name, *synonyms) for s in (models.senses or _none)(name)]
     found = _given(meanings or (), senses)
     if not found and num_meanings == 0:
         raise UserError(
@@ -98,8 +99,7 @@ async def resolve_meaning(
         )
     found.setdefault(phrase_key(class_name), Candidate(class_name, "name"))
     answers = _Answers(class_name, context, models, seed=seed, found=found)
-    images = image_features if num_images else None
-    judge = _Judge(class_name, context, models, images, background)
+    judge = _Judge(class_name, context, models, image_features if num_images else None, background)
     for _ in range(1 if senses else retries + 1):
         await answers.ask(ANSWERS_A_MEANING * num_meanings)
         ranking = await judge.rank(list(found.values()), merge_at, temperature)
@@ -114,6 +114,10 @@ async def resolve_meaning(
         "num_refused": answers.refused,
         "raw_answers": answers.raw,
     }
+
+
+def _none(name: str) -> list[Candidate]:
+    return []
 
 
 def _given(meanings: Sequence[str], senses: Sequence[Candidate]) -> dict[str, Candidate]:
@@ -216,8 +220,14 @@ class _Judge:
         features = np.stack([self.features[candidate.read] for candidate in kept])
         if not self.context:
             return kept, features, None
-        await self._weigh([candidate for candidate in kept if candidate.meaning not in self.logits])
-        logits = np.array([self.logits[candidate.meaning] for candidate in kept])
+        # What a context itself says would follow from it whatever else is true: it is as likely as the
+        # best of the others.
+        others = [c for c in kept if c.source != "user" or c.meaning not in self.context]
+        await self._weigh(
+            [candidate for candidate in others if candidate.meaning not in self.logits]
+        )
+        best = max((self.logits[candidate.meaning] for candidate in others), default=0.0)
+        logits = np.array([self.logits.get(candidate.meaning, best) for candidate in kept])
         return kept, features, (logits - logits.max()).clip(-MOST_CONTEXT / CONTEXT_NATS)
 
     async def _weigh(self, candidates: list[Candidate]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray_synth.errors import UserError
 from ray_synth.evaluation.accuracy import add_shots
+from ray_synth.pipeline.take_over import taken_counts
 from ray_synth.report.page import write_report as write_page
 from ray_synth.report.sheet import write_contact_sheet
 
@@ -53,6 +54,8 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
         "contexts": results["plan"]["context_sources"],
         "shortened": results["plan"].get("shortened", {}),
     }
+    if taken := taken_counts(run, generation.get("taken_over") or {}):
+        metrics["taken_over"] = taken
     metrics["seconds"]["total"] = before.get("seconds", {}).get("total", seconds)
     run.folder.write_json("metrics.json", metrics)
     write_contact_sheet(run.folder)

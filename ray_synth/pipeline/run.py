@@ -13,11 +13,13 @@ from ray_synth.config import Config, TrainingConfig
 from ray_synth.data.dataset import Index, left_out
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
+from ray_synth.generators.licences import LICENCES, licences, warning
 from ray_synth.generators.registry import advise, check_generator, check_plan, filled, fingerprint
 from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.kept import check_kept
 from ray_synth.pipeline.records import CLEARED, StageRecords, adopt_older
 from ray_synth.pipeline.sets import RealSets, open_sets
+from ray_synth.pipeline.take_over import check_take_over
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.reach import is_local
 from ray_synth.preflight.refusals import refuse_early
@@ -162,6 +164,8 @@ def check_run(
     records = StageRecords(folder, inputs)
     records.redo(force_stage)
     sets = open_sets(config, records, folder, kept_in)
+    if records.record("generation") is None:
+        check_take_over(config, sets.train.class_names, folder)
     records.check()
     if records.record("generation") is None:
         check_generator(config.generation)
@@ -172,7 +176,8 @@ def check_run(
         check_recipe(config.training)
     run = Run(config, runs, folder, records, sets, commits, kept_in)
     planned = run.sizes.synthetic(config)
-    if planned is not None and records.record("generation") is None:
+    # Of a run that goes on from another, what is missing is known when its plan is written.
+    if planned is not None and config.take_over is None and records.record("generation") is None:
         check_plan(config.generation, planned)
     refuse_early(config, sets.train.class_names, run.todo(REPORT), local=is_local(config))
     return run
@@ -201,6 +206,10 @@ def begin(run: Run, force_stage: str | None = None) -> None:
         _clear(run.store, force_stage)
     if run.records.record("generation") is None:
         run.folder.check_writable()
+        found = licences(run.config)
+        run.folder.write_json(LICENCES, [licence.as_dict() for licence in found])
+        if line := warning(found):
+            log.warning("%s", line)
     for name in ("data", "images", "images/rejected", "models", "quality", "report", "stages"):
         run.folder.child(name).sweep()
     run.folder.sweep()

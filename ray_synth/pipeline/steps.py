@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_synth.data.class_info import read_class_info
 from ray_synth.data.dataset import ImagesByClass, read_index, select
 from ray_synth.generation.chunks import missing_rows
 from ray_synth.generation.maker import write_references
@@ -27,6 +28,8 @@ from ray_synth.pipeline.commits import fetch_generator
 from ray_synth.pipeline.kept import choices_digest
 from ray_synth.pipeline.run import Run
 from ray_synth.pipeline.sets import are_found, found_again, inspect_tests, inspect_training
+from ray_synth.pipeline.take_over import known_classes, taken_contexts, taken_meanings
+from ray_synth.pipeline.taken_images import take_images
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.stages import up_to
@@ -47,9 +50,8 @@ def run_stages(run: Run, until: str, tracker: Any = None) -> None:
             run_words(run, service, plan="plan" in wanted)
     if "quality" in wanted:
         run.records.run("quality", lambda: measure_quality(run))
-    if "generation" in wanted and (
-        run.config.training.feed == "stored" or "training" not in wanted
-    ):
+    first = run.config.training.feed == "stored" or run.config.take_over is not None
+    if "generation" in wanted and (first or "training" not in wanted):
         run.records.run("generation", lambda: generate(run))
     if "training" in wanted:
         run.records.run("training", lambda: train(run, tracker))
@@ -88,19 +90,24 @@ def resolve_meanings(run: Run, service: Any) -> dict[str, Any]:
     """One entry of meanings.json per class, kept as each is resolved."""
     config, folder, names = run.config, run.folder, run.train.class_names
     journal = Journal(folder, "meanings", run.records.token("meaning"))
-    entries = journal.entries()
+    told = read_class_info(config.data.class_info, names)
+    said = {name: info.model_dump() for name, info in told.items()}
+    entries = taken_meanings(run, said) | journal.entries()
     if config.meaning.enabled:
         few = select(run.train, config.meaning.num_images, config.seed)
         images = ImagesByClass(few)
         every = ((name, images[i]) for i, name in enumerate(names) if len(entries) < len(names))
         with Bar("meaning", len(names), "classes", done=len(entries)) as bar:
-            for entry in service.resolve_all(every, seed=config.seed, known=set(entries)):
-                entries[entry["class_name"]] = entry
-                _tell_refused(entry["class_name"], entry["num_refused"])
-                journal.add(entry["class_name"], entry)
+            for entry in service.resolve_all(
+                every, seed=config.seed, known=set(entries), told=told
+            ):
+                name = entry["class_name"]
+                entries[name] = {**entry, "told": said[name]} if name in said else entry
+                _tell_refused(name, entry["num_refused"])
+                journal.add(name, entries[name])
                 bar.advance()
     else:
-        entries = {name: {"class_name": name, "choice": name} for name in names}
+        entries = {name: {"class_name": name, "choice": name} for name in names} | entries
     folder.write_json("meanings.json", [entries[name] for name in names])
     journal.clear()
     return {name: entry["choice"] for name, entry in entries.items()}
@@ -132,12 +139,14 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     classes = [
         ClassPrompts(
             index,
-            name,
-            meanings[name],
-            read_contexts(contexts.get(name, {})),
+            known.class_name,
+            meanings[known.class_name],
+            read_contexts(contexts.get(known.class_name, {})),
             guides.get(index, []),
+            known.number,
+            known.said,
         )
-        for index, name in enumerate(run.train.class_names)
+        for index, known in enumerate(known_classes(run))
     ]
     num_images = run.sizes.synthetic(config)
     assert num_images is not None
@@ -187,7 +196,7 @@ def _written_contexts(run: Run, service: Any, meanings: dict[str, str]) -> dict[
     if not asks_for_contexts(config):
         return contexts
     journal = Journal(folder, "contexts", token)
-    contexts |= journal.entries()
+    contexts = taken_contexts(run, meanings) | contexts | journal.entries()
     todo = {name: meaning for name, meaning in meanings.items() if name not in contexts}
     with Bar("contexts", len(meanings), "classes", done=len(contexts)) as bar:
         for name, entry in service.write_contexts_all(todo, seed=config.seed):
@@ -246,19 +255,25 @@ def measure_quality(run: Run, per_class: int | None = None) -> dict[str, Any]:
 
 
 def generate(run: Run) -> dict[str, Any]:
-    """Make what the store lacks of the plan."""
+    """Make what the store lacks of the plan; an earlier run's images first, where it goes on from one."""
     from ray_synth.generation.cost import cost_note, store_facts
     from ray_synth.generation.stream import make_images, missing_chunks
 
     board = make_board()
-    job = run.generation_job(board)
-    chunks = missing_chunks(job)
-    if chunks:
-        fetch_generator(run.config)
-    bars = {"images": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
-    with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
-        made = make_images(job, chunks)
-    return {"made_in_this_stage": made, **store_facts(run.config, run.folder, run.store)}
+
+    def make(plan: PlanFile) -> int:
+        job = replace(run.generation_job(board), plan=plan)
+        chunks = missing_chunks(job)
+        if chunks:
+            fetch_generator(run.config)
+        bars = {"images": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
+        with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
+            return make_images(job, chunks)
+
+    taken = take_images(run, make) if run.config.take_over else {}
+    made = make(PlanFile(run.folder)) + taken.get("made", 0)
+    facts = store_facts(run.config, run.folder, run.store)
+    return {"made_in_this_stage": made, "taken_over": taken, **facts}
 
 
 # Stage "training": section 3.3.

@@ -10,7 +10,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ray_synth.config import ClipConfig, Config, LlmConfig
+from ray_synth.data.class_info import read_class_info
 from ray_synth.errors import UserError, did_you_mean
+from ray_synth.meaning.told import as_told
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.styles import load_styles
 from ray_synth.storage.texts import read_json
@@ -38,10 +40,21 @@ def refuse_early(
         from ray_synth.meaning.lexicon import installed_lexicon
 
         installed_lexicon(meaning.lexicon)
+    if "meaning" in todo:
+        check_class_info(config, class_names)
     if "plan" in todo:
         load_styles(config.prompting.styles)
     if "generation" in todo or "training" in todo:
         check_images(config, class_names)
+
+
+def check_class_info(config: Config, class_names: Sequence[str]) -> None:
+    """Raises UserError where `data.class_info` cannot be read, or holds what cannot go in a prompt."""
+    for name, info in read_class_info(config.data.class_info, class_names).items():
+        try:
+            as_told(info, config.meaning.context)
+        except UserError as error:
+            raise UserError(f"data.class_info of {name!r}: {error}") from None
 
 
 def check_llm(llm: LlmConfig, *, local: bool) -> None:

@@ -1,7 +1,8 @@
 """The plan: one row per image to make, from classes, meanings, contexts and styles. Pure; no Ray.
 
-Row r of a class depends on the seed, the class and r alone, and each round takes every class once in
-a shuffled order: any prefix is balanced over classes, and the plan for 1x is the first sixth of 6x.
+Row r of a class depends on the seed, the class's number and r alone, and each round takes every class
+once in a shuffled order: any prefix is balanced over classes, and the plan for 1x is the first sixth of
+6x.
 Where classes have budgets of their own, a prefix has of each what its share of the plan is.
 """
 
@@ -36,6 +37,9 @@ class ClassPrompts:
         meaning: the resolved meaning; the class name itself where none was resolved.
         contexts: the scenes to place it in, each with where it came from (llm | pool).
         references: ids of real images; where there are any, each row is guided by one of them.
+        number: decides its seeds and its order of contexts and styles; default: its class index.
+            A class that moves to another index keeps its number, and so its images.
+        said: what prompts call it; default: its name.
     """
 
     class_index: int
@@ -43,6 +47,12 @@ class ClassPrompts:
     meaning: str
     contexts: Sequence[tuple[Context, str]]
     references: Sequence[str] = ()
+    number: int | None = None
+    said: str = ""
+
+    @property
+    def key(self) -> int:
+        return self.class_index if self.number is None else self.number
 
 
 def make_plan(classes: Sequence[ClassPrompts], **arguments: Any) -> pa.Table:
@@ -125,7 +135,7 @@ def _rounds(
     """
     contexts = [len(known.contexts) for known in classes]
     references = [len(known.references) for known in classes]
-    keys = [(seed, known.class_index) for known in classes]
+    keys = [(seed, known.key) for known in classes]
     context_cycles = {kind: _Cycles(contexts, keys, 1) for kind in KINDS if kind != "plain"}
     style_cycles = _Cycles([num_styles] * len(classes), keys, 2)
     reference_cycles = _Cycles(references, keys, 3)
@@ -229,10 +239,7 @@ def _table(
     position, kind, context, style, reference, round_number = slots
     known = [classes[i] for i in position.tolist()]
     texts = prompts.of(position, kind, context, style)
-    seeds = [
-        _digest_int(seed, k.class_index, r)
-        for k, r in zip(known, round_number.tolist(), strict=True)
-    ]
+    seeds = [_digest_int(seed, k.key, r) for k, r in zip(known, round_number.tolist(), strict=True)]
     references = [
         k.references[r] if r >= 0 else "" for k, r in zip(known, reference.tolist(), strict=True)
     ]
@@ -291,7 +298,7 @@ class _Prompts(dict[int, tuple[str, str]]):
         scene = known.contexts[context - 1][0] if context else Context()
         lost: Counter[str] = Counter()
         limit = {**self._limit, "lost": lost}
-        name, meaning = known.class_name, known.meaning
+        name, meaning = known.said or known.class_name, known.meaning
         if KINDS[kind] == "stylized":
             prompt = stylized_prompt(self._styles[style - 1], name, meaning, scene, **limit)
         elif KINDS[kind] == "contextual":
@@ -327,7 +334,7 @@ def kinds(mix: dict[str, float]) -> Iterator[tuple[str, int]]:
         counts[kind] += 1
 
 
-def _digest_int(seed: int, class_index: int, round_number: int) -> int:
+def _digest_int(seed: int, key: int, round_number: int) -> int:
     """A 48-bit seed: unlike a hash of Python's, the same everywhere."""
-    digest = hashlib.sha256(b"%d:%d:%d" % (seed, class_index, round_number)).digest()
+    digest = hashlib.sha256(b"%d:%d:%d" % (seed, key, round_number)).digest()
     return int.from_bytes(digest[:6], "big")

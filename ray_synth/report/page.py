@@ -15,6 +15,7 @@ from ray_synth.config import read_run_config, run_versions
 from ray_synth.data.images import encode_image
 from ray_synth.errors import UserError, duration
 from ray_synth.generation.acceptance import ACCEPTANCE, least_accepted
+from ray_synth.generators.licences import DISCLAIMER, LICENCES
 from ray_synth.meaning.entries import MEANINGS, read_meanings
 from ray_synth.report import plots
 from ray_synth.report.sheet import choose_examples, choose_refused, kinds_of, thumbnail
@@ -142,6 +143,9 @@ def read_run(folder: Folder) -> dict[str, Any]:
         ],
         "config": redact(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)),
         "versions": run_versions(folder) if kept else {},
+        "taken_over": metrics.get("taken_over"),
+        "licences": _json(folder, LICENCES) or [],
+        "disclaimer": DISCLAIMER,
     }
 
 

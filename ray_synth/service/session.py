@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tenacity
 
-from ray_synth.config import Config
+from ray_synth.config import ClassInfo, Config
 from ray_synth.meaning.background import Background
+from ray_synth.meaning.told import as_told
 from ray_synth.service.apps import app_name, remove_left_behind, start_serve, take_down
 
 log = logging.getLogger("ray_synth")
@@ -64,6 +65,7 @@ class Service:
         *,
         seed: int,
         known: Container[str] = frozenset(),
+        told: Mapping[str, ClassInfo] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """meanings.json entries of classes, given with their images, as they are resolved.
 
@@ -71,6 +73,7 @@ class Service:
 
         Args:
             known: names of classes that were resolved before, and only inform the others.
+            told: what the user knows of classes, by name.
         """
         meaning = self.config.meaning
         features: dict[str, np.ndarray] = {}
@@ -88,7 +91,7 @@ class Service:
                 num_meanings=meaning.num_meanings,
                 retries=meaning.retries,
                 seed=seed,
-                context=meaning.context,
+                **as_told((told or {}).get(item[0]), meaning.context),
             )
 
         todo = ((name, rows) for name, rows in features.items() if name not in known)

@@ -45,6 +45,7 @@ REFUSALS = {
     "has no images to judge": "ray_synth.data.dataset:require_every_class",
     "there is no meaning of": RESULT,
     "cannot be used: give at most 12 plain words": INTERNAL,
+    "cannot go in a prompt as it is": "ray_synth.preflight.refusals:check_class_info",
     "the answer cache": ON_ITS_NODE,
     "needs clip.pretrained": CLIP,
     "cannot load the CLIP model": LOADED,

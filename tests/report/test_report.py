@@ -17,6 +17,7 @@ from ray_synth.data.images import encode_image
 from ray_synth.evaluation.accuracy import interval
 from ray_synth.generation.acceptance import COLUMNS, Acceptance, least_accepted
 from ray_synth.generation.store import ImageStore
+from ray_synth.generators.licences import DISCLAIMER, LICENCES, licence_of
 from ray_synth.prompting.plan_file import PLAN_SCHEMA
 from ray_synth.report.page import (
     meanings,
@@ -264,6 +265,25 @@ def test_class_names_and_prompts_are_escaped(run):
     html = run.read_bytes("report/index.html").decode()
     assert EVIL not in html
     assert EVIL in read_page(run).text
+
+
+def test_the_page_says_what_was_taken_over_and_what_licences_say(run):
+    write_report(run)
+    assert not {"taken-over", "licences"} & set(read_page(run).ids)
+    taken = {"taken": 1200, "made": 100}
+    metrics = {**run.read_json("metrics.json"), "taken_over": {
+        "run": "runs/<b>old", "meanings": {"taken": 12, "made": 1}, "contexts": {}, "images": taken,
+    }}  # fmt: skip
+    run.write_json("metrics.json", metrics)
+    found = [licence_of("generator", "black-forest-labs/FLUX.1-dev", ask=False)]
+    run.write_json(LICENCES, [licence.as_dict() for licence in found])
+    write_report(run)
+    assert b"runs/&lt;b&gt;old" in run.read_bytes("report/index.html")
+    text = read_page(run).text
+    assert {"taken-over", "licences"} <= set(read_page(run).ids)
+    assert "1,200 kept, 100 made" in text
+    assert "outputs may not be used to train, fine-tune or distill a competing model" in text
+    assert DISCLAIMER in text
 
 
 def test_secrets_in_addresses_stay_out(run):
