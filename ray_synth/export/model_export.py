@@ -234,7 +234,8 @@ def _claim(to: Folder, form: str) -> None:
     if kind == pafs.FileType.File:
         raise UserError(f"{to.address()} is a file; give a folder to export into")
     names = to.names()
-    others = sorted({*names} - {ABOUT, FILES[form], *(["config.json"] if form == "timm" else [])})
+    own = {ABOUT, FILES[form], *(("config.json", "README.md") if form == "timm" else ())}
+    others = sorted({*names} - own)
     if others:
         raise UserError(
             f"{to.address()} is not empty and holds no {form} model (there is {others[0]}); give a new "

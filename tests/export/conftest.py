@@ -6,11 +6,26 @@ from pathlib import Path
 import pytest
 from samples import ROOT
 
+from ray_synth.cli.command import main
 from ray_synth.config import load_run_config
 from ray_synth.data.dataset import load_tests, read_index
 from ray_synth.storage.folder import Folder
 
 RUNS = ROOT / "tests" / "pipeline" / "runs_0_1.tar.xz"
+
+
+@pytest.fixture
+def call(capsys):
+    """The command with some arguments, as a shell has it: what it says, and what it complains of."""
+
+    def run(*line: str, code: int = 0) -> tuple[str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([*line])
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == code, said.err
+        return said.out, said.err
+
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import torch
 from buckets import make_bucket, serving
 from safetensors.torch import load_file
 
-from ray_synth.cli.command import main
 from ray_synth.errors import UserError
 from ray_synth.export import model_export
 from ray_synth.export.classifier import open_classifier
@@ -24,14 +23,6 @@ from ray_synth.export.weights import RECOMMENDED, choose_weights
 from ray_synth.report.page import read_run
 from ray_synth.storage.folder import Folder
 from ray_synth.training import model_files
-
-
-def call(capsys, *line: str, code: int = 0) -> tuple[str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main([*line])
-    said = capsys.readouterr()
-    assert (ended.value.code or 0) == code, said.err
-    return said.out, said.err
 
 
 def answers(place: str | Path, pictures: Path, weights: str | None = None) -> dict[str, dict]:
@@ -74,12 +65,12 @@ def test_the_model_that_is_taken_is_that_of_the_reports_headline(finished):
 
 
 def test_predict_prints_a_line_for_each_picture_and_names_a_bad_one(
-    finished, digits, tmp_path, capsys
+    finished, digits, tmp_path, call
 ):
     shutil.copytree(digits / "six", tmp_path / "a")
     (tmp_path / "a" / "broken\x1b[2J.png").write_bytes(b"no picture")
     (tmp_path / "a" / "notes.txt").write_text("six")
-    out, err = call(capsys, "predict", finished.uri, str(tmp_path / "a"))
+    out, err = call("predict", finished.uri, str(tmp_path / "a"))
     lines = out.splitlines()
     assert len(lines) == 21
     assert "\x1b" not in out
@@ -89,15 +80,15 @@ def test_predict_prints_a_line_for_each_picture_and_names_a_bad_one(
     assert "mixed.main" in err
 
     one = str(digits / "six" / sorted(p.name for p in (digits / "six").iterdir())[0])
-    out, _ = call(capsys, "predict", finished.uri, one, str(tmp_path / "a"), "--json", "--top", "2")
+    out, _ = call("predict", finished.uri, one, str(tmp_path / "a"), "--json", "--top", "2")
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows[0]["image"] == one
     assert rows[0]["top"][0] == {k: rows[0][k] for k in ("class_name", "probability")}
     assert len(rows[0]["top"]) == 2
     assert [row["image"].endswith(".png") for row in rows if "error" in row] == [True]
-    _, err = call(capsys, "predict", finished.uri, str(tmp_path / "a" / "notes.txt"), code=2)
+    _, err = call("predict", finished.uri, str(tmp_path / "a" / "notes.txt"), code=2)
     assert "not one of the pictures could be read" in err
-    _, err = call(capsys, "predict", finished.uri, str(tmp_path / "none.png"), code=2)
+    _, err = call("predict", finished.uri, str(tmp_path / "none.png"), code=2)
     assert "no such picture or folder" in err
 
 
@@ -174,9 +165,7 @@ def test_a_model_that_answers_otherwise_is_not_written(finished, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_exported_is_refused_before_any_work(
-    finished, tmp_path, monkeypatch, capsys
-):
+def test_what_cannot_be_exported_is_refused_before_any_work(finished, tmp_path, monkeypatch, call):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     weights = choose_weights(finished)
@@ -193,11 +182,9 @@ def test_what_cannot_be_exported_is_refused_before_any_work(
         importlib.util, "find_spec", lambda name, *a: None if name == "onnxscript" else find(name)
     )
     line = ["export", str(tmp_path / "out"), "--run", finished.uri, "--model", "onnx"]
-    _, err = call(capsys, *line, code=2)
+    _, err = call(*line, code=2)
     assert "ONNX needs onnxscript, which is not installed: pip install 'ray-synth[onnx]'" in err
-    _, err = call(
-        capsys, "export", str(tmp_path / "o"), "--run", finished.uri, "--weights", "a", code=2
-    )
+    _, err = call("export", str(tmp_path / "o"), "--run", finished.uri, "--weights", "a", code=2)
     assert "--weights and --check-on go with --model" in err
 
 
