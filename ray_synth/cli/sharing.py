@@ -41,7 +41,7 @@ def predict(
     from ray_synth.export.predictions import find_pictures
     from ray_synth.export.predictions import predict as answers
 
-    pictures, others = find_pictures(images)
+    pictures = find_pictures(images)
     classifier = open_classifier(run, weights)
     typer.echo(f"{classifier.told}; {len(classifier.class_names)} classes", err=True)
     width = min(NAME_WIDTH, max(len(shown(picture.name)) for picture in pictures))
@@ -56,8 +56,8 @@ def predict(
             said = ", ".join(f"{shown(name)} {100 * value:.1f}%" for name, value in found.top)
             typer.echo(f"{shown(found.name):<{width}}  {said}")
     summary = f"{len(pictures):,} pictures, {bad:,} of them could not be read"
-    if others:
-        summary += f"; {others:,} other files passed over"
+    if pictures.others:
+        summary += f"; {pictures.others:,} other files passed over"
     typer.echo(summary, err=True)
     if bad == len(pictures):
         raise UserError("not one of the pictures could be read")

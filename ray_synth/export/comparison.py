@@ -6,6 +6,7 @@ Weights and something that gives logits in; how far apart the two are, out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ def check_pixels(weights: Weights, given: list[str] | None) -> tuple[np.ndarray,
         ("synthetic images", lambda: _stored_images(weights.folder)),
     ]
     if given:
-        sources = [("pictures", lambda: [p.place for p in find_pictures(given)[0]])]
+        sources = [("pictures", lambda: [p.place for p in islice(find_pictures(given), CHECKED)])]
     problems = []
     for of, find in sources:
         try:

@@ -54,36 +54,54 @@ class Prediction:
         return {"image": self.name, **top[0], "top": top}
 
 
-def find_pictures(given: Sequence[str]) -> tuple[list[Picture], int]:
-    """The pictures that some paths or URIs name, in their order; of folders, all below them by name.
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that some paths or URIs name; made one by one, since a folder may hold millions.
 
-    Returns:
-        The pictures, and how many files of folders were passed over, being none by their ending.
+    Attributes:
+        groups: (URI, folder as the file system knows it, folder as a person does, names in it).
+        others: files of folders that were passed over, being no pictures by their ending.
+    """
+
+    groups: list[tuple[str, str, str, list[str]]]
+    others: int
+
+    def __len__(self) -> int:
+        return sum(len(names) for *_, names in self.groups)
+
+    def __iter__(self) -> Iterator[Picture]:
+        for uri, path, shown, names in self.groups:
+            for name in names:
+                yield Picture(f"{shown}{name}", Place(uri, f"{path}{name}"))
+
+
+def find_pictures(given: Sequence[str]) -> Pictures:
+    """The pictures of some paths or URIs, in their order; of folders, all below them by name.
 
     Raises:
         UserError: there is no such file, or no picture in any of them.
     """
-    pictures, others = [], 0
+    groups, others = [], 0
     for text in given:
         uri = without_file_scheme(text)
         filesystem, path = open_uri(uri)
         kind = filesystem.get_file_info(path).type
         if kind == pafs.FileType.NotFound:
             raise UserError(f"no such picture or folder: {text}")
-        if kind != pafs.FileType.Directory:
-            pictures.append(Picture(text, Place(uri, path)))
-            continue
-        files = list_files(filesystem, path).files
-        named = [file for file in files if ending(file) in EXTENSIONS]
-        others += len(files) - len(named)
-        root = text.partition("?")[0].rstrip("/")
-        pictures += [
-            Picture(f"{root}/{file}", Place(uri, f"{path.rstrip('/')}/{file}")) for file in named
-        ]
-    if not pictures:
-        raise UserError(f"no pictures in {', '.join(given)}: their names end with none of "
-                        f"{', '.join(EXTENSIONS)}")  # fmt: skip
-    return pictures, others
+        if kind == pafs.FileType.Directory:
+            files = list_files(filesystem, path).files
+            named = [file for file in files if ending(file) in EXTENSIONS]
+            others += len(files) - len(named)
+            root = text.partition("?")[0] if "://" in text else text
+            groups.append((uri, f"{path.rstrip('/')}/", f"{root.rstrip('/')}/", named))
+        else:
+            groups.append((uri, path, text, [""]))
+    pictures = Pictures(groups, others)
+    if not len(pictures):
+        raise UserError(
+            f"no pictures in {', '.join(given)}: their names end with none of {', '.join(EXTENSIONS)}"
+        )
+    return pictures
 
 
 def predict(
@@ -100,8 +118,8 @@ def predict(
     """
     from ray_synth.training.decoder import decode_all
 
-    pictures = iter(pictures)
-    while some := list(itertools.islice(pictures, BATCH)):
+    waiting = iter(pictures)
+    while some := list(itertools.islice(waiting, BATCH)):
         places = [p.place._replace(value_range=classifier.value_range) for p in some]
         images, errors = decode_all(places, [0] * len(some), classifier.transform, max_pixels)
         good = [at for at in range(len(some)) if at not in errors]

@@ -118,7 +118,8 @@ class Push:
             _require_token(api)
             there = {kind: self._look(api, kind) for kind in self.kinds}
             for kind in self.kinds:
-                api.create_repo(self.repo, repo_type=kind, private=not self.public, exist_ok=True)
+                if there[kind] == "absent":
+                    api.create_repo(self.repo, repo_type=kind, private=not self.public)
         for kind in self.kinds:
             if self.public and there[kind] == "private":
                 yield f"note: {self.address(kind)} is private and stays so: its page can change that"
@@ -172,7 +173,7 @@ class Push:
                 f"{self.address(kind)} is public, and all could see what is pushed there: say --public, "
                 "or push to another"
             )
-        names = {found.rfilename for found in info.siblings or ()}
+        names = {found.rfilename for found in getattr(info, "siblings", None) or ()}
         lost = [name for name in sorted(names) if _matches(name, SENT[kind])]
         if lost and not self._is_of_a_run(api, kind, README in names):
             raise UserError(

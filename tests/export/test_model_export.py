@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from buckets import make_bucket, serving
+from hubs import TOKEN
 from safetensors.torch import load_file
 
 from ray_synth.errors import UserError
@@ -20,7 +21,8 @@ from ray_synth.export.comparison import check_pixels
 from ray_synth.export.model_export import MODEL_FORMATS, export_model
 from ray_synth.export.predictions import find_pictures, predict
 from ray_synth.export.weights import RECOMMENDED, choose_weights
-from ray_synth.report.page import read_run
+from ray_synth.report.page import headlines
+from ray_synth.report.table import comparison_rows
 from ray_synth.storage.folder import Folder
 from ray_synth.training import model_files
 
@@ -28,8 +30,8 @@ from ray_synth.training import model_files
 def answers(place: str | Path, pictures: Path, weights: str | None = None) -> dict[str, dict]:
     """Picture -> class -> probability, of all classes."""
     classifier = open_classifier(str(place), weights)
-    found, _ = find_pictures([str(pictures)])
-    return {p.name: dict(p.top) for p in predict(classifier, found, top=99)}
+    found = predict(classifier, find_pictures([str(pictures)]), top=99)
+    return {p.name: dict(p.top) for p in found}
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +59,10 @@ def test_a_model_is_as_right_as_its_run_says(finished, digits, weights):
 
 def test_the_model_that_is_taken_is_that_of_the_reports_headline(finished):
     arm, bn = RECOMMENDED.split(".")
-    tested = finished.read_json("metrics.json")[arm][bn]
-    headlines = read_run(finished)["headlines"]
-    assert {item["test_set"] for item in headlines} == {"in_domain", "uci_digits"}
-    assert headlines[0]["after"] == tested["in_domain"]
+    metrics = finished.read_json("metrics.json")
+    shown = headlines(comparison_rows(metrics))
+    assert [item["test_set"] for item in shown] == ["in_domain", "uci_digits"]
+    assert shown[0]["after"] == metrics[arm][bn]["in_domain"]
     assert choose_weights(finished).name == RECOMMENDED
 
 
@@ -229,7 +231,7 @@ def test_no_file_of_an_exported_folder_is_unpickled_or_sets_what_it_may_not(
 
 
 def test_runs_pictures_and_models_may_lie_in_buckets(
-    finished, exported, digits, tmp_path, monkeypatch
+    finished, exported, digits, tmp_path, monkeypatch, hub, call
 ):
     with serving("s3", tmp_path) as server:
         make_bucket(server)
@@ -246,7 +248,7 @@ def test_runs_pictures_and_models_may_lie_in_buckets(
             bucket.child("pictures").write_bytes(f"six/{path.name}", path.read_bytes())
         local = answers(finished.uri, digits / "six")
         for model in ("run", "onnx"):
-            found, _ = find_pictures([bucket.child("pictures").uri])
+            found = find_pictures([bucket.child("pictures").uri])
             classifier = open_classifier(bucket.child(model).uri)
             there = {Path(p.name).name: p.top[0] for p in predict(classifier, found)}
             assert there.keys() == {path.name for path in six}
@@ -256,3 +258,9 @@ def test_runs_pictures_and_models_may_lie_in_buckets(
         to = bucket.child("written")
         export_model(choose_weights(bucket.child("run")), to, form="timm")
         assert to.names() == ["config.json", "model.json", "model.safetensors"]
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.chdir(tmp_path)
+        call("push", bucket.child("run").uri, "me/digits", "--only", "model")
+    pushed = list(hub.repositories["me/digits"].commits.values())[-1]
+    assert pushed["model.safetensors"] == exported["timm"].read_bytes("model.safetensors")
+    assert not (tmp_path / "run.push").exists()
