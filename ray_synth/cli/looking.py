@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ray_synth.cli import sharing
 from ray_synth.cli.exit_codes import NO
 from ray_synth.cli.output import AsJson, say, say_json
 from ray_synth.cli.running import Overrides, Probe
@@ -168,11 +169,25 @@ def export(
     limit: Annotated[int | None, typer.Option(help="images at most")] = None,
     shard_rows: Annotated[int, typer.Option(help="images per shard, at most")] = 10_000,
     licence: Annotated[str | None, typer.Option(help="for the card")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the trained model instead: onnx, torch or timm")
+    ] = None,
+    weights: sharing.Chosen = None,
+    check_on: Annotated[
+        list[str] | None,
+        typer.Option("--check-on", help="pictures to check the model on; default: test images"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's images as a data set with a card, for other tools."""
-    from ray_synth.export.layouts import export_images
+    """Write a run's images as a data set with a card, or (--model) its trained model, for other tools."""
     from ray_synth.pipeline.api import Run
+
+    if model:
+        sharing.export_model(Run(run_folder).folder, to, model, weights, check_on)
+        return
+    if weights or check_on:
+        raise UserError("--weights and --check-on go with --model")
+    from ray_synth.export.layouts import export_images
 
     counts = export_images(
         Run(run_folder).folder, to, layout=layout, accepted_only=not rejected,

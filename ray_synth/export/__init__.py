@@ -1,4 +1,5 @@
-"""A run's images out, as a data set with a card, for other tools.
+"""What a run made, for others: its images as a data set, its model as a file, both on a hub.
 
-In: an image store. Out: ImageFolder, WebDataset or Hugging Face datasets.
+In: an image store and trained weights. Out: ImageFolder, WebDataset or Hugging Face datasets; ONNX,
+torch.export or timm; predictions; repositories with cards.
 """

@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 from ray_synth.config import Config, flatten, load_run_config, run_versions
 from ray_synth.errors import UserError
 from ray_synth.generation.cost import earlier_attempts, hours_and_cost, reason_kind
-from ray_synth.generation.selection import count_by
+from ray_synth.generation.selection import count_by, scan
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.licences import LICENCES, licence_of
 from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.secrets import redact
 
 log = logging.getLogger("ray_synth")
 KINDS = ("plain", "contextual", "stylized")
@@ -111,7 +112,6 @@ def dataset_card(
         licence: identifier for the header; default `other`.
     """
     from huggingface_hub import DatasetCardData
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     config, versions = _config(run_folder)
     layout, run = exported.export["layout"], exported.export["run"]
@@ -129,7 +129,34 @@ def dataset_card(
         ],
     )
     generators = _generators(facts)
-    environment = Environment(
+    return (
+        environment()
+        .get_template("card.md.j2")
+        .render(
+            header=header.to_yaml().strip(),
+            export=exported.export,
+            exported=exported,
+            licence=licence,
+            layout=layout,
+            classes=_class_rows(run_folder, exported, facts, classes)[:CLASSES_SHOWN],
+            classes_left_out=max(0, len(exported.by(0)) - CLASSES_SHOWN),
+            kinds=[kind for kind in KINDS if kind in exported.by(1)],
+            examples=[(kind, row) for kind in KINDS for row in exported.examples.get(kind, [])],
+            made=_made(facts),
+            checks=config.generation.checks.model_dump() if config else {},
+            generators=generators,
+            models=_models(config, [found["settings"] for found in generators], run_folder),
+            cost=cost(run_folder, facts, config),
+            versions=versions,
+        )
+    )
+
+
+def environment() -> Any:
+    """Where cards are made from templates: Markdown, whose filter `cell` escapes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # Markdown, not HTML: the filter `cell` escapes
         undefined=StrictUndefined,
@@ -137,24 +164,24 @@ def dataset_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = cell
-    return environment.get_template("card.md.j2").render(
-        header=header.to_yaml().strip(),
-        export=exported.export,
-        exported=exported,
-        licence=licence,
-        layout=layout,
-        classes=_class_rows(run_folder, exported, facts, classes)[:CLASSES_SHOWN],
-        classes_left_out=max(0, len(exported.by(0)) - CLASSES_SHOWN),
-        kinds=[kind for kind in KINDS if kind in exported.by(1)],
-        examples=[(kind, row) for kind in KINDS for row in exported.examples.get(kind, [])],
-        made=_made(facts),
-        checks=config.generation.checks.model_dump() if config else {},
-        generators=generators,
-        models=_models(config, [found["settings"] for found in generators], run_folder),
-        cost=cost(run_folder, facts, config),
-        versions=versions,
-    )
+    found.filters["cell"] = cell
+    return found
+
+
+def images_origin(run_folder: Folder) -> list[tuple[str, str]]:
+    """(role, Markdown about it and its licence) of each model that had a part in a run's images.
+
+    Raises:
+        UserError: the run has no images.
+    """
+    config, _ = _config(run_folder)
+    generators = _generators(scan(run_folder))
+    return _models(config, [found["settings"] for found in generators], run_folder)
+
+
+def public_text(value: Any) -> str:
+    """A setting's value for strangers: of a path on a machine its last part, of a secret none."""
+    return redact(str(_public(value)))
 
 
 def cell(value: Any) -> str:

@@ -31,11 +31,12 @@ HANDED_ON: dict[str, dict[str, tuple[type, ...]]] = {
 LIBRARIES = ("diffusers", "transformers")
 # config.json of timm: arguments of its models, and what it says of the weights
 TIMM_MODEL_ARGS = (
-    "act_layer", "attn_drop_rate", "channels", "class_token", "depth", "depths", "dims", "drop_path_rate",
-    "drop_rate", "dynamic_img_size", "embed_dim", "fc_norm", "final_norm", "global_pool",
-    "img_size", "in_chans", "init_values", "layers", "mlp_ratio", "no_embed_class", "norm_layer",
-    "num_classes", "num_heads", "patch_size", "pool_include_prefix", "pos_embed", "pre_norm", "proj_bias",
-    "qk_norm", "qkv_bias", "reg_tokens", "stem_type", "strict_img_size", "width", "window_size",
+    "act_layer", "attn_drop_rate", "base_width", "cardinality", "channels", "class_token", "depth",
+    "depths", "dims", "drop_path_rate", "drop_rate", "dynamic_img_size", "embed_dim", "fc_norm",
+    "final_norm", "global_pool", "img_size", "in_chans", "init_values", "layers", "mlp_ratio",
+    "no_embed_class", "norm_layer", "num_classes", "num_heads", "output_stride", "patch_size",
+    "pool_include_prefix", "pos_embed", "pre_norm", "proj_bias", "qk_norm", "qkv_bias", "reg_tokens",
+    "stem_chs", "stem_type", "stem_width", "strict_img_size", "width", "window_size",
 )  # fmt: skip
 TIMM_PRETRAINED = (
     "architecture", "classifier", "crop_mode", "crop_pct", "custom_load", "description", "first_conv",
