@@ -350,6 +350,11 @@ class PromptingConfig(Section):
     )
     negative_prompt: str = result("")
     styles: str | None = result(None, description="a YAML file of styles; default: the 60 built in")
+    acceptance: Place | None = result(
+        None,
+        description="the directory of an earlier run: contexts and styles of which more of its images "
+        "failed the checks are drawn less",
+    )
 
     @field_validator("mix")
     @classmethod

@@ -120,6 +120,7 @@ def _tell_refused(class_name: str, pieces: int) -> None:
 
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
     """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet."""
+    from ray_synth.generation.draws import draws_of
     from ray_synth.prompting.budgets import class_budgets, within
     from ray_synth.prompting.plan import ClassPrompts, plan_tables
     from ray_synth.prompting.plan_settings import plan_settings, read_contexts
@@ -150,6 +151,9 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     sources: Counter[str] = Counter()
     shortened: Counter[str] = Counter()
     settings = plan_settings(config)
+    if config.prompting.acceptance:
+        earlier, styles = config.prompting.acceptance, settings["styles"]
+        classes, settings["style_draws"] = draws_of(earlier, classes, styles, folder)
 
     def tables() -> Iterator[pa.Table]:
         for table in plan_tables(
