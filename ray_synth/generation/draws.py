@@ -1,13 +1,16 @@
 """How often contexts and styles are drawn, by what the checks let pass of an earlier run's images.
 
-An item is drawn less only where its images pass less often than those of the others for sure: the upper
-end of the 95% interval of its share counts, against the share that is usual. So one of which few were
-made is drawn as all are, and none is left out altogether.
+An item is drawn less by the share of its images that is expected to pass, against the share that is
+usual. Of few images little is expected: shares are drawn towards the usual one, by as much as all items'
+shares differ no more than by chance (empirical Bayes with a beta prior, its strength by moments;
+Kleinman, JASA 68, 1973). So where chance alone tells the items apart, all are drawn alike; none is left out
+altogether, and none is drawn more.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +23,6 @@ from ray_synth.generation.acceptance import (
     ACCEPTANCE,
     SCENE_SCHEMA,
     SCENES,
-    wilson,
 )
 from ray_synth.meaning.answers import FIELDS, phrase_key
 from ray_synth.prompting.contexts import Context, context_key
@@ -34,17 +36,36 @@ DRAWS = "draws.json"
 PASSES = 8  # an item is drawn in 1 to 8 of as many passes over all items
 
 
-def draws(passed: Any, made: Any, usual: Any) -> np.ndarray:
+def draws(passed: Any, made: Any, usual: Any, strength: float) -> np.ndarray:
     """In how many of `PASSES` passes an item is drawn, (n,) int64.
 
     Args:
         passed, made: (n,) images of each item.
         usual: share that passes of all items', or (n,) what is usual for each.
+        strength: images of the usual share that each item is taken to have beside its own (`prior`).
     """
-    _, upper = wilson(passed, made)
-    usual = np.broadcast_to(np.asarray(usual, float), upper.shape)
-    share = np.divide(upper, usual, out=np.ones_like(upper), where=usual > 0)
+    passed, made = np.asarray(passed, float), np.asarray(made, float)
+    usual = np.broadcast_to(np.asarray(usual, float), made.shape)
+    # (passed + strength * usual) / (made + strength) / usual, also where the strength is infinite
+    own = made / (made + strength) if math.isfinite(strength) else np.zeros(made.shape)
+    ratio = passed / np.maximum(made * usual, 1e-9)
+    share = np.where(usual > 0, 1 + own * (ratio - 1), 1.0)
     return np.clip(np.round(PASSES * share), 1, PASSES).astype(np.int64)
+
+
+def prior(passed: Any, made: Any, usual: Any) -> float:
+    """The strength of the beta prior of some items' shares, in images; infinite where they differ by no
+    more than chance.
+
+    Args: as of `draws`.
+    """
+    passed, made = np.asarray(passed, float), np.asarray(made, float)
+    chance = usual * (1 - np.asarray(usual, float))
+    # of a beta binomial: E (passed - made usual)^2 = made chance (1 + (made - 1) rho)
+    more = ((passed - made * usual) ** 2 - made * chance).sum()
+    most = (made * (made - 1) * chance).sum()
+    rho = min(float(more / most), 1.0) if most > 0 else 0.0
+    return 1 / rho - 1 if rho > 0 else math.inf
 
 
 class EarlierRun:
@@ -70,11 +91,12 @@ class EarlierRun:
         scenes = quality.read_table(SCENES)
         if scenes.schema != SCENE_SCHEMA:
             raise damaged(quality.address(SCENES), "it has other columns than it is written with")
-        self._scenes: dict[tuple[str, ...], np.ndarray] = {}  # class, phrases -> passed, made
         self._classes: dict[str, np.ndarray] = {}  # class -> passed, made
-        # phrase of a field -> passed, made, and what is usual for the classes that it was said of
+        # (class, phrases) and (field, phrase) -> passed, made, and what is usual for their classes
+        self._scenes: dict[tuple[str, ...], np.ndarray] = {}
         self._phrases: dict[tuple[str, str], np.ndarray] = {}
         self._add(scenes)
+        self._priors = self._fit()
 
     def _add(self, scenes: pa.Table) -> None:
         rows = scenes.to_pylist()
@@ -82,15 +104,21 @@ class EarlierRun:
             found = self._classes.setdefault(row["class_name"], np.zeros(2))
             found += (row["passed"], row["made"])
         for row in rows:
-            counts = np.array([row["passed"], row["made"]], float)
             keys = tuple(phrase_key(row[field]) for field in FIELDS)
-            scene = self._scenes.setdefault((row["class_name"], *keys), np.zeros(2))
+            counts = (row["passed"], row["made"], row["made"] * self._share(row["class_name"]))
+            scene = self._scenes.setdefault((row["class_name"], *keys), np.zeros(3))
             scene += counts
-            usual = row["made"] * self._share(row["class_name"])
             for field, key in zip(FIELDS, keys, strict=True):
                 if key:
                     sums = self._phrases.setdefault((field, key), np.zeros(3))
-                    sums += (*counts, usual)
+                    sums += counts
+
+    def _fit(self) -> dict[str, float]:
+        """The strength of the prior of scenes ("") and of each field's phrases."""
+        groups: dict[str, list[np.ndarray]] = {"": [*self._scenes.values()]}
+        for (field, _), counts in self._phrases.items():
+            groups.setdefault(field, []).append(counts)
+        return {name: prior(*_columns(rows)) for name, rows in groups.items()}
 
     def _share(self, class_name: str) -> float:
         passed, made = self._classes.get(class_name, (0, 0))
@@ -98,9 +126,11 @@ class EarlierRun:
 
     def style_draws(self, names: Iterable[str]) -> list[int]:
         """Of each style, against all styles; one that the run did not have is drawn as all are."""
+        known = np.array([*self.styles.values()], float).reshape(-1, 2)
+        passed, made = known.sum(axis=0)
+        usual = passed / made if made else 0.0
         counts = np.array([self.styles.get(name, (0, 0)) for name in names], float).reshape(-1, 2)
-        passed, made = np.array([*self.styles.values()], float).reshape(-1, 2).sum(axis=0)
-        return draws(*counts.T, passed / made if made else 0.0).tolist()
+        return draws(*counts.T, usual, prior(*known.T, usual)).tolist()
 
     def context_draws(self, class_name: str, contexts: Sequence[Context]) -> list[int]:
         """Of each context of a class: by its own images, against all of the class; and by those of each
@@ -109,13 +139,19 @@ class EarlierRun:
         if not contexts:
             return []
         keys = [context_key(context) for context in contexts]
-        own = np.array([self._scenes.get((class_name, *key), (0, 0)) for key in keys], float)
-        found = [draws(*own.T, self._share(class_name))]
+        nothing = np.zeros(3)
+        own = [self._scenes.get((class_name, *key), nothing) for key in keys]
+        found = [draws(*_columns(own), self._priors[""])]
         for at, field in enumerate(FIELDS):
-            said = np.array([self._phrases.get((field, key[at]), (0, 0, 0)) for key in keys], float)
-            usual = said[:, 2] / np.maximum(said[:, 1], 1)
-            found.append(draws(said[:, 0], said[:, 1], usual))
+            said = [self._phrases.get((field, key[at]), nothing) for key in keys]
+            found.append(draws(*_columns(said), self._priors.get(field, math.inf)))
         return np.min(found, axis=0).tolist()
+
+
+def _columns(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Passed, made, and the usual share, of rows of passed, made, and what is usual to pass."""
+    passed, made, usual = np.array(rows, float).reshape(-1, 3).T
+    return passed, made, usual / np.maximum(made, 1)
 
 
 def draws_of(
