@@ -3,8 +3,8 @@
 An item is drawn less by the share of its images that is expected to pass, against the share that is
 usual. Of few images little is expected: shares are drawn towards the usual one, by as much as all items'
 shares differ no more than by chance (empirical Bayes with a beta prior, its strength by moments;
-Kleinman, JASA 68, 1973). So where chance alone tells the items apart, all are drawn alike; none is left out
-altogether, and none is drawn more.
+Kleinman, JASA 68, 1973). So where chance alone tells the items apart, all are drawn alike; none is left
+out, and none is drawn more.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def run_stages(run: Run, until: str, tracker: Any = None) -> None:
         run.records.run("generation", lambda: generate(run))
     if "training" in wanted:
         run.records.run("training", lambda: train(run, tracker))
-        # What a live feed did not wait for is made now: the store ends whole.
+        # What training left of the plan is made now: the store ends whole.
         run.records.run("generation", lambda: generate(run))
     if "evaluation" in wanted:
         run.records.run("evaluation", lambda: evaluate_models(run))
