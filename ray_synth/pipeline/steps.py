@@ -303,11 +303,33 @@ def train(run: Run, tracker: Any) -> dict[str, Any]:
 # Stage "evaluation".
 
 
+def blend_bns(run: Run) -> None:
+    """`models/mixed.blend.safetensors`: both BNs, by a weight chosen on the validation images."""
+    import ray
+
+    from ray_synth.evaluation.blend import few_of, write_blend
+
+    evaluation = run.config.evaluation
+    options = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus}
+    work = ray.remote(**options)(write_blend)
+    images = list(read_index(few_of(run.validation)))
+    chosen = ray.get(work.remote(run.folder, images, run.config.data.max_pixels))
+    if chosen is not None:
+        log.info(
+            "blend of both BNs: %g of the auxiliary one; on validation images %.1f%% (main %.1f%%), on "
+            "corrupted copies of them %.1f%% (main %.1f%%)",
+            chosen["weight"], chosen["clean"], chosen["main"]["clean"], chosen["corrupted"],
+            chosen["main"]["corrupted"],
+        )  # fmt: skip
+
+
 def evaluate_models(run: Run) -> dict[str, Any]:
     """Test all models on all test sets: results by model, BN and test set, as metrics.json has them."""
     from ray_synth.evaluation.predictor import evaluate
 
     config = run.config
+    if "blend" in config.evaluation.bns and "mixed" in run.arms:
+        blend_bns(run)
     board = make_board()
     total = sum(len(index) for index in run.tests.values())
     with watch(board, {"tested": Bar("evaluation", total, "images")}):
