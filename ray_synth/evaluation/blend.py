@@ -1,9 +1,9 @@
 """One model of both BNs: how much of the auxiliary one, is chosen on images held out of training.
 
 Validation images are like those that the main BN was trained on, and say nothing of others. So each
-weight is also tried on corrupted copies of them (`corruption.py`), as bad as they come: the best one there
-is taken of those that are no worse on the images themselves than training on real images alone. Test
-images have no part in it.
+weight is also tried on corrupted copies of them (`corruption.py`), as bad as they come: the best one
+there is taken of those that are no worse on the images themselves than training on real images alone.
+Test images have no part in it.
 """
 
 from __future__ import annotations
