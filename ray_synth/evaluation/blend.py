@@ -26,6 +26,7 @@ SEVERITY = 5  # of 5
 MOST = 2_000  # images, and corrupted copies
 BATCH = 250
 BASELINES = ("real_only", "recipe")
+PREPARED_BY = ("image_size", "interpolation", "crop_pct")  # of a card: what decides the pixels
 
 
 def few_of(index: Index) -> Index:
@@ -74,7 +75,9 @@ def write_blend(
     if base is not None:
         own = folder.read_json(f"models/{base}.json")
         alone = load_model(folder, base, "main", own)
-        least = _top1(alone, _prepared(rows, own, max_pixels), own, device)
+        same = all(own[name] == card[name] for name in PREPARED_BY)
+        sets = sets if same else _prepared(rows, own, max_pixels)
+        least = _top1(alone, sets, own, device)
     chosen = choose(found, least)
     weights = blend(model, main, aux, chosen["weight"])
     data = save({key: value.contiguous() for key, value in weights.items()}, {"format": "pt"})
