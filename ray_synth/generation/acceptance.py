@@ -84,7 +84,7 @@ class Acceptance:
             found[0] += passed
             found[1] += made
         rows = [(*key, *found) for key, found in sorted(counts.items())]
-        columns = zip(*rows, strict=True) if rows else [[] for _ in SCENE_SCHEMA]
+        columns: Any = zip(*rows, strict=True) if rows else [[] for _ in SCENE_SCHEMA]
         return pa.table(
             dict(zip(SCENE_SCHEMA.names, map(list, columns), strict=True)), SCENE_SCHEMA
         )
