@@ -362,6 +362,11 @@ class PromptingConfig(Section):
     )
     negative_prompt: str = result("")
     styles: str | None = result(None, description="a YAML file of styles; default: the 60 built in")
+    acceptance: Place | None = result(
+        None,
+        description="the directory of an earlier run: contexts and styles of which more of its images "
+        "failed the checks are drawn less",
+    )
 
     @field_validator("mix")
     @classmethod
@@ -664,8 +669,10 @@ class EvaluationConfig(Section):
     """How trained models are tested."""
 
     batch_size: Positive = how(256)
-    bns: list[Literal["main", "aux", "average"]] = result(
-        ["main", "aux"], description="of a dual-BN model, tested one by one"
+    bns: list[Literal["main", "aux", "average", "blend"]] = result(
+        ["main", "aux"],
+        description="of a dual-BN model, tested one by one; blend: both, by a weight that is chosen on "
+        "the validation images",
     )
     dtype: Dtype = result(
         "float32",
@@ -797,6 +804,15 @@ class Config(Section):
     tracking: TrackingConfig = how(TrackingConfig())
     studies: StudiesConfig = how(StudiesConfig())
     cluster: ClusterConfig = how(ClusterConfig())
+
+    @model_validator(mode="after")
+    def _blends_on_validation(self) -> Config:
+        if "blend" in self.evaluation.bns and not self.data.validation:
+            raise UserError(
+                "evaluation.bns: blend is chosen on validation images, and data.validation holds none "
+                "out: say how many of each class it shall (10), or take average"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -1,33 +1,63 @@
-"""What the checks let pass: by kind of prompt, by style, by class. Kept in `quality/acceptance.json`."""
+"""What the checks let pass: by kind of prompt, style, class and scene. Kept in `quality/`.
+
+`acceptance.json` is for people, `scenes.parquet` has every scene of every class.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ray_synth.meaning.answers import FIELDS
 from ray_synth.storage.folder import Folder
 
-ACCEPTANCE = "acceptance.json"
+ACCEPTANCE, SCENES = "acceptance.json", "scenes.parquet"
 COLUMNS = ("kind", "style", "class_name")
+NEEDED = [*COLUMNS, "prompt", "attempt", "reject_reason"]  # of the store
+SCENE_SCHEMA = pa.schema(
+    [
+        ("class_name", pa.string()),
+        *((field, pa.string()) for field in FIELDS),
+        ("passed", pa.int64()),
+        ("made", pa.int64()),
+    ]
+)
+ENOUGH = 4  # images of a scene, before it is called one of a class's worst or best
+FEW = 3  # of a class's scenes that are named so
+MOST_PHRASES = 32  # of a field of all scenes, those that fail the most
+Z = 1.959964  # of a 95% interval
 
 
 class Acceptance:
-    """Counts over tables of the store."""
+    """Counts over tables of the store; of scenes as many as the plan has contextual prompts."""
 
     def __init__(self) -> None:
         self._made: dict[str, Counter[str]] = {name: Counter() for name in COLUMNS}
         self._passed: dict[str, Counter[str]] = {name: Counter() for name in COLUMNS}
+        self._scenes: dict[tuple[str, str], list[int]] = {}  # (class, prompt) -> passed, made
 
     def add(self, table: pa.Table) -> None:
-        """Count rows (columns `COLUMNS` and `reject_reason`); one without a reason has passed."""
-        passed = pc.equal(table["reject_reason"], "")
-        for counts, rows in ((self._made, table), (self._passed, table.filter(passed))):
-            for name in COLUMNS:
-                for item in pc.value_counts(rows[name]).to_pylist():
-                    counts[name][item["values"]] += item["counts"]
+        """Count rows (columns `NEEDED`); one without a reason has passed.
+
+        Each attempt counts: a row that passed at its third seed is 1 of 3.
+        """
+        attempts = pc.add(pc.fill_null(table["attempt"], 0), 1)
+        passed = pc.cast(pc.equal(table["reject_reason"], ""), pa.int64())
+        table = table.append_column("made", attempts).append_column("passed", passed)
+        sums = [("passed", "sum"), ("made", "sum")]
+        for name in COLUMNS:
+            for row in table.group_by(name).aggregate(sums).to_pylist():
+                self._made[name][row[name]] += row["made_sum"]
+                self._passed[name][row[name]] += row["passed_sum"]
+        scenes = table.filter(pc.equal(table["kind"], "contextual"))
+        for row in scenes.group_by(["class_name", "prompt"]).aggregate(sums).to_pylist():
+            counts = self._scenes.setdefault((row["class_name"], row["prompt"]), [0, 0])
+            counts[0] += row["passed_sum"]
+            counts[1] += row["made_sum"]
 
     def as_dict(self) -> dict[str, dict[str, list[int]]]:
         """column -> value -> [passed, made]; rows without a style are left out of the styles."""
@@ -40,11 +70,96 @@ class Acceptance:
             for name in COLUMNS
         }
 
+    def scenes(self, contexts: dict[str, Any]) -> pa.Table:
+        """(`SCENE_SCHEMA`) what each contextual prompt said of its scene; a phrase that it had no room
+        for is empty.
+
+        Args:
+            contexts: the classes of contexts.json.
+        """
+        counts: dict[tuple[str, ...], list[int]] = {}
+        for (name, prompt), (passed, made) in self._scenes.items():
+            written = [item["context"] for item in contexts.get(name, {}).get("contexts", [])]
+            found = counts.setdefault((name, *_said(prompt, written)), [0, 0])
+            found[0] += passed
+            found[1] += made
+        rows = [(*key, *found) for key, found in sorted(counts.items())]
+        columns: Any = zip(*rows, strict=True) if rows else [[] for _ in SCENE_SCHEMA]
+        return pa.table(
+            dict(zip(SCENE_SCHEMA.names, map(list, columns), strict=True)), SCENE_SCHEMA
+        )
+
     def save(self, run: Folder) -> None:
-        run.child("quality").write_json(ACCEPTANCE, self.as_dict())
+        """Write both files into the run's `quality/`."""
+        found: dict[str, Any] = self.as_dict()
+        contexts = run.read_json("contexts.json")["classes"] if run.exists("contexts.json") else {}
+        scenes = self.scenes(contexts)
+        for field in FIELDS:
+            pairs = least_accepted({field: by_phrase(scenes, field)}, field, MOST_PHRASES)
+            found[field] = {phrase: [passed, made] for phrase, passed, made in pairs}
+        found["scenes"] = extremes(scenes)
+        run.child("quality").write_table(SCENES, scenes)
+        run.child("quality").write_json(ACCEPTANCE, found)
+
+
+def by_phrase(scenes: pa.Table, field: str) -> dict[str, list[int]]:
+    """phrase -> [passed, made] over all classes, of one field of `SCENE_SCHEMA`."""
+    said = scenes.filter(pc.not_equal(scenes[field], ""))
+    sums = said.group_by(field).aggregate([("passed", "sum"), ("made", "sum")])
+    return {row[field]: [row["passed_sum"], row["made_sum"]] for row in sums.to_pylist()}
+
+
+def extremes(scenes: pa.Table) -> dict[str, dict[str, list[list[Any]]]]:
+    """class -> `worst` and `best` -> [scene, passed, made, low, high] of at most `FEW` scenes.
+
+    Those are the worst whose interval ends lowest, and the best whose interval begins highest, so that
+    few images do not make an extreme; the two lists do not overlap.
+    """
+    by_class: dict[str, list[list[Any]]] = {}
+    for row in scenes.filter(pc.greater_equal(scenes["made"], ENOUGH)).to_pylist():
+        text = ", ".join(row[field] for field in FIELDS if row[field])
+        low, high = (round(float(bound), 3) for bound in wilson(row["passed"], row["made"]))
+        found = [text, row["passed"], row["made"], low, high]
+        by_class.setdefault(row["class_name"], []).append(found)
+    result = {}
+    for name, rows in by_class.items():
+        few = min(FEW, len(rows) // 2)
+        worst = sorted(rows, key=lambda row: (row[4], row[0]))[:few]
+        rest = [row for row in rows if row not in worst]
+        result[name] = {
+            "worst": worst,
+            "best": sorted(rest, key=lambda row: (-row[3], row[0]))[:few],
+        }
+    return result
+
+
+def wilson(passed: Any, made: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the 95% interval of shares (Wilson 1927); of 0 images it is (0, 1).
+
+    Args:
+        passed, made: numbers, or arrays of one shape.
+    """
+    passed, made = np.asarray(passed, float), np.asarray(made, float)
+    share = passed / np.maximum(made, 1)
+    middle = (passed + Z**2 / 2) / (made + Z**2)
+    half = Z / (made + Z**2) * np.sqrt(made * share * (1 - share) + Z**2 / 4)
+    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
 def least_accepted(found: dict[str, Any], column: str, most: int) -> list[tuple[str, int, int]]:
-    """(value, passed, made) of a column, the smallest shares first."""
+    """(value, passed, made) of a column, those first of which the most fail for sure."""
     rows = [(value, passed, made) for value, (passed, made) in (found.get(column) or {}).items()]
-    return sorted(rows, key=lambda row: (row[1] / row[2], row[0]))[:most]
+    _, upper = wilson([row[1] for row in rows], [row[2] for row in rows])
+    ordered = sorted(zip(upper.tolist(), rows, strict=True))
+    return [row for _, row in ordered[:most]]
+
+
+def _said(prompt: str, contexts: list[dict[str, str]]) -> tuple[str, ...]:
+    """The phrases of a prompt by field: of the context of which it says the most."""
+    text = f"{prompt}, "
+    said = [
+        tuple(phrase if phrase and f", {phrase}, " in text else "" for phrase in found)
+        for found in ([context.get(field, "") for field in FIELDS] for context in contexts)
+    ]
+    nothing = ("",) * len(FIELDS)
+    return max(said, key=lambda phrases: sum(map(bool, phrases)), default=nothing)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_synth.config import Config
-from ray_synth.generation.acceptance import COLUMNS, Acceptance
+from ray_synth.generation.acceptance import NEEDED, Acceptance
 from ray_synth.generation.store import ImageStore
 from ray_synth.prompting.plan_file import PLAN_FILE, WINDOW, PlanFile
 from ray_synth.prompting.plan_index import PlanIndex
@@ -58,7 +58,7 @@ def store_facts(config: Config, run: Folder, store: ImageStore) -> dict[str, Any
         `facts`: hours, cost, flagged and retried images, mean CLIP score.
     """
     index = PlanIndex(PlanFile(run).ids(WINDOW))
-    columns = ["accepted", "reject_reason", "gpu_seconds", "clip_score", "attempt", *COLUMNS]
+    columns = ["accepted", "gpu_seconds", "clip_score", *NEEDED]
     acceptance = Acceptance()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()

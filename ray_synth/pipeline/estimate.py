@@ -120,6 +120,9 @@ def estimate(
     else:
         beside, left = _beside(config, m, synthetic, pool, batches, crowd, shared)
         found["training"] = alone + once + m.make_start + beside
+        if training.feed == "live" and not training.num_gpus:  # its generators go on to the end
+            found["training"] += left
+            left = 0.0
         found["generation"] = m.make_start + left if left else 0.0
     models = len(config.evaluation.bns) if training.dual_bn else 1
     models += len(training.baselines)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ray_synth.cluster.connection import connect
 from ray_synth.config import Config
-from ray_synth.generation.acceptance import COLUMNS, Acceptance
+from ray_synth.generation.acceptance import NEEDED, Acceptance
 from ray_synth.generation.cost import cost_note, hours_and_cost
 from ray_synth.generation.stream import image_stream, missing_chunks
 from ray_synth.monitoring.progress import Bar, make_board, watch
@@ -82,7 +82,7 @@ def figures(run: Run, count: int) -> dict[str, Any]:
     ids = PlanFile(run.folder).ids_of(0, count)
     acceptance = Acceptance()
     seconds, passed, made = 0.0, 0, 0
-    columns = ["gpu_seconds", "reject_reason", *COLUMNS]
+    columns = ["gpu_seconds", *NEEDED]
     for _, table in run.store.planned(PlanIndex([ids]), columns):
         acceptance.add(table)
         made += table.num_rows

@@ -55,7 +55,7 @@ def run_stages(run: Run, until: str, tracker: Any = None) -> None:
         run.records.run("generation", lambda: generate(run))
     if "training" in wanted:
         run.records.run("training", lambda: train(run, tracker))
-        # What a live feed did not wait for is made now: the store ends whole.
+        # What training left of the plan is made now: the store ends whole.
         run.records.run("generation", lambda: generate(run))
     if "evaluation" in wanted:
         run.records.run("evaluation", lambda: evaluate_models(run))
@@ -127,6 +127,7 @@ def _tell_refused(class_name: str, pieces: int) -> None:
 
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
     """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet."""
+    from ray_synth.generation.draws import draws_of
     from ray_synth.prompting.budgets import class_budgets, within
     from ray_synth.prompting.plan import ClassPrompts, plan_tables
     from ray_synth.prompting.plan_settings import plan_settings, read_contexts
@@ -159,6 +160,9 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     sources: Counter[str] = Counter()
     shortened: Counter[str] = Counter()
     settings = plan_settings(config)
+    if config.prompting.acceptance:
+        earlier, styles = config.prompting.acceptance, settings["styles"]
+        classes, settings["style_draws"] = draws_of(earlier, classes, styles, folder)
 
     def tables() -> Iterator[pa.Table]:
         for table in plan_tables(
@@ -314,11 +318,33 @@ def train(run: Run, tracker: Any) -> dict[str, Any]:
 # Stage "evaluation".
 
 
+def blend_bns(run: Run) -> None:
+    """`models/mixed.blend.safetensors`: both BNs, by a weight chosen on the validation images."""
+    import ray
+
+    from ray_synth.evaluation.blend import few_of, write_blend
+
+    evaluation = run.config.evaluation
+    options = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus}
+    work = ray.remote(**options)(write_blend)
+    images = list(read_index(few_of(run.validation)))
+    chosen = ray.get(work.remote(run.folder, images, run.config.data.max_pixels))
+    if chosen is not None:
+        log.info(
+            "blend of both BNs: %g of the auxiliary one; on validation images %.1f%% (main %.1f%%), on "
+            "corrupted copies of them %.1f%% (main %.1f%%)",
+            chosen["weight"], chosen["clean"], chosen["main"]["clean"], chosen["corrupted"],
+            chosen["main"]["corrupted"],
+        )  # fmt: skip
+
+
 def evaluate_models(run: Run) -> dict[str, Any]:
     """Test all models on all test sets: results by model, BN and test set, as metrics.json has them."""
     from ray_synth.evaluation.predictor import evaluate
 
     config = run.config
+    if "blend" in config.evaluation.bns and "mixed" in run.arms:
+        blend_bns(run)
     board = make_board()
     total = sum(len(index) for index in run.tests.values())
     with watch(board, {"tested": Bar("evaluation", total, "images")}):

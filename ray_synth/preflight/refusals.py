@@ -12,9 +12,11 @@ from pathlib import Path
 from ray_synth.config import ClipConfig, Config, LlmConfig
 from ray_synth.data.class_info import read_class_info
 from ray_synth.errors import UserError, did_you_mean
+from ray_synth.generation.draws import EarlierRun
 from ray_synth.meaning.told import as_told
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.prompting.styles import load_styles
+from ray_synth.storage.folder import Folder
 from ray_synth.storage.texts import read_json
 
 
@@ -44,6 +46,8 @@ def refuse_early(
         check_class_info(config, class_names)
     if "plan" in todo:
         load_styles(config.prompting.styles)
+        if config.prompting.acceptance:
+            EarlierRun(Folder(config.prompting.acceptance))
     if "generation" in todo or "training" in todo:
         check_images(config, class_names)
 

@@ -40,6 +40,7 @@ class ClassPrompts:
         number: decides its seeds and its order of contexts and styles; default: its class index.
             A class that moves to another index keeps its number, and so its images.
         said: what prompts call it; default: its name.
+        context_draws: how often each context comes, relative to each other; empty: all equally often.
     """
 
     class_index: int
@@ -49,6 +50,7 @@ class ClassPrompts:
     references: Sequence[str] = ()
     number: int | None = None
     said: str = ""
+    context_draws: Sequence[int] = ()
 
     @property
     def key(self) -> int:
@@ -72,6 +74,7 @@ def plan_tables(
     count_tokens: Callable[[str], int],
     max_tokens: int,
     budgets: np.ndarray | None = None,
+    style_draws: Sequence[int] = (),
     table_rows: int = TABLE_ROWS,
     shortened: Counter[str] | None = None,
 ) -> Iterator[pa.Table]:
@@ -85,6 +88,7 @@ def plan_tables(
         fingerprint: of the generator, part of each row's id.
         count_tokens: of the generator's text encoder; prompts stay within `max_tokens`.
         budgets: (num_classes,) images of each class, `num_images` in all; None: the same for each.
+        style_draws: how often each style comes, relative to each other; empty: all equally often.
         table_rows: the last table may have fewer.
         shortened: counts rows by what their prompt lost (`fit_prompt`), as they are yielded.
     """
@@ -93,7 +97,8 @@ def plan_tables(
     id_heads = np.empty(num_images, np.uint64)
     done = 0
     turns = _even_turns(len(classes), num_images) if budgets is None else _turns(budgets)
-    rounds = _rounds(classes, turns, mix=mix, num_styles=len(styles), seed=seed)
+    of_styles = style_draws or [1] * len(styles)
+    rounds = _rounds(classes, turns, mix=mix, style_draws=of_styles, seed=seed)
     for slots in _in_chunks(_first(rounds, num_images), table_rows):
         table = _table(slots, classes, styles, prompts, negative_prompt, fingerprint, seed)
         id_heads[done : done + table.num_rows] = id_keys(table["sample_id"].to_pylist())
@@ -125,7 +130,7 @@ def _rounds(
     turns: Iterable[np.ndarray],
     *,
     mix: dict[str, float],
-    num_styles: int,
+    style_draws: Sequence[int],
     seed: int,
 ) -> Iterator[np.ndarray]:
     """The rows in numbers, `(6, rows)` int64 per round.
@@ -133,11 +138,11 @@ def _rounds(
     Each row has the position of its class, its kind, its context, style and reference (-1: none),
     and its number within its class.
     """
-    contexts = [len(known.contexts) for known in classes]
-    references = [len(known.references) for known in classes]
+    contexts = [_deck(known.context_draws or [1] * len(known.contexts)) for known in classes]
+    references = [_deck([1] * len(known.references)) for known in classes]
     keys = [(seed, known.key) for known in classes]
     context_cycles = {kind: _Cycles(contexts, keys, 1) for kind in KINDS if kind != "plain"}
-    style_cycles = _Cycles([num_styles] * len(classes), keys, 2)
+    style_cycles = _Cycles([_deck(style_draws)] * len(classes), keys, 2)
     reference_cycles = _Cycles(references, keys, 3)
     sequence = _Sequence(mix)
     for number, turn in enumerate(turns):
@@ -151,7 +156,7 @@ def _rounds(
             columns[2, some] = cycles.at(position[some], of_kind[some])
         some = kind == KINDS.index("stylized")
         columns[3, some] = style_cycles.at(position[some], of_kind[some])
-        if any(references):
+        if any(known.references for known in classes):
             columns[4] = reference_cycles.at(position, row)
         yield columns
 
@@ -174,17 +179,35 @@ class _Sequence:
         return kind, turn
 
 
-class _Cycles:
-    """Endless shuffled passes over the items of each class: all are used equally often.
+def _deck(draws: Sequence[int]) -> list[np.ndarray]:
+    """Passes over some items: one that is drawn half as often as others comes in every second pass.
 
-    Holds one pass of each class, 4 bytes per item.
+    Where all are drawn equally often, that is one pass over all.
+    """
+    counts = np.array(draws, np.int64)
+    if not len(counts):
+        return [np.arange(0)]
+    most = int(counts.max())
+    if (counts == most).all():
+        return [np.arange(len(counts))]
+    # Items that are drawn equally often start at different passes, and so do not all come in one.
+    ahead = np.arange(len(counts)) * 7919 % most
+    done = [(counts * number + ahead) // most for number in range(most + 1)]
+    return [np.flatnonzero(done[number + 1] > done[number]) for number in range(most)]
+
+
+class _Cycles:
+    """Endless shuffled passes over the items of each class, as its deck says (`_deck`).
+
+    Holds one deck of each class, 4 bytes per item and pass.
     """
 
     def __init__(
-        self, lengths: Sequence[int], keys: Sequence[tuple[int, ...]], stream: int
+        self, decks: Sequence[list[np.ndarray]], keys: Sequence[tuple[int, ...]], stream: int
     ) -> None:
-        self._keys, self._stream = keys, stream
-        self._empty = np.array(lengths) == 0
+        self._decks, self._keys, self._stream = decks, keys, stream
+        lengths = np.array([sum(map(len, deck)) for deck in decks])
+        self._empty = lengths == 0
         self._lengths = np.maximum(lengths, 1)
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._pass = np.full(len(keys), -1)
@@ -198,7 +221,8 @@ class _Cycles:
             i, number = int(classes[at]), int(numbers[at])
             start, length = self._starts[i], int(lengths[at])
             rng = np.random.default_rng((*self._keys[i], self._stream, number))
-            self._items[start : start + length] = rng.permutation(length)
+            shuffled = [items[rng.permutation(len(items))] for items in self._decks[i]]
+            self._items[start : start + length] = np.concatenate(shuffled)
         self._pass[classes] = numbers
         return np.where(self._empty[classes], -1, self._items[self._starts[classes] + offsets])
 

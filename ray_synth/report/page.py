@@ -43,7 +43,7 @@ MAIN_BN = ("", "main BN")  # how rows of comparison_rows name it
 CLASSES_SHOWN = (
     20  # in the contact sheet, in the meanings before the fold, and per end of a ranking
 )
-RANKED = 10  # styles and classes with the fewest accepted images
+RANKED = 10  # styles, classes and parts of scenes of which the most images fail
 THUMBNAIL = 128  # pixels; shown at half of that, for dense screens
 # What a reader wants to know of a config at a glance; the whole of it is on the page as well.
 FACTS = (
@@ -343,7 +343,11 @@ def generation_facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 def acceptance(folder: Folder) -> list[tuple[str, list[tuple[str, int, int]]]]:
     """What the checks let pass: (title, rows of value, passed and made), the fewest first."""
     found = _json(folder.child("quality"), ACCEPTANCE) or {}
-    titles = {"kind": "Kinds of prompts", "style": "Styles", "class_name": "Classes"}
+    titles = {
+        "kind": "Kinds of prompts", "style": "Styles", "class_name": "Classes",
+        "foreground": "Foregrounds", "background": "Backgrounds", "lighting": "Lights",
+        "camera_angle": "Camera angles",
+    }  # fmt: skip
     tables = [(title, least_accepted(found, name, RANKED)) for name, title in titles.items()]
     return [(title, rows) for title, rows in tables if rows]
 

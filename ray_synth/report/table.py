@@ -30,6 +30,7 @@ MODELS = (
     (("mixed", "main"), "Real + synthetic", "main BN"),
     (("mixed", "aux"), "Real + synthetic", "auxiliary BN"),
     (("mixed", "average"), "Real + synthetic", "average of both BNs"),
+    (("mixed", "blend"), "Real + synthetic", "blend of both BNs, chosen on validation"),
 )
 
 
@@ -50,7 +51,7 @@ def comparison_rows(metrics: dict[str, Any]) -> list[dict[str, Any]]:
     over = baseline_of(metrics)
     baseline = _by_test_set(metrics.get(over)) if over else {}
     mixed = metrics.get("mixed") or {}
-    has_aux = bool(mixed.get("aux") or mixed.get("average"))
+    has_aux = any(mixed.get(bn) for bn in ("aux", "average", "blend"))
     rows = []
     for path, model, statistics in MODELS:
         node: Any = metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -44,6 +45,7 @@ class LiveFeed:
 
     Attributes:
         ended: all that the stream had has arrived.
+        first_after: seconds from the start to the first image; None before it.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class LiveFeed:
         self.arrived = self.fresh_drawn = self.replayed = self.num_used = self.dropped = 0
         self._rng = np.random.default_rng(seed)
         self._changed = threading.Condition()
-        self.ended = self._closed = self._held_back = self._reading = False
+        self.ended = self._closed = self._held_back = self._reading = self._passing_over = False
+        self._started = time.monotonic()
+        self.first_after: float | None = None
         self._error: BaseException | None = None
         self._start(self._drain, iter(stream))
 
@@ -92,6 +96,10 @@ class LiveFeed:
 
     def _drain(self, stream: Iterator[Row]) -> None:
         for row in stream:
+            if self.first_after is None:
+                self.first_after = time.monotonic() - self._started
+            if self._passing_over:
+                continue
             item = self.decoder.keep(row) if row.get("accepted", True) else None
             if item is None:
                 continue
@@ -99,6 +107,8 @@ class LiveFeed:
                 self._changed.wait_for(self._room_for_fresh)
                 if self._closed:
                     return
+                if self._passing_over:
+                    continue
                 self.fresh.append(self.images.put(item))
                 self.arrived += 1
                 self._changed.notify_all()
@@ -115,7 +125,8 @@ class LiveFeed:
                 self.again.append(self.images.put(item))
 
     def _room_for_fresh(self) -> bool:
-        self._held_back = not (self._closed or self._make_room())
+        done = self._closed or self._passing_over
+        self._held_back = not (done or self._make_room())
         if self._held_back:
             self._changed.notify_all()
         return not self._held_back
@@ -190,6 +201,22 @@ class LiveFeed:
         if self.dropped or (self.ended and self.shared):
             self._reading = True
             self._start(self._read_again, self.replays)
+
+    def finish(self, seconds: float | None = None) -> bool:
+        """Let the stream go on to its end, its images passed over: what makes them is at work already.
+
+        What goes wrong with the stream from here on is no error of the feed; it ends.
+
+        Args:
+            seconds: how long to wait for it at most; None: to its end.
+
+        Returns:
+            Whether the stream has ended.
+        """
+        with self._changed:
+            self._passing_over = True
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: self.ended or self._closed, seconds)
 
     def close(self) -> None:
         with self._changed:

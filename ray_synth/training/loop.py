@@ -17,7 +17,9 @@ from ray_synth.monitoring import logs
 from ray_synth.training.job import TrainJob
 
 if TYPE_CHECKING:
+    from ray_synth.config import TrainingConfig
     from ray_synth.training.decoder import Decoder
+    from ray_synth.training.feed import Feed
     from ray_synth.training.learner import Learner
     from ray_synth.training.meter import Meter
     from ray_synth.training.prefetch import Prefetcher
@@ -62,6 +64,8 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     meter = Meter(job, feeds, prefetcher, rank=rank, start=history["step"])
     try:
         error = _train(learner, history, decoder, prefetcher, meter)
+        if error is None:
+            _let_stream_end(config, feeds[-1])
     finally:
         prefetcher.close()
         meter.close()
@@ -115,6 +119,18 @@ def _train(
             _report(learner, history)
             meter.checkpointed(time.perf_counter() - saving)
     return None
+
+
+def _let_stream_end(config: TrainingConfig, feed: Feed) -> None:
+    """Keep the generators that fed a live feed at work to the plan's end, now that training is saved.
+
+    Without that they end with the training, and others are started for the rest. GPUs are not held idle
+    for longer than others took to their first image.
+    """
+    from ray_synth.training.live_feed import LiveFeed
+
+    if isinstance(feed, LiveFeed):
+        feed.finish(feed.first_after or 0.0 if config.num_gpus else None)
 
 
 def _restore(learner: Learner) -> dict[str, Any]:

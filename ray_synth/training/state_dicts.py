@@ -1,4 +1,4 @@
-"""Plain timm state dicts of a dual-BN model: with its main BNs, its auxiliary ones, or their average."""
+"""Plain timm state dicts of a dual-BN model: with its main BNs, its auxiliary ones, or both in one."""
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,36 @@ def export_average(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, DualBatchNorm):
             prefix = f"{name}." if name else ""
-            for key, value in _average(layer, prefix).items():
+            states = layer.main.state_dict(), layer.aux.state_dict()
+            for key, value in _blended(layer.main, *states, prefix, 0.5).items():
                 exported[prefix + key] = value
     return exported
+
+
+def blend(
+    model: nn.Module, main: dict[str, Tensor], aux: dict[str, Tensor], weight: float
+) -> dict[str, Tensor]:
+    """As `export_average`, of any weight and of exported state dicts.
+
+    Args:
+        model: a plain model that they fit, for its layers alone.
+        main, aux: of one training, as `export_main` and `export_aux` give them.
+        weight: of the auxiliary BNs' outputs: 0 is `main`, 1/2 the average, 1 `aux`.
+
+    Raises:
+        UserError: as `export_average`.
+    """
+    found = {key: value.clone() for key, value in main.items()}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        names = [*layer._parameters, *layer._buffers]
+        own = [key for key in names if prefix + key in main]
+        states = [{key: state[prefix + key] for key in own} for state in (main, aux)]
+        # What is not a twin is the same in both.
+        if own and any(not torch.equal(states[0][key], states[1][key]) for key in own):
+            for key, value in _blended(layer, *states, prefix, weight).items():
+                found[prefix + key] = value
+    return found
 
 
 def _export(model: nn.Module, *, keep: str, leave: str) -> dict[str, Tensor]:
@@ -58,21 +85,22 @@ def _export(model: nn.Module, *, keep: str, leave: str) -> dict[str, Tensor]:
     return exported
 
 
-def _average(layer: DualBatchNorm, prefix: str) -> dict[str, Tensor]:
-    """The state of one norm that gives the mean of both twins."""
-    kept, other = layer.main.state_dict(), layer.aux.state_dict()
-    if not isinstance(layer.main, _BatchNorm):
-        return {key: (kept[key] + other[key]) / 2 for key in kept}
+def _blended(
+    norm: nn.Module, kept: dict[str, Tensor], other: dict[str, Tensor], prefix: str, weight: float
+) -> dict[str, Tensor]:
+    """The state of one norm that gives the weighted mean of both twins' outputs."""
+    if not isinstance(norm, _BatchNorm):
+        return {key: (1 - weight) * kept[key] + weight * other[key] for key in kept}
     if "running_var" not in kept:
         raise UserError(f"{prefix}: a BatchNorm without running statistics cannot be averaged")
-    eps = layer.main.eps
+    eps = norm.eps
     one, zero = torch.ones(()), torch.zeros(())
     scales, shifts = [], []
     for state in (kept, other):
         scale = state.get("weight", one).double() * (state["running_var"].double() + eps).rsqrt()
         scales.append(scale)
         shifts.append(state.get("bias", zero).double() - state["running_mean"].double() * scale)
-    scale, shift = (scales[0] + scales[1]) / 2, (shifts[0] + shifts[1]) / 2
+    scale, shift = ((1 - weight) * a + weight * b for a, b in (scales, shifts))
     mean, var = kept["running_mean"].double(), kept["running_var"].double()
     if "weight" in kept:
         folded = {"weight": scale * (var + eps).sqrt(), "bias": shift + mean * scale}

@@ -106,6 +106,7 @@ REFUSALS = {
     # prompting
     "prompting.negative_prompt is too long": PLAN,
     "prompting.styles: no such file": EARLY,
+    "prompting.acceptance": EARLY,
     "is not YAML": EARLY,
     "must be a list of {{name, template}}": EARLY,
     "comes twice; names must differ": EARLY,
@@ -228,6 +229,7 @@ def save_checkpoint(path, **shapes):
         (["training.optimizer.name=adamv"], "unknown optimizer"),
         (["training.recipe=resnet50_a2", "training.baseline=recipe"], "recipe resnet50_a2 has model"),
         (["prompting.styles=nowhere.yaml"], "no such file"),
+        (["prompting.acceptance=nowhere"], "nowhere has no quality/acceptance.json"),
         (["generation.generator=imported",
           "generation.generator_kwargs={source: {format: digits, split: train}}",
           "data.class_names=[owl]", "data.train.class_map={one: owl}", "data.test.class_map={one: owl}",

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from ray_synth.data.images import encode_image
 from ray_synth.evaluation.accuracy import interval
-from ray_synth.generation.acceptance import COLUMNS, Acceptance, least_accepted
+from ray_synth.generation.acceptance import NEEDED, Acceptance, least_accepted
 from ray_synth.generation.store import ImageStore
 from ray_synth.generators.licences import DISCLAIMER, LICENCES, licence_of
 from ray_synth.prompting.plan_file import PLAN_SCHEMA
@@ -596,7 +596,7 @@ def test_generation_facts_leave_out_what_is_not_known():
 
 def test_what_the_checks_found_is_shown_with_pictures_and_reasons(judged):
     counts = Acceptance()
-    for _, table in ImageStore(judged.child("images")).every([*COLUMNS, "reject_reason"]):
+    for _, table in ImageStore(judged.child("images")).every(NEEDED):
         counts.add(table)
     counts.save(judged)
     found = counts.as_dict()

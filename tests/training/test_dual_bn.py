@@ -20,7 +20,7 @@ from ray_synth.training.dual_bn import (
     has_dual_bn,
     use_bn,
 )
-from ray_synth.training.state_dicts import export_aux, export_average, export_main
+from ray_synth.training.state_dicts import blend, export_aux, export_average, export_main
 
 WITH_BN = {  # timm family -> input side
     "test_resnet": 64,
@@ -307,6 +307,26 @@ def test_the_average_is_exported_as_one_plain_layer(norm):
     x = torch.randn(shape)
     with use_bn(dual, "average"):
         torch.testing.assert_close(plain(x), dual(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_blend_goes_from_main_over_the_average_to_aux(layer_norm):
+    plain = timm.create_model("test_resnet" if not layer_norm else "test_vit", num_classes=3).eval()
+    model = convert_dual_bn(copy.deepcopy(plain), layer_norm=layer_norm)
+    for layer in model.modules():
+        if isinstance(layer, DualBatchNorm):
+            randomise(layer)
+    main, aux = ({k: v.clone() for k, v in f(model).items()} for f in (export_main, export_aux))
+    for weight, known in ((0.0, main), (0.5, export_average(model)), (1.0, aux)):
+        found = blend(plain, main, aux, weight)
+        assert found.keys() == known.keys()
+        x = torch.randn(2, 3, 160, 160)
+        outputs = []
+        for state in (found, known):
+            plain.load_state_dict(state)
+            outputs.append(plain(x))
+        torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(outputs[0], plain(x + 1))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])

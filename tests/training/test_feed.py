@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -184,6 +185,33 @@ def test_live_every_image_is_used_and_the_reservoir_is_bounded():
         time.sleep(0.002)
     assert found == set(range(200))
     assert most == 16
+
+
+def test_live_lets_its_stream_go_on_to_the_end_when_training_is_done():
+    stream = Slow()
+    rows = islice(stream, 20)
+    feed = LiveFeed(rows, decoder(), batch_size=2, warmup=2, capacity=4, seed=0)
+    stream.release(6)  # memory is full of unused images: the stream is held back
+    wait_for(lambda: feed.arrived == 4)
+    assert batch_of(feed, 0)[1].tolist() == [0, 1]
+    assert feed.first_after is not None and feed.first_after < 5
+    assert not feed.finish(0.05)  # what is left of it is not there yet
+    stream.release(100)
+    assert feed.finish()
+    assert stream.count == 19  # the last is never asked to go on
+    assert len(feed.images) <= 4
+    feed.close()
+
+
+def test_an_error_of_the_stream_after_training_is_none_of_the_feed():
+    def broken():
+        yield from (row(i) for i in range(4))
+        raise OSError("the disk is gone")
+
+    feed = LiveFeed(broken(), decoder(), batch_size=2, warmup=2, capacity=3, seed=0)
+    batch_of(feed, 0)
+    assert feed.finish(5)
+    feed.close()
 
 
 def test_live_spills_to_a_file_what_memory_does_not_hold():

@@ -14,6 +14,7 @@ import torch
 from digits import train_digits
 
 from ray_synth.config import TrainingConfig
+from ray_synth.generation.store import ImageStore
 from ray_synth.storage.folder import Folder
 from ray_synth.training.curve import LossWatch, curve_point
 from ray_synth.training.job import total_steps
@@ -46,6 +47,14 @@ def test_a_live_feed_reads_the_store_again_where_memory_is_short(local_ray, tmp_
     )  # fmt: skip
     assert card["curve"][-1]["step"] == 150
     assert card["synthetic_replayed"] > 0
+
+
+@pytest.mark.slow
+def test_the_generators_that_fed_training_make_the_whole_plan(local_ray, tmp_path):
+    """Training is over after 8 steps of 4 images; the plan's other images are made by the same pool."""
+    folder = Folder(tmp_path)
+    train_digits(folder, feed="live", rows=400, seconds=0.2)
+    assert sum(len(table) for _, table in ImageStore(folder.child("images")).every(["seed"])) == 400
 
 
 @pytest.mark.slow
