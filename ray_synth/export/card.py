@@ -149,6 +149,7 @@ def dataset_card(
         examples=[(kind, row) for kind in KINDS for row in exported.examples.get(kind, [])],
         made=_made(facts),
         checks=config.generation.checks.model_dump() if config else {},
+        adapters=_adapters(config),
         generators=generators,
         models=_models(config, [found["settings"] for found in generators]),
         cost=cost(run_folder, facts, config),
@@ -218,6 +219,15 @@ def _class_rows(
     ]
 
 
+def _adapters(config: Config | None) -> list[str]:
+    """What the generator was given beside its own weights."""
+    kinds = {"lora": "a LoRA", "textual_inversion": "a textual inversion"}
+    return [
+        f"{kinds[item.kind]} ({cell(_public(item.path))})"
+        for item in (config.generation.adapters if config else ())
+    ]
+
+
 def _made(facts: pa.Table) -> dict[str, Any]:
     """Accepted and rejected images of the run, and why."""
     accepted = count_by(facts, "accepted")
@@ -255,6 +265,7 @@ def _models(config: Config | None, generators: list[dict[str, Any]]) -> list[tup
     names = [("generator", str(found["model"])) for found in generators if found.get("model")]
     if config:
         clip = config.meaning.enabled or config.generation.checks.policy != "off"
+        names += [("adapter", item.path) for item in config.generation.adapters]
         if config.meaning.enabled or set(config.prompting.mix) - {"plain"}:
             names.append(("LLM", config.meaning.llm.model))
         if clip:
