@@ -154,6 +154,47 @@ def import_(
     typer.echo(f"train on them: ray-synth run --config {shlex.quote(str(config))} {words}")
 
 
+def retrieve(
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="a folder of images, or of tars")],
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    format: Annotated[str, typer.Option(help="imagefolder or webdataset")] = "imagefolder",
+    per_class: Annotated[
+        int | None, typer.Option(min=1, help="default: as many as would be made")
+    ] = None,
+    by_text: Annotated[
+        bool, typer.Option("--by-text", help="by the meanings alone, not real images as well")
+    ] = False,
+) -> None:
+    """Choose real images of a pool by CLIP for each class: a rival of synthetic ones."""
+    import json
+
+    from ray_synth.config import SourceConfig, parse_config
+    from ray_synth.pipeline.retrieve import retrieve as choose
+
+    source = parse_config({"format": format, "path": pool}, origin="POOL", model=SourceConfig)
+    settings = load_config(config, overrides)
+    with stoppable():
+        found = choose(settings, source, per_class=per_class, by_text=by_text)
+    counts = found["classes"].values()
+    typer.echo(
+        f"{sum(counts):,} of {found['images']:,} images, {min(counts):,} to {max(counts):,} per class; "
+        f"left out: {found['copies']:,} like a test image, {found['unreadable']:,} unreadable"
+    )
+    place = found["source"]["path"]
+    more = [
+        "generation.generator=imported",
+        f"generation.generator_kwargs={{source: {json.dumps(found['source'])}}}",
+        "prompting.mix={plain: 1}",
+        f"name={settings.name}-retrieved",
+    ]
+    words = " ".join(shlex.join(["--set", item]) for item in [*(overrides or ()), *more])
+    typer.echo(f"train on them: ray-synth run --config {shlex.quote(str(config))} {words}")
+    typer.echo(
+        f"compare them:  ray-synth study rivals ... --set studies.retrieved={shlex.quote(place)}"
+    )
+
+
 def _shorter(stage: str) -> Callable[..., None]:
     def verb(
         config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
@@ -241,5 +282,5 @@ def register(app: typer.Typer) -> None:
         app.command(name, help=f"{said[0].upper()}{said[1:]}, and stop.")(_shorter(stage))
     app.command()(preview)
     app.command("import")(import_)
-    for verb in (evaluate, report, study):
+    for verb in (retrieve, evaluate, report, study):
         app.command()(verb)

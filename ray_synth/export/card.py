@@ -113,17 +113,16 @@ def dataset_card(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     config, versions = _config(run_folder)
-    layout, run = exported.export["layout"], exported.export["run"]
     header = DatasetCardData(
         license=licence or "other",
-        pretty_name=run,
+        pretty_name=exported.export["run"],
         task_categories=["image-classification"],
         size_categories=[size_category(exported.total)],
         tags=["synthetic", "ray-synth"],
         configs=[
             {
                 "config_name": "default",
-                "data_files": [{"split": "train", "path": DATA_FILES[layout]}],
+                "data_files": [{"split": "train", "path": DATA_FILES[exported.export["layout"]]}],
             }
         ],
     )
@@ -142,7 +141,7 @@ def dataset_card(
         export=exported.export,
         exported=exported,
         licence=licence,
-        layout=layout,
+        layout=exported.export["layout"],
         classes=_class_rows(run_folder, exported, facts, classes)[:CLASSES_SHOWN],
         classes_left_out=max(0, len(exported.by(0)) - CLASSES_SHOWN),
         kinds=[kind for kind in KINDS if kind in exported.by(1)],
