@@ -195,6 +195,30 @@ def retrieve(
     )
 
 
+def tune(
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="of the optimizer")] = 500,
+    rank: Annotated[int, typer.Option(min=1, help="of the LoRA")] = 4,
+    learning_rate: Annotated[float, typer.Option(min=1e-8, help="constant")] = 5e-4,
+    batch_size: Annotated[int, typer.Option(min=1, help="real images per step")] = 4,
+) -> None:
+    """Fine-tune the generator on the run's real images, as a LoRA: a rival of the method."""
+    from ray_synth.generators.tuning import Tuning
+    from ray_synth.pipeline.tune import tune_generator
+
+    settings = load_config(config, overrides)
+    tuning = Tuning(steps, rank, learning_rate, batch_size, settings.seed)
+    with stoppable():
+        found = tune_generator(settings, tuning)
+    typer.echo(
+        f"tuned {found['model']} on {found['images']:,} images, {found['steps']:,} steps: {found['path']}"
+    )
+    place = shlex.quote(found["path"])
+    typer.echo(f"use it:     ray-synth run ... --set generation.adapters=[{place}]")
+    typer.echo(f"compare it: ray-synth study rivals ... --set studies.tuned={place}")
+
+
 def _shorter(stage: str) -> Callable[..., None]:
     def verb(
         config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
@@ -282,5 +306,5 @@ def register(app: typer.Typer) -> None:
         app.command(name, help=f"{said[0].upper()}{said[1:]}, and stop.")(_shorter(stage))
     app.command()(preview)
     app.command("import")(import_)
-    for verb in (retrieve, evaluate, report, study):
+    for verb in (retrieve, tune, evaluate, report, study):
         app.command()(verb)
