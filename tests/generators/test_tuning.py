@@ -37,7 +37,7 @@ def images():
 PROMPTS = ["a photo of the number six", "a photo of the number seven"]
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_killed_tuning_goes_on_to_the_same_weights(name, images, tmp_path, monkeypatch):
     folder = FAMILIES[name](tmp_path / name)
     config, how = config_of(folder), Tuning(steps=6, batch_size=2, seed=3)
