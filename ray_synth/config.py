@@ -739,12 +739,6 @@ class StudiesConfig(Section):
         default_factory=dict,
         description="names to settings as under generation; default: fewer and more steps, guidance",
     )
-    tuned: Place | None = how(
-        None, description="a LoRA that `ray-synth tune` made, for the study rivals"
-    )
-    retrieved: Place | None = how(
-        None, description="images that `ray-synth retrieve` chose, for the study rivals"
-    )
     corruption: CorruptionConfig = how(CorruptionConfig())
     parallel: Positive | None = how(
         None, description="trainings at a time; default: what the cluster has room for"

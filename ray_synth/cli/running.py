@@ -154,71 +154,6 @@ def import_(
     typer.echo(f"train on them: ray-synth run --config {shlex.quote(str(config))} {words}")
 
 
-def retrieve(
-    pool: Annotated[str, typer.Argument(metavar="POOL", help="a folder of images, or of tars")],
-    config: ConfigPath = QUICKSTART,
-    overrides: Overrides = None,
-    format: Annotated[str, typer.Option(help="imagefolder or webdataset")] = "imagefolder",
-    per_class: Annotated[
-        int | None, typer.Option(min=1, help="default: as many as would be made")
-    ] = None,
-    by_text: Annotated[
-        bool, typer.Option("--by-text", help="by the meanings alone, not real images as well")
-    ] = False,
-) -> None:
-    """Choose real images of a pool by CLIP for each class: a rival of synthetic ones."""
-    import json
-
-    from ray_synth.config import SourceConfig, parse_config
-    from ray_synth.pipeline.retrieve import retrieve as choose
-
-    source = parse_config({"format": format, "path": pool}, origin="POOL", model=SourceConfig)
-    settings = load_config(config, overrides)
-    with stoppable():
-        found = choose(settings, source, per_class=per_class, by_text=by_text)
-    counts = found["classes"].values()
-    typer.echo(
-        f"{sum(counts):,} of {found['images']:,} images, {min(counts):,} to {max(counts):,} per class; "
-        f"left out: {found['copies']:,} like a test image, {found['unreadable']:,} unreadable"
-    )
-    place = found["source"]["path"]
-    more = [
-        "generation.generator=imported",
-        f"generation.generator_kwargs={{source: {json.dumps(found['source'])}}}",
-        "prompting.mix={plain: 1}",
-        f"name={settings.name}-retrieved",
-    ]
-    words = " ".join(shlex.join(["--set", item]) for item in [*(overrides or ()), *more])
-    typer.echo(f"train on them: ray-synth run --config {shlex.quote(str(config))} {words}")
-    typer.echo(
-        f"compare them:  ray-synth study rivals ... --set studies.retrieved={shlex.quote(place)}"
-    )
-
-
-def tune(
-    config: ConfigPath = QUICKSTART,
-    overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="of the optimizer")] = 500,
-    rank: Annotated[int, typer.Option(min=1, help="of the LoRA")] = 4,
-    learning_rate: Annotated[float, typer.Option(min=1e-8, help="constant")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(min=1, help="real images per step")] = 4,
-) -> None:
-    """Fine-tune the generator on the run's real images, as a LoRA: a rival of the method."""
-    from ray_synth.generators.tuning import Tuning
-    from ray_synth.pipeline.tune import tune_generator
-
-    settings = load_config(config, overrides)
-    tuning = Tuning(steps, rank, learning_rate, batch_size, settings.seed)
-    with stoppable():
-        found = tune_generator(settings, tuning)
-    typer.echo(
-        f"tuned {found['model']} on {found['images']:,} images, {found['steps']:,} steps: {found['path']}"
-    )
-    place = shlex.quote(found["path"])
-    typer.echo(f"use it:     ray-synth run ... --set generation.adapters=[{place}]")
-    typer.echo(f"compare it: ray-synth study rivals ... --set studies.tuned={place}")
-
-
 def _shorter(stage: str) -> Callable[..., None]:
     def verb(
         config: ConfigPath = QUICKSTART, overrides: Overrides = None, force_stage: Force = None
@@ -306,5 +241,5 @@ def register(app: typer.Typer) -> None:
         app.command(name, help=f"{said[0].upper()}{said[1:]}, and stop.")(_shorter(stage))
     app.command()(preview)
     app.command("import")(import_)
-    for verb in (retrieve, tune, evaluate, report, study):
+    for verb in (evaluate, report, study):
         app.command()(verb)

@@ -164,7 +164,7 @@ def _add_config(upload: Upload, config: Config) -> None:
     for setting, value in _models(config).items():
         if os.path.isabs(value):
             upload.notes.append(_must_exist(setting, value))
-        elif value and Path(value).exists():
+        elif Path(value).exists():
             raise UserError(
                 f"{setting} {value} is a relative path, and models are not uploaded: give an "
                 "absolute path that every node has, or a hub id"
@@ -220,8 +220,6 @@ def _models(config: Config) -> dict[str, str]:
             f"generation.adapters.{at}.path": adapter.path
             for at, adapter in enumerate(config.generation.adapters)
         },
-        "studies.tuned": config.studies.tuned or "",
-        "studies.retrieved": config.studies.retrieved or "",
     }
 
 

@@ -6,7 +6,7 @@ aside) -> `to_ray` (encoded bytes, streamed).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -273,19 +273,6 @@ def read_index(index: Index) -> Iterator[dict[str, Any]]:
     """All rows of an index, in this process."""
     for task in tasks(index):
         yield from read_task(task)
-
-
-def read_at(index: Index, places: Sequence[int]) -> list[bytes]:
-    """Encoded images of an index by their places in it, in their order; of Parquet whole row groups are
-    read for each."""
-    shards = [index.shards[index.shard[at]] for at in places]
-    if all(shard.addressable for shard in shards):
-        return list(read_all(index.locate(at) for at in places))
-    return [
-        data
-        for at, shard in zip(places, shards, strict=True)
-        for _, data in read_rows(shard, [int(index.row[at])])
-    ]
 
 
 class ImagesByClass(Mapping[int, list[bytes]]):

@@ -145,7 +145,7 @@ def _list_shards(source: SourceConfig) -> Found:
             return _parquet_shards(source)
         case "webdataset":
             filesystem, _ = open_uri(str(source.path))
-            paths, passed_over = matching(source, (".tar",))
+            paths, passed_over = _matching(source, (".tar",))
             scanned = at_once(lambda path: known_tar(filesystem, path, source), paths)
             scans = dict(zip(paths, scanned, strict=True))
             tell_left_out(source, scans)
@@ -204,7 +204,7 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
                 yield shard.image_id(row), image_bytes(value, source)
 
 
-def matching(source: SourceConfig, suffixes: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
     """Files under a path: the file itself, those a `*` pattern names, or all in the folder; and what
     was passed over."""
     import fnmatch
@@ -289,7 +289,7 @@ def _parquet_shards(source: SourceConfig) -> Found:
                 raise UserError(f"{path} has no column {column!r}; it has {names}")
         return [Shard(source, path, group) for group in range(file.num_row_groups)]
 
-    paths, passed_over = matching(source, (".parquet",))
+    paths, passed_over = _matching(source, (".parquet",))
     return Found([s for shards in at_once(groups, paths) for s in shards], passed_over)
 
 

@@ -50,14 +50,13 @@ def check_adapters(config: GenerationConfig, index: dict[str, Any]) -> None:
         return
     for adapter in config.adapters:
         if adapter.kind == "lora":
-            require_peft()
+            _require_peft()
             _check_lora(config, kind, adapter, index)
         else:
             _check_words(config, kind, adapter, index)
 
 
-def require_peft() -> None:
-    """Raises UserError where the library that loads a LoRA is not installed."""
+def _require_peft() -> None:
     if importlib.util.find_spec("peft") is None:
         raise UserError(
             "generation.adapters: a LoRA needs a library that is not installed: "
@@ -221,7 +220,7 @@ def wear(pipeline: Any, config: GenerationConfig, dtype: Any) -> None:
             _load_words(pipeline, item, config.model)
     if not loras:
         return
-    require_peft()
+    _require_peft()
     parts = [name for name in pipeline._lora_loadable_modules if getattr(pipeline, name, None)]
     for at, item in enumerate(loras):
         path, before = adapter_file(item), sum(_changed(pipeline, parts))

@@ -13,8 +13,10 @@ import numpy as np
 from pydantic import Field
 
 from ray_synth.config import GenerationConfig, Section, SourceConfig, parse_config
-from ray_synth.data.dataset import Index, load_index, read_at
+from ray_synth.data.dataset import Index, load_index
 from ray_synth.data.images import decode_image
+from ray_synth.data.places import read_all
+from ray_synth.data.sources import read_rows
 from ray_synth.errors import UserError, shortened
 from ray_synth.generators.protocol import Failure, Row, digest_settings
 
@@ -58,7 +60,14 @@ class ImportedGenerator:
                     f"the imported set has changed since the plan was made: {image_id} is not where "
                     "it was; put it back, or start a run of another name"
                 )
-        return read_at(self.index, [at for at, _ in wanted])
+        shards = [self.index.shards[self.index.shard[at]] for at, _ in wanted]
+        if all(shard.addressable for shard in shards):
+            return list(read_all(self.index.locate(at) for at, _ in wanted))
+        return [
+            data
+            for (at, _), shard in zip(wanted, shards, strict=True)
+            for _, data in read_rows(shard, [int(self.index.row[at])])
+        ]
 
     @staticmethod
     def check(config: GenerationConfig) -> None:

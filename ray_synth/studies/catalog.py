@@ -1,4 +1,4 @@
-"""The studies, ten and that of the rivals which a config names: their questions and their arms. Pure.
+"""The ten studies: their questions and their arms. Pure.
 
 "The whole" is the method as the config has it: label ambiguity resolution, the config's mix of prompts,
 dual BN, balanced batches.
@@ -20,7 +20,6 @@ PLAIN = {"plain": 1.0}
 NO_LAR = {"meaning.enabled": False}
 SHARED = {"training.dual_bn": False}
 REAL = Arm(REAL_ONLY, "real only")
-RIVALS = "rivals"
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,6 @@ def studies(config: Config, counts: dict[str, int]) -> dict[str, Study]:
     """
     baseline = "recipe" if config.training.baseline == "recipe" else REAL_ONLY
     found = {name: write(config, counts) for name, write in WRITERS.items()}
-    if config.studies.tuned or config.studies.retrieved:
-        found[RIVALS] = _rivals(config)
     return {name: replace(study, baseline=baseline) for name, study in found.items()}
 
 
@@ -68,9 +65,9 @@ def known_name(name: str) -> str:
         UserError: there is no study of this name.
     """
     known = name.lower().replace("-", "_")
-    if known in ("all", RIVALS) or known in WRITERS:
+    if known == "all" or known in WRITERS:
         return known
-    hint = did_you_mean(known, [*WRITERS, RIVALS, "all"], known_as="studies")
+    hint = did_you_mean(known, [*WRITERS, "all"], known_as="studies")
     raise UserError(f"no study is called {name!r}; {hint}")
 
 
@@ -363,45 +360,6 @@ def _robustness(config: Config, counts: dict[str, int]) -> Study:
         plot="lines",
         x_label="severity of corruption",
         measures=("corruptions",),
-    )
-
-
-def _rivals(config: Config) -> Study:
-    """What one could do instead: fine-tune the generator, or look for more real images."""
-    scale, rivals, generation = config.studies.scale, config.studies, filled(config.generation)
-    plain = {"prompting.mix": PLAIN}
-    arms = [
-        REAL,
-        Arm("whole", "diversified: the config's own", scale),
-        Arm("plain", "plain prompts", scale, plain),
-    ]
-    if rivals.tuned:
-        worn = [*(item.model_dump() for item in generation.adapters), {"path": rivals.tuned}]
-        tuned = {"generation.adapters": worn}
-        arms += [
-            Arm("tuned", "plain prompts, fine-tuned", scale, {**plain, **tuned}, "plain"),
-            Arm("tuned_whole", "diversified and fine-tuned", scale, tuned, "whole"),
-        ]
-    if rivals.retrieved:
-        source = {"format": "webdataset", "path": rivals.retrieved}
-        retrieved = {
-            "generation.generator": "imported",
-            "generation.generator_kwargs": {"source": source},
-            "generation.adapters": [],
-            # By which small pictures are kept as PNG, like those that are made.
-            "generation.width": generation.width,
-            "generation.height": generation.height,
-        }
-        arms.append(
-            Arm("retrieved", "retrieved real images", scale, {**plain, **retrieved}, "whole")
-        )
-    return Study(
-        RIVALS,
-        "Diversify, fine-tune, or retrieve",
-        "The same number of images from the generator as it is, from one that was fine-tuned on the real "
-        "images, and of real images that were looked up in a pool: which helps most?",
-        tuple(arms),
-        measures=("generation", "diversity", "distance"),
     )
 
 

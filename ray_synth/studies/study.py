@@ -16,14 +16,13 @@ from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import hold_out, load_index, require_every_class
-from ray_synth.errors import UserError
 from ray_synth.monitoring.driver_lock import sole_driver
 from ray_synth.monitoring.heartbeat import watched
 from ray_synth.preflight import preflight
 from ray_synth.storage.folder import Folder
 from ray_synth.studies import measures, plots
 from ray_synth.studies.arm import VALIDATION_PER_CLASS, trials_of
-from ray_synth.studies.catalog import RIVALS, WRITERS, Study, known_name, studies
+from ray_synth.studies.catalog import Study, known_name, studies
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
 from ray_synth.studies.layers import layer_figure, measure_layers
@@ -60,11 +59,6 @@ def run_studies(
     assert until in STEPS
     config, counts = with_validation(config)
     catalogue = studies(config, counts)
-    if name == RIVALS and name not in catalogue:
-        raise UserError(
-            "study rivals compares the method with what studies.tuned and studies.retrieved name: make "
-            "one of them with `ray-synth tune` or `ray-synth retrieve POOL`, which say how to go on"
-        )
     everything = [arm for study in catalogue.values() for arm in study.arms]
     chosen = list(catalogue) if name == "all" else [name]
     seeds = seeds or config.studies.seeds
@@ -88,7 +82,7 @@ def run_studies(
             log.info("study %s: %.0f s", one, time.perf_counter() - started)
             if config.tracking.enabled:
                 StudyTracker(config, one).log(found)
-            write_page(run_folder, [*WRITERS, RIVALS], config.name)
+            write_page(run_folder, list(catalogue), config.name)
     return workspace(config)
 
 

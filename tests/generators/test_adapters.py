@@ -18,6 +18,7 @@ from test_store import plan_rows
 from ray_synth.config import AdapterConfig, GenerationConfig
 from ray_synth.embedded import sd_folder
 from ray_synth.errors import UserError
+from ray_synth.generators.adapter_files import adapter_file
 from ray_synth.generators.diffusion import DiffusionGenerator
 from ray_synth.generators.registry import check_generator, fingerprint, prompt_tokens
 
@@ -218,6 +219,38 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(made, tmp_path, case,
     config = config_of(folder, adapters=worn(path))
     with pytest.raises(UserError, match=f"generation.adapters: .*{says}"):
         check_generator(config)
+
+
+def test_a_file_of_kohyas_scripts_is_read(made, tmp_path):
+    """Its own names, and an alpha for each layer."""
+    folder, _ = made("sd15")
+    layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    torch.manual_seed(0)
+    save_file(
+        {
+            f"{layer}.lora_down.weight": torch.randn(2, 32),
+            f"{layer}.lora_up.weight": torch.randn(32, 2),
+            f"{layer}.alpha": torch.tensor(1.0),
+        },
+        tmp_path / "style.safetensors",
+    )
+    check_generator(config_of(folder, adapters=worn(tmp_path)))
+    generator = load(folder, adapters=worn(tmp_path))
+    own = load(folder).pipeline.unet.state_dict()
+    changed = [n for n, w in generator.pipeline.unet.state_dict().items() if (w != own[n]).any()]
+    assert changed == ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+
+
+def test_a_uri_is_copied_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "here"))
+    (tmp_path / "here").mkdir()
+    place = save_words(tmp_path / "there" / "learned_embeds.safetensors", **{"<x>": 4})
+    adapter = AdapterConfig(path=f"file://{place.parent}", kind="textual_inversion")
+    copy = adapter_file(adapter)
+    assert copy != place and copy.read_bytes() == place.read_bytes()
+    assert adapter_file(adapter) == copy and len(list(copy.parent.iterdir())) == 1
+    with pytest.raises(UserError, match="no such file: file://.*/pytorch_lora_weights"):
+        adapter_file(AdapterConfig(path=f"file://{place.parent}"))
 
 
 def test_a_family_without_says_so(made):

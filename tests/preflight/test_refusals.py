@@ -22,8 +22,7 @@ OTHERS = ("generation.regenerate", "generation.selection", "service.client", "se
           "service.limits", "service.messages", "service.app", "evaluation.checkpoint",
           "evaluation.corruption", "evaluation.diversity", "evaluation.domain_shift",
           "evaluation.features", "report.status", "report.status_table", "storage.secrets",
-          "storage.texts", "storage.typed_yaml", "service.gate", "meaning.names",
-          "generators.tuning")  # fmt: skip
+          "storage.texts", "storage.typed_yaml", "service.gate", "meaning.names")  # fmt: skip
 RECIPE = "ray_synth.training.trainer:check_recipe"
 GENERATOR = "ray_synth.generators.registry:check_generator"
 IMAGES = "ray_synth.preflight.refusals:check_images"

@@ -1,16 +1,11 @@
 """Which trials and sources are the same, and which are not."""
 
-import diffusers
 import pytest
-from adapters import save_lora
 from samples import ROOT
 
 from ray_synth.config import load_config
-from ray_synth.embedded import sd_folder
-from ray_synth.errors import UserError
 from ray_synth.studies.arm import REAL_ONLY, VALIDATION_PER_CLASS, Arm, trials_of
 from ray_synth.studies.catalog import WRITERS, known_name, long_tail, studies
-from ray_synth.studies.study import run_studies
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -31,33 +26,6 @@ def catalogue(config):
 
 def one(config, arm, seed=0, **options):
     return trials_of(config, [arm], [seed], **options)[0]
-
-
-def test_rivals_are_compared_where_a_config_names_some(config, tmp_path):
-    """Each with as many images, against what differs from it in one thing alone."""
-    lora = save_lora(diffusers.DiffusionPipeline.from_pretrained(sd_folder()), tmp_path / "lora")
-    given = {"tuned": str(lora), "retrieved": "/images/retrieved"}
-    more = config.studies.model_copy(update=given)
-    study = studies(config.model_copy(update={"studies": more}), COUNTS)["rivals"]
-    assert {arm.name: arm.against for arm in study.arms[1:]} == {
-        "whole": REAL_ONLY, "plain": REAL_ONLY, "tuned": "plain", "tuned_whole": "whole",
-        "retrieved": "whole",
-    }  # fmt: skip
-    assert {arm.scale for arm in study.arms[1:]} == {6.0}
-    trials = {trial.arm.name: trial.config for trial in trials_of(config, study.arms, [0])}
-    assert [item.path for item in trials["tuned"].generation.adapters] == [str(lora)]
-    assert trials["tuned"].prompting.mix == {"plain": 1.0} == trials["plain"].prompting.mix
-    assert trials["tuned_whole"].prompting == trials["whole"].prompting
-    retrieved = trials["retrieved"].generation
-    assert retrieved.generator_kwargs["source"]["path"] == "/images/retrieved"
-    assert retrieved.encoding == trials["whole"].generation.encoding
-    assert len({trial.name for trial in trials.values()}) == 6, "sources of their own"
-
-
-def test_without_a_rival_there_is_no_such_study(config, catalogue):
-    assert "rivals" not in catalogue and known_name("rivals") == "rivals"
-    with pytest.raises(UserError, match=r"studies\.tuned and studies\.retrieved name: make one"):
-        run_studies("rivals", config)
 
 
 def test_real_only_is_the_same_trial_whatever_is_set_for_synthetic_images(config):
