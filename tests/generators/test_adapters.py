@@ -221,26 +221,6 @@ def test_what_is_wrong_is_said_before_the_weights_are_read(made, tmp_path, case,
         check_generator(config)
 
 
-def test_a_file_of_kohyas_scripts_is_read(made, tmp_path):
-    """Its own names, and an alpha for each layer."""
-    folder, _ = made("sd15")
-    layer = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
-    torch.manual_seed(0)
-    save_file(
-        {
-            f"{layer}.lora_down.weight": torch.randn(2, 32),
-            f"{layer}.lora_up.weight": torch.randn(32, 2),
-            f"{layer}.alpha": torch.tensor(1.0),
-        },
-        tmp_path / "style.safetensors",
-    )
-    check_generator(config_of(folder, adapters=worn(tmp_path)))
-    generator = load(folder, adapters=worn(tmp_path))
-    own = load(folder).pipeline.unet.state_dict()
-    changed = [n for n, w in generator.pipeline.unet.state_dict().items() if (w != own[n]).any()]
-    assert changed == ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
-
-
 def test_a_uri_is_copied_once(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "here"))
     (tmp_path / "here").mkdir()
