@@ -403,6 +403,38 @@ class ReferenceConfig(Section):
     )
 
 
+class AdapterConfig(Section):
+    """A LoRA, or the words of a textual inversion, that the image model is given."""
+
+    path: Place = result(description="hub id, safetensors file, or a folder or URI that holds it")
+    kind: Literal["lora", "textual_inversion"] = result("lora")
+    weight_name: Annotated[str, Field(pattern=r"^[\w][\w. /-]*\.safetensors$")] | None = result(
+        None,
+        description="the file in it; default: pytorch_lora_weights.safetensors, or "
+        "learned_embeds.safetensors",
+    )
+    revision: str | None = result(None)
+    weight: Finite = result(1.0, description="of a LoRA: its change is multiplied by it")
+    token: Annotated[str, Field(pattern=r"^\S+$")] | None = result(
+        None, description="of a textual inversion: its word in prompts; default: the file's own"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> AdapterConfig:
+        if self.weight == 0:
+            raise UserError(f"adapter {self.path} with weight 0 changes nothing: leave it out")
+        if self.kind == "lora" and self.token:
+            raise UserError(f"adapter {self.path}: token belongs to kind: textual_inversion")
+        if self.kind == "textual_inversion" and self.weight != 1:
+            raise UserError(f"adapter {self.path}: weight belongs to kind: lora")
+        return self
+
+
 class QualityConfig(Section):
     """What is looked for in each generated image, and what happens to those that fail."""
 
@@ -455,6 +487,9 @@ class GenerationConfig(Section):
         None, description="default: the model family's"
     )
     reference: ReferenceConfig | None = result(None, description="guide by real images")
+    adapters: list[AdapterConfig] = result(
+        default_factory=list, description="LoRA files and textual inversions, by safetensors"
+    )
     batch_size: Positive | Literal["auto"] = how(
         16, description="images at a time; 'auto' probes the device's memory"
     )

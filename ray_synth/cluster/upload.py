@@ -216,6 +216,10 @@ def _models(config: Config) -> dict[str, str]:
         "meaning.clip.model": config.meaning.clip.model.removeprefix("local-dir:"),
         "meaning.lexicon": config.meaning.lexicon,
         "generation.model": config.generation.model,
+        **{
+            f"generation.adapters.{at}.path": adapter.path
+            for at, adapter in enumerate(config.generation.adapters)
+        },
     }
 
 

@@ -114,17 +114,16 @@ def dataset_card(
     from huggingface_hub import DatasetCardData
 
     config, versions = _config(run_folder)
-    layout, run = exported.export["layout"], exported.export["run"]
     header = DatasetCardData(
         license=licence or "other",
-        pretty_name=run,
+        pretty_name=exported.export["run"],
         task_categories=["image-classification"],
         size_categories=[size_category(exported.total)],
         tags=["synthetic", "ray-synth"],
         configs=[
             {
                 "config_name": "default",
-                "data_files": [{"split": "train", "path": DATA_FILES[layout]}],
+                "data_files": [{"split": "train", "path": DATA_FILES[exported.export["layout"]]}],
             }
         ],
     )
@@ -137,13 +136,14 @@ def dataset_card(
             export=exported.export,
             exported=exported,
             licence=licence,
-            layout=layout,
+            layout=exported.export["layout"],
             classes=_class_rows(run_folder, exported, facts, classes)[:CLASSES_SHOWN],
             classes_left_out=max(0, len(exported.by(0)) - CLASSES_SHOWN),
             kinds=[kind for kind in KINDS if kind in exported.by(1)],
             examples=[(kind, row) for kind in KINDS for row in exported.examples.get(kind, [])],
             made=_made(facts),
             checks=config.generation.checks.model_dump() if config else {},
+            adapters=_adapters(config),
             generators=generators,
             models=_models(config, [found["settings"] for found in generators], run_folder),
             cost=cost(run_folder, facts, config),
@@ -246,6 +246,15 @@ def _class_rows(
     ]
 
 
+def _adapters(config: Config | None) -> list[str]:
+    """What the generator was given beside its own weights."""
+    kinds = {"lora": "a LoRA", "textual_inversion": "a textual inversion"}
+    return [
+        f"{kinds[item.kind]} ({cell(_public(item.path))})"
+        for item in (config.generation.adapters if config else ())
+    ]
+
+
 def _made(facts: pa.Table) -> dict[str, Any]:
     """Accepted and rejected images of the run, and why."""
     accepted = count_by(facts, "accepted")
@@ -287,6 +296,7 @@ def _models(
     names = [("generator", str(found["model"])) for found in generators if found.get("model")]
     if config:
         clip = config.meaning.enabled or config.generation.checks.policy != "off"
+        names += [("adapter", item.path) for item in config.generation.adapters]
         if config.meaning.enabled or set(config.prompting.mix) - {"plain"}:
             names.append(("LLM", config.meaning.llm.model))
         if clip:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +80,10 @@ class DiffusionGenerator:
             torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
         self.dtype = pick_dtype(config.dtype, self.device, overflows=not self.family.float16)
         self.pipeline = load_pipeline(config, self.dtype)
+        if config.adapters:
+            from ray_synth.generators.adapters import wear
+
+            wear(self.pipeline, config, self.dtype)
         if config.reference is not None:
             from ray_synth.generators.image_to_image import image_to_image
 
@@ -122,7 +127,14 @@ class DiffusionGenerator:
             "device": torch.cuda.get_device_name() if on_gpu else self.device,
             "num_threads": None if on_gpu else torch.get_num_threads(),
             "torch": torch.__version__,
+            **({"adapters": self._origin} if config.adapters else {}),
         }
+
+    @cached_property
+    def _origin(self) -> list[dict[str, Any]]:
+        from ray_synth.generators.adapter_files import origin
+
+        return origin(self.config.adapters)
 
     def generate(self, rows: list[Row]) -> list[Image.Image | Failure]:
         """Images of plan rows; `prompt`, `negative_prompt`, `seed` and `reference_image` are used."""
@@ -256,11 +268,15 @@ class DiffusionGenerator:
 
         Raises:
             UserError: neither a diffusers folder nor a hub id that this machine can reach; a
-                checkpoint with code of its own; an unknown scheduler; a size that the model does not
-                make; too small a strength.
+                checkpoint with code of its own; an adapter that does not fit; an unknown scheduler; a
+                size that the model does not make; too small a strength.
         """
         index = read_index(config)
         check_code(config, index)
+        if config.adapters:
+            from ray_synth.generators.adapters import check_adapters
+
+            check_adapters(config, index)
         if config.scheduler:
             find_scheduler(config.scheduler)
         config = filled(config)

@@ -15,6 +15,8 @@ from typing import Any
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
+from ray_synth.generators.adapter_files import adapters_identity
+from ray_synth.generators.adapters import add_words
 from ray_synth.generators.families import Family, read_facts, recognise
 from ray_synth.generators.loading import read_index, resolve_model
 from ray_synth.generators.protocol import digest_settings
@@ -94,6 +96,8 @@ def fingerprint(config: GenerationConfig) -> str:
         settings["strength"] = config.reference.strength
     folder = Path(model)
     identity = _folder_digest(folder) if folder.is_dir() else [model, config.revision]
+    if config.adapters:
+        settings["adapters"] = adapters_identity(config.adapters)
     return digest_settings([identity, settings])
 
 
@@ -115,10 +119,14 @@ def prompt_tokens(config: GenerationConfig) -> tuple[Callable[[str], int], int]:
     named = call["max_sequence_length"].default if "max_sequence_length" in call else None
     limit = family.context or named or 300  # where a T5 says that it has no limit
     limit = min(limit, int(tokenizer.model_max_length))
-    return (
-        lambda text: len(tokenizer(text, truncation=False, verbose=False)["input_ids"]),
-        limit - family.template,
-    )
+    longer = add_words(tokenizer, part.removeprefix("tokenizer"), config.adapters)
+
+    def count(text: str) -> int:
+        for word, tokens in longer.items():
+            text = text.replace(word, tokens)
+        return len(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+
+    return count, limit - family.template
 
 
 def reading_tokenizer(index: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from ray_synth.config import Config, SourceConfig
+from ray_synth.generators.adapter_files import adapter_repos
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.hub import MODELS, Repo, commit_of, is_hub_id, kept_commit, open_clip_repo
 
@@ -26,6 +27,8 @@ def hub_repos(config: Config) -> list[Repo]:
                 generation.variant,
             )
         )  # fmt: skip
+    if generation.generator == "diffusers":
+        found += adapter_repos(generation.adapters)
     if llm.backend == "transformers" and is_hub_id(llm.model):
         found.append(Repo("meaning.llm.model", llm.model, llm.revision, "transformers"))
     if clip.model.startswith("hf-hub:"):
@@ -72,7 +75,15 @@ def at_commits(config: Config, commits: dict[str, Any]) -> Config:
         update=_revision(commits, "meaning.llm.model", meaning.llm.revision)
     )
     generation = config.generation.model_copy(
-        update=_revision(commits, "generation.model", config.generation.revision)
+        update={
+            **_revision(commits, "generation.model", config.generation.revision),
+            "adapters": [
+                item.model_copy(
+                    update=_revision(commits, f"generation.adapters.{at}", item.revision)
+                )
+                for at, item in enumerate(config.generation.adapters)
+            ],
+        }
     )
     sources = {
         "train": source("train", data.train),
@@ -89,7 +100,7 @@ def at_commits(config: Config, commits: dict[str, Any]) -> Config:
 
 
 def fetch_generator(config: Config) -> None:
-    """The generator's files, and those of the CLIP that judges its images, on every node of the pool.
+    """The files of the generator, its adapters and the CLIP that judges, on every node of the pool.
 
     Raises:
         UserError: a node cannot fetch them.
@@ -100,7 +111,7 @@ def fetch_generator(config: Config) -> None:
     wanted = {"generation.model"}
     if checks.need_clip:
         wanted.add("meaning.clip.model")
-    repos = [repo for repo in hub_repos(config) if repo.setting in wanted]
+    repos = [repo for repo in hub_repos(config) if repo.setting in wanted or repo.kind == "adapter"]
     fetch_on_nodes(repos, num_cpus=generation.num_cpus, num_gpus=generation.num_gpus)
 
 

@@ -158,7 +158,8 @@ def check_run(
     pinned = at_commits(config, commits)
     generation = filled(pinned.generation)
     # Finished stages are compared by what was asked for: a branch's name, not its commit.
-    asked = generation.model_copy(update={"revision": config.generation.revision})
+    given = {"revision": config.generation.revision, "adapters": config.generation.adapters}
+    asked = generation.model_copy(update=given)
     inputs = stage_inputs(config.model_copy(update={"generation": asked}), fingerprint(asked))
     config = pinned.model_copy(update={"generation": generation})
     records = StageRecords(folder, inputs)

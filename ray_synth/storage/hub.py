@@ -44,13 +44,15 @@ class Repo:
         revision: a branch, tag or commit; None is the default branch.
         kind: what it is for, which decides the files that are fetched.
         variant: of diffusers' weights, such as fp16.
+        file: of an adapter, the one file that is used.
     """
 
     setting: str
     id: str
     revision: str | None
-    kind: Literal["diffusers", "transformers", "open_clip", "dataset"]
+    kind: Literal["diffusers", "transformers", "open_clip", "dataset", "adapter"]
     variant: str | None = None
+    file: str = ""
 
     @property
     def type(self) -> str:
@@ -58,9 +60,9 @@ class Repo:
 
     @property
     def entry(self) -> str:
-        """A small file that every repository of its kind has."""
+        """A small file that every repository of its kind has; an adapter's is the file itself."""
         names = {"diffusers": "model_index.json", "open_clip": "open_clip_config.json"}
-        return names.get(self.kind, "config.json")
+        return self.file or names.get(self.kind, "config.json")
 
 
 def is_hub_id(model: str) -> bool:
@@ -99,18 +101,21 @@ def commit_of(repo: Repo) -> str:
 
 
 def fetch(repo: Repo) -> str:
-    """The folder of its files on this machine, fetched where they are not.
+    """The folder of its files on this machine, fetched where they are not; an adapter's one file.
 
     Processes that ask for the same at once fetch each file once: the hub's client locks it.
 
     Raises:
         UserError: as `commit_of`, or they cannot be written.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()  # nobody sees a worker's
     try:
+        if repo.file:
+            return hf_hub_download(repo.id, repo.file, revision=repo.revision)
         if repo.kind == "diffusers":
             from diffusers import DiffusionPipeline
 
@@ -125,6 +130,8 @@ def fetch(repo: Repo) -> str:
             revision=repo.revision,
             ignore_patterns=[*OTHER_FORMATS, *(PICKLED if _has_safetensors(repo) else ())],
         )
+    except RemoteEntryNotFoundError:
+        raise UserError(f"{repo.setting} {repo.id!r} holds no file {repo.entry}") from None
     except Exception as error:
         raise _told(error, repo) from None
 

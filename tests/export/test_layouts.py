@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torchvision
 import webdataset
+import yaml
 from huggingface_hub import DatasetCard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -383,6 +384,19 @@ def test_the_card_says_what_is_in_it_and_how_it_was_made(run, tmp_path):
     assert "/home/me" not in card.text
     assert "num\\_inference\\_steps 4" in card.text
     assert "SmolLM2" in card.text
+
+
+def test_a_card_names_the_adapters_that_the_generator_was_given(run, tmp_path):
+    values = yaml.safe_load(run.read_bytes("config.yaml"))
+    export_images(run, tmp_path / "plain", layout="huggingface")
+    assert "that was not fine-tuned" in DatasetCard.load(tmp_path / "plain" / "README.md").text
+    values["generation"]["adapters"] = [{"path": "/home/me/tuned"}, {"path": "owner/style"}]
+    run.write_yaml("config.yaml", values)
+    export_images(run, tmp_path / "out", layout="huggingface")
+    text = DatasetCard.load(tmp_path / "out" / "README.md").text
+    assert "with a LoRA (local folder tuned) and a LoRA (owner/style)" in text
+    assert "fine-tuned" not in text and "/home/me" not in text
+    assert "adapter: [owner/style](https://huggingface.co/owner/style): see its licence" in text
 
 
 def test_a_card_without_licence_or_config_still_names_the_generators_terms(run, tmp_path):

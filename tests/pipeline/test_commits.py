@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from adapters import save_lora
 from hubs import Hub
 from samples import ROOT
 
 from ray_synth.config import Config, load_config, load_run_config
 from ray_synth.embedded import clip_folder, sd_folder
 from ray_synth.errors import UserError
+from ray_synth.generators.adapter_files import origin
 from ray_synth.pipeline.commits import at_commits, find_commits, hub_repos
 from ray_synth.pipeline.run import open_run
 from ray_synth.storage.hub import commit_of
@@ -58,6 +60,41 @@ def test_another_revision_is_resolved_anew(hub: Hub, config: Config):
     again = open_run(config.model_copy(update={"generation": asked}))
     assert again.config.generation.revision != run.config.generation.revision
     assert again.config.meaning.clip == run.config.meaning.clip
+
+
+def test_an_adapter_has_a_commit_of_its_own_and_is_told_by_it(hub: Hub, config: Config, tmp_path):
+    """A branch that moves meanwhile changes no run, and the row of each image says which it was."""
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(sd_folder())
+    lora = hub.add("someone/lora", save_lora(pipeline, tmp_path / "one", scale=0.1))
+    (first,) = lora.commits
+    generation = {"model": "embedded", "adapters": [{"path": "someone/lora", "weight": 0.5}]}
+    changed = config.generation.model_validate({**config.generation.model_dump(), **generation})
+    clip = config.meaning.clip.model_copy(update={"model": "embedded"})
+    config = config.model_copy(
+        update={
+            "generation": changed,
+            "meaning": config.meaning.model_copy(update={"clip": clip}),
+        }
+    )
+    run = open_run(config)
+    assert [item.revision for item in run.config.generation.adapters] == [first]
+    second = lora.push({"pytorch_lora_weights.safetensors": b"no LoRA"})
+    commit_of.cache_clear()
+    again = open_run(config)
+    assert again.config.generation.adapters == run.config.generation.adapters
+    assert again.records.inputs == run.records.inputs
+    (told,) = origin(again.config.generation.adapters)
+    assert told["revision"] == first and told["weight"] == 0.5 and len(told["sha256"]) == 64
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        open_run(config.model_copy(update={"name": "other"}))
+    assert hub.downloads["pytorch_lora_weights.safetensors"] == 2
+    named = {"adapters": [{"path": "someone/lora", "weight_name": "style.safetensors"}]}
+    other = config.generation.model_validate({**config.generation.model_dump(), **named})
+    with pytest.raises(UserError, match="'someone/lora' holds no file style.safetensors"):
+        open_run(config.model_copy(update={"generation": other, "name": "third"}))
+    assert second
 
 
 def test_a_run_of_before_there_were_commits_goes_on_as_it_was(hub: Hub, config: Config):

@@ -93,6 +93,10 @@ REFUSALS = {
     "names no imported image": INTERNAL,
     "the imported images are of": IMAGES,
     "needs generation.generator_kwargs.source": GENERATOR,
+    "generation.adapters: ": GENERATOR,
+    "all of its changes are 0": GENERATOR,
+    "is another user's: set TMPDIR": ON_ITS_NODE,
+    "holds no file": GENERATOR,
     "moves parts to a GPU in turn: there is none": IMAGES,
     "torch.compile of": ON_ITS_NODE,
     "set generation.compile: false": ON_ITS_NODE,
@@ -221,6 +225,7 @@ def save_checkpoint(path, **shapes):
           "six, seven, eight]", "data.train.class_map={nine: owls, zero: zero, one: one, two: two, "
           "three: three, four: four, five: five, six: six, seven: seven, eight: eight}"],
          "no characters to draw for class 'owls'"),
+        (["generation.adapters=[nowhere.safetensors]"], "generation.adapters: no such file"),
         (["generation.offload=true"], "generation.num_gpus is 0: there is none"),
         (["training.checkpoint=nowhere.safetensors"], "must be an existing .safetensors file"),
         (["training.checkpoint=OTHER"], "it is of another architecture"),
