@@ -59,10 +59,10 @@ def blend(
         prefix = f"{name}." if name else ""
         names = [*layer._parameters, *layer._buffers]
         own = [key for key in names if prefix + key in main]
-        states = [{key: state[prefix + key] for key in own} for state in (main, aux)]
+        kept, other = ({key: state[prefix + key] for key in own} for state in (main, aux))
         # What is not a twin is the same in both.
-        if own and any(not torch.equal(states[0][key], states[1][key]) for key in own):
-            for key, value in _blended(layer, *states, prefix, weight).items():
+        if own and any(not torch.equal(kept[key], other[key]) for key in own):
+            for key, value in _blended(layer, kept, other, prefix, weight).items():
                 found[prefix + key] = value
     return found
 
