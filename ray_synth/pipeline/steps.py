@@ -173,13 +173,7 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
             yield table
 
     folder.write_tables("plan.parquet", PLAN_SCHEMA, tables())
-    if cut := shortened["meaning"] + shortened["name"]:
-        log.warning(
-            "%d of %d prompts had more than the %d tokens that the text encoder reads: their meaning "
-            "(%d) or name (%d) was shortened; shorter class names, or a generator that reads more, keep "
-            "them whole",
-            cut, sources.total(), settings["max_tokens"], shortened["meaning"], shortened["name"],
-        )  # fmt: skip
+    _tell_shortened(shortened, sources.total(), settings["max_tokens"])
     return {
         "num_synthetic": sources.total(),
         "context_sources": dict(sorted(sources.items())),
@@ -187,6 +181,17 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
         "digest": folder.digest("plan.parquet"),
         "meanings": choices_digest(meanings),
     }
+
+
+def _tell_shortened(shortened: Counter[str], rows: int, limit: int) -> None:
+    """A warning where prompts lost some of their words."""
+    if cut := shortened["meaning"] + shortened["name"]:
+        log.warning(
+            "%d of %d prompts had more than the %d tokens that the text encoder reads: their meaning "
+            "(%d) or name (%d) was shortened; shorter class names, or a generator that reads more, keep "
+            "them whole",
+            cut, rows, limit, shortened["meaning"], shortened["name"],
+        )  # fmt: skip
 
 
 def _written_contexts(run: Run, service: Any, meanings: dict[str, str]) -> dict[str, Any]:
