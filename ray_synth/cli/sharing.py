@@ -26,7 +26,7 @@ def predict(
     run: Annotated[
         str,
         typer.Argument(
-            metavar="RUN", help="a run's directory, or what `export --model` wrote, or its URI"
+            metavar="RUN", help="a run's directory, a model that `export` wrote, or its URI"
         ),
     ],
     images: Annotated[
