@@ -130,7 +130,8 @@ class EarlierRun:
         passed, made = known.sum(axis=0)
         usual = passed / made if made else 0.0
         counts = np.array([self.styles.get(name, (0, 0)) for name in names], float).reshape(-1, 2)
-        return draws(*counts.T, usual, prior(*known.T, usual)).tolist()
+        strength = prior(known[:, 0], known[:, 1], usual)
+        return draws(counts[:, 0], counts[:, 1], usual, strength).tolist()
 
     def context_draws(self, class_name: str, contexts: Sequence[Context]) -> list[int]:
         """Of each context of a class: by its own images, against all of the class; and by those of each
@@ -191,8 +192,8 @@ def draws_of(
 def _counts(quality: Folder, found: Mapping[str, Any], column: str) -> dict[str, tuple[int, int]]:
     """value -> (passed, made) of a column of `acceptance.json`."""
     counts = found.get(column) if isinstance(found, dict) else None
-    pairs = counts.items() if isinstance(counts, dict) else [("", None)]
-    for value, pair in pairs:
+    pairs: dict[str, Any] = counts if isinstance(counts, dict) else {"": None}
+    for value, pair in pairs.items():
         if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)):
             raise damaged(quality.address(ACCEPTANCE), f"{column} {value!r:.80} has no two numbers")
-    return {value: (passed, made) for value, (passed, made) in pairs}
+    return {value: (passed, made) for value, (passed, made) in pairs.items()}

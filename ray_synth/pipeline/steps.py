@@ -330,10 +330,10 @@ def blend_bns(run: Run) -> None:
     from ray_synth.evaluation.blend import few_of, write_blend
 
     evaluation = run.config.evaluation
-    options = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus}
-    work = ray.remote(**options)(write_blend)
+    own = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus}
+    work: Any = ray.remote(write_blend)
     images = list(read_index(few_of(run.validation)))
-    chosen = ray.get(work.remote(run.folder, images, run.config.data.max_pixels))
+    chosen = ray.get(work.options(**own).remote(run.folder, images, run.config.data.max_pixels))
     if chosen is not None:
         log.info(
             "blend of both BNs: %g of the auxiliary one; on validation images %.1f%% (main %.1f%%), on "

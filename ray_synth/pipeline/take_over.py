@@ -58,8 +58,9 @@ def _known(item: Any, folder: Folder) -> KnownClass:
     """What a file says of a class, which may be anything."""
     values = item if isinstance(item, dict) else {}
     name, number, said = (values.get(key) for key in ("class_name", "number", "said"))
-    whole = isinstance(number, int) and 0 <= number < MOST_CLASSES
-    if not (whole and isinstance(name, str) and isinstance(said, str)):
+    if not (isinstance(number, int) and isinstance(name, str) and isinstance(said, str)) or not (
+        0 <= number < MOST_CLASSES
+    ):
         raise damaged(folder.address(CLASSES), "an entry has no class_name, number and said")
     was = values.get("was")
     return KnownClass(name, number, said, was if isinstance(was, str) else None)
