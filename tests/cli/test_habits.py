@@ -120,8 +120,8 @@ def test_verbs_print_one_json_document(finished, config, tmp_path, capsys):
 
 def test_every_verb_that_prints_figures_has_json():
     printing = {command.name or command.callback.__name__ for command in app.registered_commands}
-    # These print no figures: a picture, a config's answer, and jobs' logs.
-    others = {"show", "import", "submit", "follow", "stop"}
+    # These print no figures: a picture, a config's answer, jobs' logs, and where things went.
+    others = {"show", "import", "submit", "follow", "stop", "push"}
     for name in sorted(printing - others):
         # Wide, so that no option's name is broken.
         shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output

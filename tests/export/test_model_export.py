@@ -230,6 +230,7 @@ def test_no_file_of_an_exported_folder_is_unpickled_or_sets_what_it_may_not(
         open_classifier(onnx.uri)
 
 
+@pytest.mark.slow
 def test_runs_pictures_and_models_may_lie_in_buckets(
     finished, exported, digits, tmp_path, monkeypatch, hub, call
 ):

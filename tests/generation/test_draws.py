@@ -169,7 +169,8 @@ def test_what_failed_is_drawn_less_and_the_same_plan_comes_again(earlier, tmp_pa
     assert first.equals(plan.slice(0, 200))  # any prefix, as without draws
     # what all do equally often is what no draws are
     even = [
-        ClassPrompts(c.class_index, c.class_name, c.meaning, contexts, (), [3] * 4) for c in classes
+        ClassPrompts(c.class_index, c.class_name, c.meaning, contexts, context_draws=[3] * 4)
+        for c in classes
     ]
     assert planned(even, styles, [5, 5]).equals(planned(classes, styles))
 
