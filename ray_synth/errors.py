@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -35,6 +35,15 @@ def did_you_mean(
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
     return f"{known_as}: {shortened(names, 30)}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it follows from: libraries wrap others' errors in their own."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def shortened(names: Sequence[Any], most: int, *, what: str = "", joint: str = ", ") -> str:

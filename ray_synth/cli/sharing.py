@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ray_synth.cli.output import say, say_json
 from ray_synth.errors import UserError
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="a run's directory, or its URI")]
@@ -43,22 +43,22 @@ def predict(
 
     pictures = find_pictures(images)
     classifier = open_classifier(run, weights)
-    typer.echo(f"{classifier.told}; {len(classifier.class_names)} classes", err=True)
+    say(f"{classifier.told}; {len(classifier.class_names)} classes", err=True)
     width = min(NAME_WIDTH, max(len(shown(picture.name)) for picture in pictures))
     bad = 0
     for found in answers(classifier, pictures, top=top):
         bad += bool(found.error)
         if as_json:
-            typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+            say_json(found.as_json())
         elif found.error:
-            typer.echo(f"{shown(found.name):<{width}}  not read: {shown(found.error)}")
+            say(f"{shown(found.name):<{width}}  not read: {shown(found.error)}")
         else:
             said = ", ".join(f"{shown(name)} {100 * value:.1f}%" for name, value in found.top)
-            typer.echo(f"{shown(found.name):<{width}}  {said}")
+            say(f"{shown(found.name):<{width}}  {said}")
     summary = f"{len(pictures):,} pictures, {bad:,} of them could not be read"
     if pictures.others:
         summary += f"; {pictures.others:,} other files passed over"
-    typer.echo(summary, err=True)
+    say(summary, err=True)
     if bad == len(pictures):
         raise UserError("not one of the pictures could be read")
 
@@ -79,7 +79,7 @@ def export_model(
     folder = Folder(to)
     chosen = choose_weights(run_folder, weights)
     checked = write(chosen, folder, form=model, pictures=images)
-    typer.echo(
+    say(
         f"wrote {chosen.name} ({chosen.card['model']}, {len(chosen.card['class_names'])} classes) as "
         f"{model} to {folder.address()}; checked on {checked.pictures} {checked.of}: logits differ by "
         f"{checked.difference:.2g} at most, the largest is {checked.largest:.3g}"
@@ -116,11 +116,11 @@ def push(
         licence=licence,
         staging=folder,
     )
-    typer.echo("\n".join(describe(wanted)), err=not dry_run)
+    say(*describe(wanted), err=not dry_run)
     if dry_run:
         return
     for line in wanted.push():
-        typer.echo(line)
+        say(line)
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from ray_synth.config import ClassInfo
-from ray_synth.data.labels import closest, tidy
+from ray_synth.data.labels import near_class, tidy
 from ray_synth.errors import UserError, shortened
 from ray_synth.storage.texts import read_text
 from ray_synth.storage.typed_yaml import read_typed
@@ -36,8 +36,7 @@ def read_class_info(
     found = {tidy(name): info for name, info in found.items()}
     unknown = sorted(set(found) - set(class_names))
     if unknown:
-        near = closest(unknown[0], class_names)
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = near_class(unknown[0], class_names)
         said = f"{origin} names {shortened(unknown, 5)}, which is no class{hint}"
         if len(unknown) == len(found):
             raise UserError(said)

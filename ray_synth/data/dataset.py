@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from ray_synth.config import IN_DOMAIN, DataConfig, SourceConfig
 from ray_synth.data import imagenet
-from ray_synth.data.labels import LeftOut, closest, joined, match_classes, tidy
+from ray_synth.data.labels import LeftOut, joined, match_classes, near_class, tidy
 from ray_synth.data.places import Readable, read_all
 from ray_synth.data.sources import Shard, list_shards, read_labels, read_rows
 from ray_synth.errors import UserError, shortened
@@ -193,8 +193,7 @@ def wanted(index: Index, images_per_class: int | dict[str, int] | None) -> np.nd
         images_per_class = {tidy(name): number for name, number in images_per_class.items()}
         unknown = sorted(set(images_per_class) - set(index.class_names))
         if unknown:
-            near = closest(unknown[0], index.class_names)
-            hint = f"; did you mean {near!r}?" if near else ""
+            hint = near_class(unknown[0], index.class_names)
             raise UserError(f"images_per_class: no class is named {unknown[0]!r}{hint}")
         for name, number in images_per_class.items():
             most[index.class_names.index(name)] = number

@@ -90,8 +90,13 @@ class LeftOut:
 
 def _beside(label: str, count: int, class_names: Sequence[str]) -> str:
     """`'cat' (3 images; did you mean 'Cat'?)`."""
+    return f"{label!r} ({count:,} images{near_class(label, class_names)})"
+
+
+def near_class(label: str, class_names: Iterable[str]) -> str:
+    """`; did you mean 'Cat'?`, to end a message with; nothing where no class is near."""
     near = closest(label, class_names)
-    return f"{label!r} ({count:,} images{f'; did you mean {near!r}?' if near else ''})"
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def closest(label: str, class_names: Iterable[str]) -> str | None:

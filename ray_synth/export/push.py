@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray_synth
-from ray_synth.errors import UserError, first_line
+from ray_synth.errors import UserError, causes, first_line
 from ray_synth.export.classifier import FILES
 from ray_synth.export.layouts import export_images
 from ray_synth.export.model_card import model_card
@@ -284,7 +284,7 @@ def _said(error: Exception, repo: str, where: str) -> str:
     """What a hub's error, or that which it follows from, means; empty for what is no failure of a hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for cause in _causes(error):
+    for cause in causes(error):
         reason = redact(first_line(cause))
         if isinstance(cause, HfHubHTTPError):
             if getattr(cause.response, "status_code", None) in (401, 403):
@@ -299,11 +299,3 @@ def _said(error: Exception, repo: str, where: str) -> str:
                 f"for another hub. {AGAIN}"
             )
     return ""
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

@@ -207,6 +207,7 @@ def begin(run: Run, force_stage: str | None = None) -> None:
         _clear(run.store, force_stage)
     if run.records.record("generation") is None:
         run.folder.check_writable()
+    if run.records.record("plan") is None:  # later starts ask the hub for no card
         found = licences(run.config)
         run.folder.write_json(LICENCES, [licence.as_dict() for licence in found])
         if line := warning(found):

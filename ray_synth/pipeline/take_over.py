@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from ray_synth.config import Config, TakeOverConfig, flatten
-from ray_synth.data.labels import closest
+from ray_synth.data.labels import near_class
 from ray_synth.errors import UserError, shortened
 from ray_synth.meaning.entries import MEANINGS, read_meanings
 from ray_synth.pipeline.records import StageRecords
@@ -104,8 +104,7 @@ def _check_names(asked: TakeOverConfig, before: set[str], now: set[str]) -> None
         *(("split", new, now, "of data.train") for news in asked.split.values() for new in news),
     ):
         if name not in known:
-            near = closest(name, known)
-            hint = f"; did you mean {near!r}?" if near else ""
+            hint = near_class(name, known)
             raise UserError(f"take_over.{setting}: {name!r} is no class {what}{hint}")
     twice = set(asked.renamed) & set(asked.split)
     there = [old for old in asked.renamed if old in now]

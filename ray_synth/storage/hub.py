@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ray_synth.errors import UserError, first_line
+from ray_synth.errors import UserError, causes, first_line
 
 MODELS = "models.json"  # in a run directory: setting -> what was asked for, and its commit
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -172,12 +172,9 @@ def hub_problem(error: BaseException | None, repo: Repo) -> str | None:
 
     Libraries wrap the hub's errors in their own: causes are looked at too.
     """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if said := _said(error, repo):
+    for cause in causes(error):
+        if said := _said(cause, repo):
             return f"{repo.setting} {repo.id!r} {said}; or give a folder of this machine"
-        error = error.__cause__ or error.__context__
     return None
 
 
