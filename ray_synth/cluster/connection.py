@@ -45,8 +45,10 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # What Ray tries again by itself, as at each end of Serve, is nothing that a user could do.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "There are infinite retries remaining",
+    # What Ray tries again by itself, as at each end of Serve, and how many processes it has started are
+    # nothing that a user could do something about.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "There are infinite retries remaining"
+    "|PYTHON worker processes have been started",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -82,9 +82,9 @@ def advise(config: GenerationConfig, negative_prompt: str, class_names: Sequence
 
         family, now = family_of(config), filled(config)
         log.info(
-            "generator: %s (licence: %s), %d steps, guidance %g, %d x %d",
+            "generator: %s (licence: %s), %d step%s, guidance %g, %d x %d",
             family.name, family.licence or "see its card", now.num_inference_steps,
-            now.guidance_scale, now.width, now.height,
+            "" if now.num_inference_steps == 1 else "s", now.guidance_scale, now.width, now.height,
         )  # fmt: skip
         for line in advice(config, negative_prompt):
             log.warning("%s", line)
