@@ -48,7 +48,8 @@ class Progress:
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
                 if process.status() != psutil.STATUS_ZOMBIE:
                     used += sum(process.cpu_times()[:2])
-                    alive = alive or "raylet" in process.cmdline()[0]
+                    # One that is just ending has no command line.
+                    alive = alive or any("raylet" in word for word in process.cmdline()[:1])
         if used > self.used:
             self.used, self.changed = used, now
         if now - self.said > SAY_S:

@@ -31,6 +31,7 @@ LEASE = "driver.json"
 BEAT_S = 10.0  # between two beats of a lease
 DEAD_S = 60.0  # a lease that stays as it is for so long has no owner
 SETTLE_S = 2.0  # between a claim and the look whether another one came after it
+ENDING_S = 10.0  # for what a driver that was killed had just forked, to let go of its lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 _held: set[int] = set()  # open files of locks
 
@@ -73,6 +74,7 @@ def _lock(folder: Folder) -> int | None:
     import fcntl
 
     path = folder.path(LOCK)
+    until = time.monotonic() + ENDING_S
     while True:
         try:
             os.makedirs(folder.path(), exist_ok=True)
@@ -85,13 +87,16 @@ def _lock(folder: Folder) -> int | None:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            text = os.pread(handle, 4096, 0)
+            facts = _read(os.pread(handle, 4096, 0))
             os.close(handle)
             if error.errno in NO_LOCKS:
                 return None
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
-            raise _taken(folder, _read(text)) from None
+            if _is_dead(facts) and time.monotonic() < until:
+                time.sleep(0.05)
+                continue
+            raise _taken(folder, facts) from None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 os.ftruncate(handle, 0)
@@ -135,8 +140,10 @@ def _is_dead(facts: dict[str, Any]) -> bool:
     if facts.get("machine") != _machine():
         return False
     try:
-        started = psutil.Process(int(facts["pid"])).create_time()
-        return abs(started - float(facts["pid_started"])) >= 2
+        process = psutil.Process(int(facts["pid"]))
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        return abs(process.create_time() - float(facts["pid_started"])) >= 2
     except (psutil.Error, KeyError, TypeError, ValueError):
         return True
 

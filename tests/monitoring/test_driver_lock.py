@@ -1,5 +1,6 @@
 """One driver at a time on a run directory, and a dead one holds nothing."""
 
+import json
 import os
 import signal
 import subprocess
@@ -48,6 +49,26 @@ def test_the_second_driver_says_so_and_a_dead_one_holds_nothing(tmp_path, how):
         process.wait()
     with sole_driver(Folder(tmp_path / "run")):
         pass
+
+
+def test_what_a_killed_driver_was_just_forking_is_waited_for(tmp_path, monkeypatch):
+    """Such a child holds the lock on until it comes to let go of it."""
+    import fcntl
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # ended, and its parent has not looked yet
+    with open(tmp_path / LOCK, "w+") as child:
+        child.write(json.dumps({**driver_lock._facts(), "pid": dead.pid}))
+        child.flush()
+        fcntl.flock(child, fcntl.LOCK_EX)
+        monkeypatch.setattr(driver_lock, "ENDING_S", 0.2)
+        with pytest.raises(UserError, match="in use"), sole_driver(Folder(tmp_path)):
+            pass
+        monkeypatch.setattr(driver_lock, "ENDING_S", 30)
+        threading.Timer(0.3, fcntl.flock, (child, fcntl.LOCK_UN)).start()
+        with sole_driver(Folder(tmp_path)):
+            pass
+    dead.wait()
 
 
 def test_it_goes_with_a_run_that_began_nothing_and_stays_with_one_that_did(tmp_path):
