@@ -56,7 +56,9 @@ def test_what_a_killed_driver_was_just_forking_is_waited_for(tmp_path, monkeypat
     import fcntl
 
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # ended, and its parent has not looked yet
+    os.waitid(
+        os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT
+    )  # ended, and its parent has not looked yet
     with open(tmp_path / LOCK, "w+") as child:
         child.write(json.dumps({**driver_lock._facts(), "pid": dead.pid}))
         child.flush()
