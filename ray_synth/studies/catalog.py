@@ -102,8 +102,15 @@ def _ablation(config: Config, counts: dict[str, int]) -> Study:
             arm("no_cd", "whole without CD", no_cd, "whole"),
             arm("no_sd", "whole without SD", no_sd, "whole"),
             arm("no_aux_bn", "whole without auxiliary BN", SHARED, "whole"),
+            arm("label_check", "whole with the label check, made again",
+                _checks("retry", clip=False, label=True), "whole"),
         ),
-    )
+    )  # fmt: skip
+
+
+def _checks(policy: str, *, clip: bool, label: bool) -> dict[str, Any]:
+    given = {"policy": policy, "clip": clip, "label": label}
+    return {f"generation.checks.{name}": value for name, value in given.items()}
 
 
 def _unbalanced(config: Config, scale: float) -> dict[str, Any]:
@@ -286,10 +293,6 @@ def _quality(config: Config, counts: dict[str, int]) -> Study:
     scale = config.studies.scale
     off = {"generation.checks.policy": "off"}
 
-    def checks(policy: str, *, clip: bool, label: bool) -> dict[str, Any]:
-        given = {"policy": policy, "clip": clip, "label": label}
-        return {f"generation.checks.{name}": value for name, value in given.items()}
-
     return Study(
         "quality",
         "Which images are trained on",
@@ -298,13 +301,13 @@ def _quality(config: Config, counts: dict[str, int]) -> Study:
             REAL,
             Arm("unchecked", "all images", scale, off),
             Arm("scores", "thresholds, made again", scale,
-                checks("retry", clip=True, label=False), "unchecked"),
+                _checks("retry", clip=True, label=False), "unchecked"),
             Arm("labels", "label check, made again", scale,
-                checks("retry", clip=False, label=True), "unchecked"),
+                _checks("retry", clip=False, label=True), "unchecked"),
             Arm("both", "both, made again", scale,
-                checks("retry", clip=True, label=True), "unchecked"),
+                _checks("retry", clip=True, label=True), "unchecked"),
             Arm("both_rejected", "both, left out", scale,
-                checks("reject", clip=True, label=True), "unchecked"),
+                _checks("reject", clip=True, label=True), "unchecked"),
         ),
         measures=("generation",),
     )  # fmt: skip

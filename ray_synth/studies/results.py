@@ -5,6 +5,7 @@ Rows go to Parquet; tables for people are made of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class Row:
     Attributes:
         top1: percent, over seeds.
         gain: points over real images alone; None for those themselves.
-        change: points over the arm that it is compared with; None where that is itself.
+        change: points over the arm that it is compared with, with the same BN where both were tested
+            with it; None where that is itself.
         q: the change's p after Benjamini and Hochberg's correction over the study's table.
         values: top-1 in percent by seed.
         gains: points by seed over real images alone, or else over the arm compared with.
@@ -71,19 +73,19 @@ def result_rows(study: Study, found: dict[Key, Results]) -> list[Row]:
         arm = arms[name]
         mine = values[name, bn, test_set]
 
-        def against(
-            other: str, name: str = name, test_set: str = test_set, mine: dict[int, float] = mine
-        ) -> Estimate | None:
-            before = values.get((other, "main", test_set))
-            return paired(mine, before) if before and other != name else None
-
-        base = values.get((REAL_ONLY, "main", test_set)) or {}
-        if not base or name == REAL_ONLY:
-            base = values.get((arm.against, "main", test_set)) or {}
+        real = values.get((REAL_ONLY, "main", test_set), {})
+        other = values.get((arm.against, bn, test_set)) or values.get(
+            (arm.against, "main", test_set), {}
+        )
+        base = other if name == REAL_ONLY or not real else real
         gains = {seed: mine[seed] - base[seed] for seed in mine if seed in base}
         rows.append(
-            Row(arm, bn, test_set, estimate(list(mine.values())), against(REAL_ONLY),
-                against(arm.against), float("nan"), mine, gains)
+            Row(
+                arm, bn, test_set, estimate(list(mine.values())),
+                paired(mine, real) if real and name != REAL_ONLY else None,
+                paired(mine, other) if other and name != arm.against else None,
+                float("nan"), mine, gains,
+            )
         )  # fmt: skip
     rates = false_discovery_rates([row.change.p if row.change else float("nan") for row in rows])
     return [Row(**{**vars(row), "q": q}) for row, q in zip(rows, rates, strict=True)]
@@ -152,11 +154,13 @@ def accuracy_table(study: Study, rows: Sequence[Row]) -> Table:
     several = any(bn != "main" for _, bn in by_key)
     compared = any(row.change and row.arm.against != REAL_ONLY for row in rows)
     gains = any(row.gain for row in rows)
+    seeds = max((row.top1.num_seeds for row in rows), default=0)
+    tested = compared or (gains and seeds > 1)
     head = ["arm", *(["BN at test"] if several else [])]
     for name in test_sets:
         shown = "in domain" if name == IN_DOMAIN else name.replace("_", " ")
         head += [f"{shown}, top-1"]
-        head += ["gain over real only"] * gains + ["change", "q"] * compared
+        head += ["gain over real only"] * gains + ["change"] * compared + ["q"] * tested
     head += ["changed against"] * compared
     lines = []
     for (name, bn), sets in by_key.items():
@@ -166,19 +170,17 @@ def accuracy_table(study: Study, rows: Sequence[Row]) -> Table:
             cell = sets.get(test_set)
             line += [cell.top1.shown() if cell else ""]
             line += [_signed(cell.gain if cell else None)] * gains
-            if compared:
-                own = cell is not None and row.arm.against != REAL_ONLY
-                line += [_signed(cell.change if cell and own else None)]
-                line += [f"{cell.q:.2f}" if cell and own and cell.q == cell.q else ""]
+            own = cell is not None and (not compared or row.arm.against != REAL_ONLY)
+            line += [_signed(cell.change if cell and own else None)] * compared
+            line += [_rate(cell.q) if cell and own else ""] * tested
         if compared:
             other = row.arm.against
             line += [labels[other] if other not in (REAL_ONLY, name) else ""]
         lines.append(tuple(line))
-    seeds = max((row.top1.num_seeds for row in rows), default=0)
     note = (
         f"Percent and points; means of {seeds} seeds with 95% intervals (Student's t); gains and "
         "changes are paired by seed."
-        + (" q: p of the paired t-test, corrected for the table's tests." if compared else "")
+        + (" q: p of the paired t-test, corrected for the table's tests." if tested else "")
         if seeds > 1
         else "Percent and points, of one seed: there is no interval."
     )
@@ -232,6 +234,13 @@ def choice(study: Study, found: dict[Key, Results]) -> Table | None:
         lines,
         f"The choice is {lines[0][0]}." if lines else "",
     )
+
+
+def _rate(q: float) -> str:
+    """A corrected p; "" where there was no test."""
+    if math.isnan(q):
+        return ""
+    return "<0.001" if q < 0.001 else f"{q:.3f}" if q < 0.01 else f"{q:.2f}"
 
 
 def _signed(value: Estimate | None) -> str:

@@ -43,6 +43,27 @@ def test_gains_and_changes_are_paired_by_seed():
     assert whole.change.p <= whole.q
 
 
+def test_changes_compare_the_same_bn_where_both_have_it():
+    found = {key: dict(value) for key, value in FOUND.items()}
+    found["less", 0] |= results(average=85.0)
+    found["less", 1] |= results(average=86.0)
+    rows = {(r.arm.name, r.bn): r for r in result_rows(STUDY, found) if r.test_set == "in_domain"}
+    assert rows["less", "average"].change.mean == pytest.approx(-3.5)
+    assert rows["less", "main"].change.mean == pytest.approx(-1.5)
+    assert rows["whole", "average"].change.mean == pytest.approx(7.0), "real only has one BN"
+
+
+def test_gains_have_their_q_where_nothing_else_is_compared():
+    arms = tuple(Arm(arm.name, arm.label, arm.scale) for arm in ARMS)
+    study = Study("s", "A study", "Why?", arms)
+    rows = result_rows(study, FOUND)
+    table = accuracy_table(study, rows)
+    assert table.head[2:5] == ("in domain, top-1", "gain over real only", "q")
+    shown = table.rows[1][4]
+    assert float(shown) == pytest.approx(rows[2].q, abs=0.005)
+    assert "corrected" in table.note and "changed against" not in table.head
+
+
 def test_rows_are_told_in_the_order_of_the_arms_in_domain_first():
     order = [(r.arm.name, r.bn, r.test_set) for r in result_rows(STUDY, FOUND)]
     assert order[:3] == [
