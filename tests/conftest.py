@@ -17,6 +17,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray gives way to all others on a machine (niceness 15), and tests beside it would hold it up.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Processes that tests start, Ray's workers among them, must find the tests' plug-in generators.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
