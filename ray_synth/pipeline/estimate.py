@@ -115,7 +115,8 @@ def estimate(
         for arm in training.baselines
     )
     mixed = batches * m.step_mixed
-    if training.feed == "stored":
+    first = training.feed == "stored" or config.take_over is not None  # as `steps.run_stages`
+    if first or "training" not in stages:
         found |= {"generation": made, "training": alone + once + mixed}
     else:
         beside, left = _beside(config, m, synthetic, pool, batches, crowd, shared)

@@ -61,6 +61,11 @@ def test_apart_generation_and_training_overlap():
     assert found["generation"] == 0  # 7 s of making, 24 s of training
 
 
+def test_without_training_all_images_are_made_by_the_stage_of_their_own():
+    found = seconds(stages=("generation",))
+    assert found == {"generation": 8 + 1200 * 0.05, "around": 9}
+
+
 def test_lockstep_waits_for_every_image():
     apart = seconds("training.feed=lockstep", shared=False)
     once = 15 + 2 + 6 * 0.5
