@@ -156,11 +156,11 @@ def _cell(
     text = Text(f"{result['top1']:.1f} [{low:.1f}, {high:.1f}]\ntop-5 {result['top5']:.1f}")
     if result.get("shots"):
         text.append("\n" + shots_text(result["shots"]))
-    for one, over in ((found, ""), (more, " over the recipe")):
+    for one, over in ((found, ""), (more, "over the recipe\n")):
         if one:
             colour = {"gain": "green", "loss": "red", "unclear": "default"}[one["verdict"]]
             span = ", ".join(signed(end) for end in one["interval"])
-            text.append(f"\n{signed(one['top1'])} [{span}]{over}", style=colour)
+            text.append(f"\n{over}{signed(one['top1'])} [{span}]", style=colour)
     return text
 
 
