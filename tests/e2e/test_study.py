@@ -96,7 +96,7 @@ def test_a_study_of_ones_own_folder_from_init_alone_and_no_test_image_is_read_be
         path.write_bytes(b"not a picture")
     settings = [
         *TINY, "meaning.enabled=false", "prompting.mix={plain: 1}", "generation.checks.policy=off",
-        f"runs_dir={tmp_path / 'runs'}", "name=mine",
+        f"runs_dir={tmp_path / 'runs'}", "name=mine", "data.max_corrupt=1",
         "studies.lambdas=[0.5]", "studies.real_fractions=[0.75]",
     ]  # fmt: skip
     script = (
