@@ -6,22 +6,16 @@
     language     weights + a fifth
     per process  0.7 GB of host memory with torch, 0.9 GB with open_clip (measured), and its weights
 
-Weights are counted from the headers of safetensors files: in a folder, in the hub's cache, or on the
-hub itself, so that a run is judged alike before its models are downloaded and after. What is in none of
-them is said to be unknown, and is not refused.
+How large a model is, model_sizes.py says; where that is not known, nothing is refused.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from ray_synth.config import Config, GenerationConfig, TrainingConfig
 from ray_synth.errors import UserError
@@ -29,12 +23,19 @@ from ray_synth.generation.packs import BYTES_PER_PIXEL
 from ray_synth.generators.registry import filled
 from ray_synth.generators.settings import family_of
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, fewest
-from ray_synth.preflight.hub_models import hub_parameters
+from ray_synth.preflight.model_sizes import (
+    classifier_size,
+    frozen,
+    model_folder,
+    parameters_of,
+    parts_parameters,
+    vae_channels,
+    weights_bytes,
+)
 from ray_synth.preflight.reach import GIB, Reach
 from ray_synth.preflight.spread import spread_problem
 from ray_synth.stages import STAGES
 from ray_synth.storage.folder import Folder
-from ray_synth.storage.texts import IS_POINTER, as_json, is_pointer, read_json
 
 # GiB of a GPU by Ray's name of its type; of types that come in two sizes the larger one.
 GPU_GIB = {
@@ -237,7 +238,7 @@ def disk_needs(config: Config, sizes: Sizes) -> tuple[int, int]:
     """Bytes of the images, and of plan, checkpoints (two are kept, one is being written) and models."""
     training, synthetic = config.training, sizes.synthetic(config) or 0
     images = synthetic * image_bytes(config)
-    parameters, _ = classifier_size(training.model, _frozen(training), sizes.classes or 1000)
+    parameters, _ = classifier_size(training.model, frozen(training), sizes.classes or 1000)
     arms = 1 + len(training.baselines)
     kept = arms * 3 * (4 * parameters + _state_bytes(training, parameters))
     exported = 4 * parameters * (3 if training.dual_bn else 1) * arms
@@ -254,7 +255,7 @@ def memory_needs(config: Config) -> list[Need]:
     ]
     for stage in served:
         if llm.backend == "transformers":
-            weights = _weights(llm.model, llm.revision, _bytes(llm.dtype, llm.num_gpus))
+            weights = weights_bytes(llm.model, llm.revision, _bytes(llm.dtype, llm.num_gpus))
             base = 0 if llm.num_gpus else PROCESS
             needs.append(
                 Need(
@@ -274,11 +275,11 @@ def memory_needs(config: Config) -> list[Need]:
     size = _bytes(generation.dtype, generation.num_gpus)
     weights = 0
     if generation.generator == "diffusers" and not generation.offload:
-        weights = _weights(generation.model, generation.revision, size)
+        weights = weights_bytes(generation.model, generation.revision, size)
     batch = generation.batch_size if isinstance(generation.batch_size, int) else 1
     batch = 1 if _one_by_one(generation) else batch
     pixels = _pixels(generation)
-    decoded = batch * VAE_TENSORS * _vae_channels(generation.model) * pixels * size
+    decoded = batch * VAE_TENSORS * vae_channels(generation.model) * pixels * size
     base = 0 if generation.num_gpus else PROCESS_WITH_CLIP
     likely = weights + (decoded if generation.generator == "diffusers" else 0) + base
     maker = (
@@ -288,7 +289,7 @@ def memory_needs(config: Config) -> list[Need]:
     needs.append(Need("generation", "generation", *maker))
     if training.feed != "stored":
         needs.append(Need("generation", "training", *maker))
-    parameters, outputs = classifier_size(training.model, _frozen(training), 1000)
+    parameters, outputs = classifier_size(training.model, frozen(training), 1000)
     sure = 4 * parameters + 4 * parameters + _state_bytes(training, parameters)
     kept = outputs * training.batch_size * _bytes(training.dtype, training.num_gpus)
     needs.append(
@@ -307,42 +308,6 @@ def _state_bytes(training: TrainingConfig, parameters: int) -> int:
     return 4 * parameters * (states + (training.ema_decay is not None))
 
 
-def _frozen(training: TrainingConfig) -> tuple[str, int]:
-    return json.dumps(training.model_kwargs, sort_keys=True), training.image_size
-
-
-@lru_cache(maxsize=8)
-def classifier_size(model: str, settings: tuple[str, int], classes: int) -> tuple[int, int]:
-    """Parameters of a timm model, and the numbers that its layers put out for one image.
-
-    A forward pass on torch's meta device, which computes nothing. Outputs are 0 where it cannot be
-    done there.
-    """
-    import torch
-
-    from ray_synth.training import recipe
-
-    kwargs, image_size = json.loads(settings[0]), settings[1]
-    with torch.device("meta"):
-        built = recipe.build_model(model, num_classes=classes, model_kwargs=kwargs)
-    parameters = sum(p.numel() for p in built.parameters())
-    outputs = 0
-
-    def add(_module: Any, _inputs: Any, output: Any) -> None:
-        nonlocal outputs
-        outputs += output.numel() if isinstance(output, torch.Tensor) else 0
-
-    for module in built.modules():
-        if not list(module.children()):
-            module.register_forward_hook(add)
-    try:
-        with torch.no_grad():
-            built.eval()(torch.empty(1, 3, image_size, image_size, device="meta"))
-    except (RuntimeError, NotImplementedError, AssertionError):
-        outputs = 0
-    return parameters, outputs
-
-
 def unknown_models(config: Config, stages: Collection[str]) -> list[str]:
     """Lines on the models of these stages whose size nobody here can tell."""
     llm, generation = config.meaning.llm, config.generation
@@ -356,86 +321,8 @@ def unknown_models(config: Config, stages: Collection[str]) -> list[str]:
         f"{what} {model}: its size is not known ({why}), so nothing says yet whether it fits; once it is "
         "here, a start that does not fit is refused"
         for what, model, revision in models
-        if isinstance(why := _parameters(model, revision), str)
+        if isinstance(why := parameters_of(model, revision), str)
     ]
-
-
-def _parameters(model: str, revision: str | None) -> int | str:
-    """Numbers in a model's weights; or why they cannot be counted."""
-    folder = model_folder(model, revision)
-    if folder is not None:
-        return stored_parameters(folder) or "it has no safetensors files"
-    if not is_hub_id(model):
-        return 0  # a .gguf file; or nothing at all, which is refused elsewhere
-    return hub_parameters(model, revision)
-
-
-def _weights(model: str, revision: str | None, size: int) -> int:
-    """Bytes of a model's weights at `size` bytes each; 0 where that is not known."""
-    found = _parameters(model, revision)
-    return 0 if isinstance(found, str) else size * found
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether a name looks like owner/name."""
-    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
-
-
-def model_folder(model: str, revision: str | None = None) -> Path | None:
-    """Where a diffusers or transformers model lies on this machine; None where it does not."""
-    if model == "embedded":
-        from ray_synth.embedded import sd_folder
-
-        return sd_folder()
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if not is_hub_id(model):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("model_index.json", "config.json"):
-        found = try_to_load_from_cache(model, name, revision=revision)
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
-
-
-def stored_parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a model's folder; of variants of a part, one is counted."""
-    return sum(parts_parameters(folder).values())
-
-
-def parts_parameters(folder: Path) -> dict[str, int]:
-    """As `stored_parameters`, for each folder that has some."""
-    found = {}
-    for part in {path.parent for path in folder.rglob("*.safetensors")}:
-        plain = [p for p in part.glob("*.safetensors") if ".fp16." not in p.name]
-        found[part.name] = sum(_numbers(path) for path in plain or part.glob("*.safetensors"))
-    return found
-
-
-def _numbers(path: Path) -> int:
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        text = file.read(min(length, path.stat().st_size))
-    if is_pointer(start + text):
-        raise UserError(f"{path} is {IS_POINTER}")
-    if len(text) < length:
-        raise UserError(f"{path} is not a whole safetensors file; fetch the model again")
-    header = as_json(text, str(path))
-    return sum(
-        math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
-    )
-
-
-def _vae_channels(model: str) -> int:
-    folder = model_folder(model)
-    config = folder / "vae" / "config.json" if folder else None
-    if config is None or not config.is_file():
-        return 128  # of all Stable Diffusions
-    return int(read_json(config).get("block_out_channels", [128])[0])
 
 
 def _bytes(dtype: str, gpus: float) -> int:

@@ -140,7 +140,7 @@ def _check_image_to_image(config: Config) -> None:
         _get_task_class,
     )
 
-    from ray_synth.preflight.memory import model_folder
+    from ray_synth.preflight.model_sizes import model_folder
 
     folder = model_folder(config.generation.model, config.generation.revision)
     if folder is None or not (folder / "model_index.json").is_file():

@@ -19,7 +19,7 @@ from ray_synth.data.dataset import load_index, read_index
 from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
 from ray_synth.evaluation.checkpoint import _card_of
-from ray_synth.preflight.memory import stored_parameters
+from ray_synth.preflight.model_sizes import stored_parameters
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.texts import read_json
 from ray_synth.training.model_files import load_model

@@ -14,15 +14,8 @@ from samples import ROOT
 from ray_synth.config import load_config
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.hub_models import hub_parameters, weight_files
-from ray_synth.preflight.memory import (
-    GIB,
-    classifier_size,
-    disk_needs,
-    look,
-    memory_needs,
-    model_folder,
-    stored_parameters,
-)
+from ray_synth.preflight.memory import GIB, disk_needs, look, memory_needs
+from ray_synth.preflight.model_sizes import classifier_size, model_folder, stored_parameters
 from ray_synth.preflight.packing import Nodes
 from ray_synth.preflight.reach import Reach
 from ray_synth.storage.folder import Folder

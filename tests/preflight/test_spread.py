@@ -7,7 +7,8 @@ from test_memory import large_model, write_headers  # noqa: F401
 from ray_synth.config import load_config
 from ray_synth.errors import UserError
 from ray_synth.generators.loading import check_placement
-from ray_synth.preflight.memory import GIB, look, parts_parameters
+from ray_synth.preflight.memory import GIB, look
+from ray_synth.preflight.model_sizes import parts_parameters
 from ray_synth.preflight.packing import Nodes
 from ray_synth.preflight.reach import Reach
 from ray_synth.preflight.spread import place, spread_problem
