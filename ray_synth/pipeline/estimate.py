@@ -12,9 +12,10 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ray_synth.config import Config
+from ray_synth.config import Config, TrainingConfig
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, demands
 from ray_synth.stages import STAGES
+from ray_synth.training.brief import is_brief_baseline
 from ray_synth.training.job import total_steps
 from ray_synth.training.published import recipe_alone
 
@@ -110,10 +111,14 @@ def estimate(
     crowd = training.max_workers if shared else 1  # workers that share the cores
     once = m.train_start + m.train_end + (steps // training.checkpoint_every) * m.save
     batches = steps * training.accumulate_steps * crowd
-    alone = sum(
-        once + crowd * _real_batches(config, arm, sizes.real) * m.step_real
-        for arm in training.baselines
-    )
+    alone = 0.0
+    for arm in training.baselines:
+        own = recipe_alone(training) if arm == "recipe" else training
+        brief = is_brief_baseline(own, total_steps(own, sizes.real), sizes.real)
+        # One that is brief starts beside the mixed model; on the same cores its steps take time.
+        if not brief or shared:
+            alone += crowd * _real_batches(training, own, sizes.real) * m.step_real
+        alone += 0.0 if brief else once
     mixed = batches * m.step_mixed
     first = training.feed == "stored" or config.take_over is not None  # as `steps.run_stages`
     if first or "training" not in stages:
@@ -134,10 +139,8 @@ def estimate(
     return priced(config, sizes, {**seconds, "around": m.around})
 
 
-def _real_batches(config: Config, arm: str, images: int) -> float:
+def _real_batches(training: TrainingConfig, alone: TrainingConfig, images: int) -> float:
     """Batches of one worker in a baseline, in batches of as many real images as the probe took."""
-    training = config.training
-    alone = recipe_alone(training) if arm == "recipe" else training
     steps = total_steps(alone, images) * alone.accumulate_steps
     return steps * alone.num_real / training.num_real
 

@@ -289,35 +289,47 @@ def generate(run: Run) -> dict[str, Any]:
 
 
 def train(run: Run, tracker: Any) -> dict[str, Any]:
-    """Train the baselines and the mixed model; the latter while images are being made."""
+    """Train the baselines and the mixed model; the latter while images are being made.
+
+    A brief baseline is trained beside the mixed model, which waits for its first images at that time.
+    """
+    import ray
+
     from ray_synth.generation.cost import cost_note
+    from ray_synth.training.brief import begin_brief, is_brief_baseline
     from ray_synth.training.trainer import run_training
 
     training = run.config.training
     num_synthetic = len(PlanFile(run.folder))
-    seconds = {}
+    seconds: dict[str, float] = {}
+    beside: dict[str, Any] = {}
+    bars: dict[str, Bar] = {}
+    board = make_board()
     for arm in run.arms:
-        if arm == "mixed" and training.feed != "stored":
+        mixed = arm == "mixed"
+        name = f"{arm}-{run.records.token('training')}"
+        if mixed and training.feed != "stored":
             fetch_generator(run.config)
-        started = time.perf_counter()
-        board = make_board()
         job = run.train_job(
             arm,
-            num_synthetic=num_synthetic if arm == "mixed" else 0,
+            num_synthetic=num_synthetic if mixed else 0,
             tracking=tracker.handle if tracker else None,
             board=board,
         )
-        bars = {f"steps/{arm}": Bar(f"training {arm}", job.steps, "steps")}
-        if arm == "mixed" and training.feed != "stored":
+        bars[f"steps/{arm}"] = Bar(f"training {arm}", job.steps, "steps")
+        if not mixed and is_brief_baseline(job.config, job.steps, len(job.real)):
+            beside[arm] = begin_brief(job, None, name)
+            continue
+        if mixed and training.feed != "stored":
             bars["images"] = Bar("generation", num_synthetic, "images")
+        started = time.perf_counter()
         with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
-            run_training(
-                job,
-                run.generation_job(board),
-                run_name=f"{arm}-{run.records.token('training')}",
-            )
-        seconds[arm] = time.perf_counter() - started
-    return {"seconds": seconds, "steps": job.steps}
+            run_training(job, run.generation_job(board), run_name=name)
+            seconds[arm] = time.perf_counter() - started
+            if mixed:
+                seconds |= {arm: ray.get(task) for arm, task in beside.items()}
+        bars = {}
+    return {"seconds": {arm: seconds[arm] for arm in run.arms}, "steps": job.steps}
 
 
 # Stage "evaluation".

@@ -28,11 +28,10 @@ from ray_synth.preflight.demands import READ, demands
 from ray_synth.preflight.packing import Demand
 from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
-from ray_synth.training.job import TrainJob
+from ray_synth.training.brief import begin_brief, is_brief
 
 log = logging.getLogger("ray_synth")
 VALIDATION = "validation"
-SHORT_STEPS = 1_000
 MOST_AT_A_TIME = 256
 T = TypeVar("T")
 
@@ -163,11 +162,12 @@ class Grid:
         )
         generation = run.generation_job() if trial.mixed else None
         # In a task, since Ray Train wants a main thread. Where workers train, it waits, and needs no
-        # CPU of its own. Ray's idle processes serve the next short training, their imports done.
-        short = is_short(job)
-        options = {"num_cpus": training.num_cpus} if short else {"num_cpus": 0, "max_retries": 0}
-        train = ray.remote(**options)(_run_training)
-        ray.get(train.remote(job, generation, trial.digest, short))
+        # CPU of its own.
+        if is_brief(job):
+            ray.get(begin_brief(job, generation, trial.digest))
+        else:
+            train = ray.remote(num_cpus=0, max_retries=0)(_run_training)
+            ray.get(train.remote(job, generation, trial.digest))
         log.info("trained %s, seed %d", trial.arm.label, trial.seed)
 
     def validate(self) -> None:
@@ -258,24 +258,11 @@ class Grid:
         return most_at_once(parts, read, self.reach, most)
 
 
-def is_short(job: TrainJob) -> bool:
-    """Whether a training is over before its checkpoints would be of use: one CPU, all in memory."""
-    return (
-        job.config.max_workers == 1
-        and not job.config.num_gpus
-        and job.steps <= SHORT_STEPS
-        and job.holds_real
-        and (job.reads_store or not job.mixed)
-    )
-
-
-def _run_training(job: Any, generation: Any, run_name: str, short: bool) -> None:
+def _run_training(job: Any, generation: Any, run_name: str) -> None:
     """The task that trains one trial; its checkpoints are of no use once it is done."""
     from ray_synth.training.trainer import run_training
 
-    run_training(job, generation, run_name=run_name, in_process=short)
-    if short:
-        return
+    run_training(job, generation, run_name=run_name)
     checkpoints = job.folder.child("checkpoints")
     checkpoints.filesystem.delete_dir(checkpoints.path(run_name))
 

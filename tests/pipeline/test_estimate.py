@@ -29,7 +29,7 @@ def test_a_stage_is_its_start_and_its_work():
     assert found["plan"] == 10 * 1.9  # the service is up
     assert found["generation"] == 8 + 1200 * 0.05
     once = 15 + 2 + 6 * 0.5
-    assert found["training"] == pytest.approx(2 * once + 300 * (0.03 + 0.08))
+    assert found["training"] == pytest.approx(once + 300 * (0.03 + 0.08))  # one start
     assert found["evaluation"] == pytest.approx(6 + 3 * 4297 * 0.0004)
 
 
@@ -38,7 +38,7 @@ def test_on_shared_cores_each_is_slower_until_the_other_is_done():
     once = 15 + 2 + 6 * 0.5
     warmup, rest = 640 * 0.05, 560 * 0.1
     steps = 300 - rest / 0.2  # what is left of them when all images are made
-    training = 2 * once + 300 * 0.03 + 8 + warmup + rest + steps * 0.08
+    training = once + 300 * 0.03 + 8 + warmup + rest + steps * 0.08
     assert found["training"] == pytest.approx(training)
     assert found["generation"] == 0
 
@@ -47,7 +47,7 @@ def test_on_shared_cores_what_training_did_not_wait_for_is_made_after_it():
     found = seconds("training.steps=100")
     once = 15 + 2 + 2 * 0.5
     left = (560 - 100 * 0.2 / 0.1) * 0.05  # by the generators that are there
-    assert found["training"] == pytest.approx(2 * once + 100 * (0.03 + 0.2) + 8 + 640 * 0.05 + left)
+    assert found["training"] == pytest.approx(once + 100 * (0.03 + 0.2) + 8 + 640 * 0.05 + left)
     assert found["generation"] == 0
     found = seconds("training.steps=100", "training.num_gpus=1")  # by others: none is held idle
     assert found["generation"] == pytest.approx(8 + left)
@@ -57,8 +57,14 @@ def test_apart_generation_and_training_overlap():
     found = seconds("generation.pool={min_size: 1, max_size: 4}", shared=False)
     once = 15 + 2 + 6 * 0.5
     warmup = 640 * 0.05 / 4
-    assert found["training"] == pytest.approx(2 * once + 300 * (0.03 + 0.08) + 8 + warmup)
+    assert found["training"] == pytest.approx(once + 300 * 0.08 + 8 + warmup)
     assert found["generation"] == 0  # 7 s of making, 24 s of training
+
+
+def test_a_baseline_that_is_not_brief_is_trained_before_the_mixed_model():
+    once = 15 + 2 + 6 * 0.5
+    long = seconds("training.feed=stored", "training.image_size=224")
+    assert long["training"] == pytest.approx(2 * once + 300 * (0.03 + 0.08))
 
 
 def test_without_training_all_images_are_made_by_the_stage_of_their_own():
@@ -69,10 +75,10 @@ def test_without_training_all_images_are_made_by_the_stage_of_their_own():
 def test_lockstep_waits_for_every_image():
     apart = seconds("training.feed=lockstep", shared=False)
     once = 15 + 2 + 6 * 0.5
-    assert apart["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + max(1200 * 0.05, 24))
+    assert apart["training"] == pytest.approx(once + 8 + max(1200 * 0.05, 24))
     together = seconds("training.feed=lockstep")
     speed = 0.08 / 0.2 + 0.05 / 0.1  # of both, as a share of what each does alone
-    assert together["training"] == pytest.approx(2 * once + 300 * 0.03 + 8 + (60 + 24) / speed)
+    assert together["training"] == pytest.approx(once + 300 * 0.03 + 8 + (60 + 24) / speed)
 
 
 def test_only_what_is_to_do_counts():
