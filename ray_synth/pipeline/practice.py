@@ -206,61 +206,66 @@ def plan_round(
 ) -> dict[str, Any]:
     """Write a later round, made for what the learner does not know; its card says why."""
     from ray_synth.prompting.plan import plan_tables
-    from ray_synth.prompting.plan_settings import plan_settings
 
-    config, practice = run.config, run.config.prompting.practice
-    assert practice is not None
-    names, total = run.train.class_names, rounds_of(run).images[number]
-    weakness = needs.class_weakness(scores["real"]["classes"])
-    even = np.full(len(names), 0.5)
-    budgets = needs.class_images(total, weakness if practice.by_class else even, practice.floor)
-    settings = plan_settings(config)
-    settings["style_draws"] = _kept_style_draws(run)
-    if practice.by_kind:
-        synthetic = scores["synthetic"]
-        settings["mix"] = needs.kind_mix(settings["mix"], synthetic, practice.floor)
-        styles = [style.name for style in settings["styles"]]
-        settings["style_draws"] = needs.style_draws(
-            styles, synthetic, practice.floor, settings["style_draws"]
-        )
-    pairs = needs.confused_pairs(scores["real"]["classes"]) if practice.apart else {}
-    anew = _new_contexts(run, number, weakness, scores["token"]) if practice.contexts else {}
-    classes = _classes(run, prompts(anew), pairs, anew)
-    before = np.zeros(len(names), np.int64)
+    total = rounds_of(run).images[number]
+    budgets, settings, why = _decided(run, total, scores)
+    anew: dict[str, Any] = {}
+    if run.config.prompting.practice.contexts:
+        anew = _new_contexts(run, number, np.array([*why["weakness"].values()]), scores["token"])
+    before = np.zeros(len(budgets), np.int64)
     for card in cards:
         for index, count in card["by_class"].items():
             before[int(index)] += count
     tables = plan_tables(
-        classes,
+        _classes(run, prompts(anew), why["confused"], anew),
         num_images=total,
         budgets=budgets,
         number=number,
         before=before,
-        unlike_in_words=practice.apart == "words",
+        unlike_in_words=run.config.prompting.practice.apart == "words",
         **settings,
     )
-    card = write_round(
-        run.folder,
-        number,
-        tables,
-        {
-            "token": scores["token"],
-            "steered_by": steering_learner(number),
-            "learner": scores["learner"],
-            "weakness": dict(zip(names, weakness.round(6).tolist(), strict=True)),
-            "budgets": dict(zip(names, budgets.tolist(), strict=True)),
-            "mix": settings["mix"],
-            "styles": dict(
-                zip([s.name for s in settings["styles"]], settings["style_draws"], strict=False)
-            ),
-            "confused": pairs,
-            "new_contexts": sorted(anew),
-            "seed": config.seed,
-        },
-    )
-    first = [names[at] for at in np.argsort(-budgets, kind="stable")[:SHOWN]]
+    kept = {
+        "token": scores["token"],
+        "steered_by": steering_learner(number),
+        "learner": scores["learner"],
+        **why,
+        "new_contexts": sorted(anew),
+        "seed": run.config.seed,
+    }
+    card = write_round(run.folder, number, tables, kept)
+    first = sorted(why["budgets"], key=lambda name: -why["budgets"][name])[:SHOWN]
     log.info("practice: round %d has %d images, most of %s", number, total, ", ".join(first))
     return card
+
+
+def _decided(
+    run: Any, total: int, scores: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
+    """Budgets by class, the settings of `plan_tables`, and the same for a card, with what decided it."""
+    from ray_synth.prompting.plan_settings import plan_settings
+
+    practice, names = run.config.prompting.practice, run.train.class_names
+    settings = plan_settings(run.config)
+    styles = [style.name for style in settings["styles"]]
+    draws = _kept_style_draws(run)
+    classes = scores["real"]["classes"]
+    weakness = needs.class_weakness(classes)
+    even = np.full(len(names), 0.5)
+    budgets = needs.class_images(total, weakness if practice.by_class else even, practice.floor)
+    if practice.by_kind:
+        synthetic = scores["synthetic"]
+        settings["mix"] = needs.kind_mix(settings["mix"], synthetic, practice.floor)
+        draws = needs.style_draws(styles, synthetic, practice.floor, draws)
+    settings["style_draws"] = draws
+    why = {
+        "weakness": dict(zip(names, weakness.round(6).tolist(), strict=True)),
+        "budgets": dict(zip(names, budgets.tolist(), strict=True)),
+        "mix": settings["mix"],
+        "styles": dict(zip(styles, draws or [1] * len(styles), strict=True)),
+        "confused": needs.confused_pairs(classes) if practice.apart else {},
+    }
+    return budgets, settings, why
 
 
 def _classes(
