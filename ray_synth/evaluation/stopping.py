@@ -29,8 +29,8 @@ def enough(rights: Sequence[np.ndarray], least: float) -> bool:
     """Whether the newest `IN_A_ROW` rounds each gained, as validation shows, less than `least` points.
 
     A round that may have gained as much is not one of them: the upper end of the gain's 95% interval has
-    to be below `least`. So few validation images hardly ever stop one, and a round that does gain `least` is
-    taken for one that does not in 2.5% of cases, two in a row more rarely still.
+    to be below `least`. A round that does gain `least` is taken for one that does not in 2.5% of cases,
+    two in a row more rarely still; and few validation images hardly ever end a run.
     """
     found = gains(rights[-IN_A_ROW - 1 :])
     return len(found) == IN_A_ROW and all(gain["interval"][1] < least for gain in found)

@@ -21,9 +21,7 @@ def simulated(rng: np.random.Generator, images: int, rounds: int, gain: float, c
     return found
 
 
-def share_stopped(
-    images: int, gain: float, least: float, rounds: int = 8, runs: int = 60
-) -> float:
+def share_stopped(images: int, gain: float, least: float, rounds: int = 8, runs: int = 60) -> float:
     """The share of runs that the rule would end before their last round."""
     rng = np.random.default_rng(0)
     stopped = 0
