@@ -43,6 +43,11 @@ def learner_folder(number: int) -> str:
     return f"{PRACTICE}/learner-{number:03}"
 
 
+def examples_file(number: int) -> str:
+    """A few images of the round, for the report."""
+    return f"{PRACTICE}/examples-{number:03}.parquet"
+
+
 def steering_learner(number: int) -> str | None:
     """The folder, in the run's, of the learner that a round is made for; None for round 0, which there is
     no learner for."""

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from ray_synth.data.dataset import Index, read_index
 from ray_synth.prompting.plan_file import PLAN_FILE
@@ -27,7 +28,9 @@ BATCH = 256
 CONFUSED = 3  # classes that are named for each
 DIGITS = 6  # of figures in the record
 MEASURES = ("loss", "entropy", "margin", "doubt", "error")
+EXAMPLES = 3  # images of each class that is shown
 COLUMNS = ["sample_id", "image", "class_index", "kind", "style"]
+TOLD = ["class_name", "prompt", "negative_prompt"]  # besides, of examples
 # The plan's columns by which synthetic images are told apart. It has no column for the scene.
 GROUPS = ("class_name", "kind", "style", "context_source")
 
@@ -41,6 +44,7 @@ class Sample:
         real: real images, and `real_set`, which these are: validation or training.
         stored: where all rows planned so far lie; None to leave synthetic images out.
         start, stop: the newest round's rows of the plan.
+        shown: classes of which a few images are kept for the report, in the file `examples`.
     """
 
     folder: Folder
@@ -50,6 +54,8 @@ class Sample:
     start: int
     stop: int
     max_pixels: int
+    shown: tuple[str, ...] = ()
+    examples: str = ""
 
 
 def verdicts(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -132,8 +138,6 @@ def few_real(index: Index, most: int = MOST) -> Index:
 
 def accepted_shares(sample: Sample) -> dict[str, dict[str, list[int]]]:
     """column -> value -> [accepted, made] of all rows of the round."""
-    import pyarrow as pa
-
     assert sample.stored is not None
     plan = sample.folder.read_rows(PLAN_FILE, sample.start, sample.stop, list(GROUPS))
     flags = np.unpackbits(sample.stored.accepted, count=sample.stored.rows).astype(np.int64)
@@ -187,8 +191,12 @@ def _synthetic(
 ) -> dict[str, Any]:
     """A round's images as the learner sees them; its first ones stand for all, as a plan is shuffled."""
     assert sample.stored is not None
-    made = islice(sample.stored.read(sample.start, sample.stop, COLUMNS), MOST)
-    found, rows, _ = scorer.of("aux" if "aux" in card["bns"] else "main", made)
+    made = islice(sample.stored.read(sample.start, sample.stop, COLUMNS + TOLD), MOST)
+    examples: list[dict[str, Any]] = []
+    seen = _watched(made, sample.shown, examples)
+    found, rows, _ = scorer.of("aux" if "aux" in card["bns"] else "main", seen)
+    if examples:
+        sample.folder.write_table(sample.examples, pa.Table.from_pylist(examples))
     labels = np.array([row["class_index"] for row in rows], np.int64)
     record: dict[str, Any] = {**means(found, np.arange(len(labels)))}
     for column in ("kind", "style"):
@@ -197,6 +205,18 @@ def _synthetic(
     record["classes"] = by_class(found, labels, names)
     record["accepted"] = accepted_shares(sample)
     return record
+
+
+def _watched(
+    rows: Iterable[dict[str, Any]], shown: tuple[str, ...], examples: list[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """The rows as they come; the first ones of each class that is shown are kept as examples."""
+    left = dict.fromkeys(shown, EXAMPLES)
+    for row in rows:
+        if left.get(row["class_name"], 0):
+            left[row["class_name"]] -= 1
+            examples.append({name: row[name] for name in ("sample_id", *TOLD, "image")})
+        yield row
 
 
 class _Scorer:
