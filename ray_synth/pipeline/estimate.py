@@ -109,6 +109,10 @@ def estimate(
     steps = total_steps(training, sizes.real)
     crowd = training.max_workers if shared else 1  # workers that share the cores
     once = m.train_start + m.train_end + (steps // training.checkpoint_every) * m.save
+    practice = config.prompting.practice  # between rounds, workers, makers and a scorer start anew
+    again = (practice.rounds - 1 if practice else 0) * (
+        m.train_start + m.train_end + m.save + m.make_start + m.test_start
+    )
     batches = steps * training.accumulate_steps * crowd
     alone = sum(
         once + crowd * _real_batches(config, arm, sizes.real) * m.step_real
@@ -116,7 +120,7 @@ def estimate(
     )
     mixed = batches * m.step_mixed
     if training.feed == "stored":
-        found |= {"generation": made, "training": alone + once + mixed}
+        found |= {"generation": made, "training": alone + once + mixed + again}
     else:
         beside, left = _beside(config, m, synthetic, pool, batches, crowd, shared)
         found["training"] = alone + once + m.make_start + beside

@@ -7,6 +7,7 @@ plan.parquet is all rounds so far, one after the other: whoever reads a plan kno
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from ray_synth.storage.damage import damaged
 from ray_synth.storage.folder import Folder
 
 ROUNDS, PRACTICE = "plan", "practice"  # folders of a run
+CARD = re.compile(r"round-(\d+)\.json")
 
 
 def round_file(number: int) -> str:

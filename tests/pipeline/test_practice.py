@@ -14,6 +14,7 @@ from samples import ROOT
 
 from ray_synth.config import load_config
 from ray_synth.errors import UserError
+from ray_synth.pipeline.dry_run import dry_run
 from ray_synth.pipeline.kept import check_kept
 from ray_synth.pipeline.practice import Work, practise
 from ray_synth.pipeline.records import StageRecords
@@ -261,6 +262,13 @@ def test_what_cannot_be_done_in_rounds_is_refused_before_anything_is_spent(
     with pytest.raises(UserError, match=says):
         check_run(load_config(QUICKSTART, [f"runs_dir={tmp_path / 'runs'}", *SETTINGS, *settings]))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_how_the_plan_and_the_training_are_cut(tmp_path):
+    config = load_config(QUICKSTART, [f"runs_dir={tmp_path}", *SETTINGS])
+    plan = next(step for step in dry_run(config).steps if step.stage == "plan")
+    assert "200 prompts, in 4 rounds of 50, 50, 50, 50" in plan.makes
+    assert "asked after steps 10, 20, 30" in plan.makes
 
 
 def test_hits_are_kept_by_bits():
