@@ -349,26 +349,31 @@ def fill_store(run: Run, plan: PlanFile | None = None) -> int:
 
 def train(run: Run, tracker: Any) -> dict[str, Any]:
     """Train the baselines and the mixed model; the latter while images are being made, or in rounds."""
-    from ray_synth.pipeline.practice import Work, practise, score_round
-
     seconds: dict[str, float] = {}
     more: dict[str, Any] = {}
     for arm in run.arms:
         started = time.perf_counter()
         if arm == "mixed" and run.config.prompting.practice:
-            work = Work(
-                fill=lambda: fill_store(run),
-                train=partial(train_arm, run, arm, tracker),
-                prompts=partial(kept_prompts, run),
-                score=score_round,
-            )
-            more = practise(run, work)
+            more = train_in_rounds(run, tracker)
         else:
             planned = len(PlanFile(run.folder)) if arm == "mixed" else 0
             train_arm(run, arm, tracker, num_synthetic=planned)
         seconds[arm] = time.perf_counter() - started
     steps = total_steps(run.arm_config("mixed"), len(run.train))
     return {"seconds": seconds, "steps": steps, **more}
+
+
+def train_in_rounds(run: Run, tracker: Any) -> dict[str, Any]:
+    """The mixed model, and the rounds that it steers; see `practise`."""
+    from ray_synth.pipeline.practice import Work, practise, score_round
+
+    work = Work(
+        fill=lambda: fill_store(run),
+        train=partial(train_arm, run, "mixed", tracker),
+        prompts=partial(kept_prompts, run),
+        score=score_round,
+    )
+    return practise(run, work)
 
 
 def train_arm(run: Run, arm: str, tracker: Any, *, num_synthetic: int, **part: Any) -> None:
