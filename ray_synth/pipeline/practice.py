@@ -113,13 +113,14 @@ def practise(run: Any, work: Work) -> dict[str, Any]:
             join_rounds(run.folder, cards)
         known = _read_scores(run, number, token)
         if known is None:
-            rows = sum(card["rows"] for card in cards)
+            so_far = cards[: number + 1]
+            rows = sum(card["rows"] for card in so_far)
             work.fill()
             last = ended or number == len(rounds) - 1
             learner = run.folder if last else run.folder.child(learner_folder(number))
             stop = rounds.stops[-1 if last else number]
             work.train(num_synthetic=rows, stop=stop, segment=number, publish=learner)
-            known = {"token": token, **work.score(run, number, learner, cards)}
+            known = {"token": token, **work.score(run, number, learner, so_far)}
             run.folder.write_json(scores_file(number), known)
         scores.append(known)
         if ended:
@@ -276,10 +277,15 @@ def _classes(
     from ray_synth.prompting.fitting import subject
 
     drawn = run.folder.read_json(DRAWS)["contexts"] if run.config.prompting.acceptance else {}
+    by_name = {known.class_name: known for known in classes}
+    # A meaning that follows "not" would read as what the image is of.
+    in_words = run.config.prompting.practice.apart == "words"
     found = []
     for known in classes:
-        other, own = pairs.get(known.class_name, ""), drawn.get(known.class_name, ())
-        unlike = subject(other, "") if other else ""
+        own, unlike = drawn.get(known.class_name, ()), ""
+        if other := by_name.get(pairs.get(known.class_name, "")):
+            name = other.said or other.class_name
+            unlike = subject(name, "" if in_words else other.meaning)
         own = () if known.class_name in anew else own
         found.append(replace(known, unlike=unlike, context_draws=own))
     return found
