@@ -21,6 +21,7 @@ from ray_synth.meaning.entries import read_meanings
 from ray_synth.prompting.rounds import (
     Rounds,
     cut_rounds,
+    examples_file,
     join_rounds,
     learner_folder,
     read_rounds,
@@ -176,7 +177,12 @@ def score_round(
     stored = stored_rows(run.generation_job(), rows)
     real = few_real(run.validation if len(run.validation) else run.train)
     start = rows - cards[-1]["rows"]
-    sample = Sample(run.folder, real, real_set, stored, start, rows, run.config.data.max_pixels)
+    by_budget = sorted(cards[-1].get("budgets", {}).items(), key=lambda item: -item[1])
+    shown = [name for name, _ in by_budget] or list(run.train.class_names)
+    sample = Sample(
+        run.folder, real, real_set, stored, start, rows, run.config.data.max_pixels,
+        tuple(shown[:SHOWN]), examples_file(len(cards) - 1),
+    )  # fmt: skip
     own = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus}
     task: Any = ray.remote(score_learner).options(**own)
     card = learner.read_json("models/mixed.json")
