@@ -342,6 +342,46 @@ def _even_mix() -> dict[Kind, float]:
     return {"contextual": 0.5, "stylized": 0.5}
 
 
+class PracticeConfig(Section):
+    """Rounds: the model in training says what it does not know, and the next images are for that."""
+
+    rounds: Annotated[int, Field(ge=2)] = result(
+        description="the plan is made in so many, training goes on between them"
+    )
+    first: Annotated[float, Field(gt=0, lt=1)] | None = result(
+        None, description="share of all images that round 0 has, alike for all; default: 1 / rounds"
+    )
+    floor: Fraction = result(
+        0.3, description="share of each later round that all classes, kinds and styles get alike"
+    )
+    by_class: bool = result(True, description="classes that the model is unsure of get more images")
+    by_kind: bool = result(
+        True, description="kinds and styles that it learns from, and the checks accept, get more"
+    )
+    apart: Literal["negative_prompt", "words"] | None = result(
+        "negative_prompt",
+        description="where half of a class's rows say which class it is taken for and is not: in the "
+        "negative prompt (read with guidance alone), or in words, `not a heron`; null: nowhere",
+    )
+    contexts: bool = result(
+        False, description="the language model writes new scenes for the weakest classes"
+    )
+    stop: Annotated[float, Field(gt=0)] | None = result(
+        None,
+        description="no more images once validation shows, two rounds in a row, that a round gains less "
+        "than so many points; default: all rounds are made",
+    )
+
+    @model_validator(mode="after")
+    def _can_stop(self) -> PracticeConfig:
+        if self.stop is not None and self.rounds < 4:
+            raise UserError(
+                f"practice.stop compares three rounds before it saves one, and rounds is {self.rounds}: "
+                "give at least 4, or leave stop out"
+            )
+        return self
+
+
 class PromptingConfig(Section):
     """Prompt diversification and the size of the plan (paper, section 3.2)."""
 
@@ -367,6 +407,9 @@ class PromptingConfig(Section):
         description="the directory of an earlier run: contexts and styles of which more of its images "
         "failed the checks are drawn less",
     )
+    practice: PracticeConfig | None = result(
+        None, description="rounds, steered by the model in training; default: one plan, fixed"
+    )
 
     @field_validator("mix")
     @classmethod
@@ -379,6 +422,12 @@ class PromptingConfig(Section):
     def _one_rule(self) -> PromptingConfig:
         if self.fill_to and self.class_multipliers:
             raise UserError("prompting has fill_to and class_multipliers: give one of them")
+        own = "fill_to" if self.fill_to else "class_multipliers" if self.class_multipliers else ""
+        if self.practice and own:
+            raise UserError(
+                f"prompting has practice and {own}, and both say how many images each class gets: give "
+                "one of them"
+            )
         return self
 
 
@@ -846,6 +895,28 @@ class Config(Section):
             raise UserError(
                 "evaluation.bns: blend is chosen on validation images, and data.validation holds none "
                 "out: say how many of each class it shall (10), or take average"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_practise(self) -> Config:
+        practice = self.prompting.practice
+        if practice is None:
+            return self
+        if self.training.feed != "stored":
+            raise UserError(
+                f"prompting.practice makes the images of a round before it trains on them, and "
+                f"training.feed is {self.training.feed}: set training.feed: stored"
+            )
+        if self.take_over is not None:
+            raise UserError(
+                "prompting.practice plans by what the model lacks, and take_over keeps an earlier plan's "
+                "images: leave one of them out"
+            )
+        if practice.stop is not None and not self.data.validation:
+            raise UserError(
+                "prompting.practice.stop compares rounds on validation images, and data.validation holds "
+                "none out: say how many of each class it shall (50), or leave stop out"
             )
         return self
 

@@ -72,7 +72,7 @@ TABLE = (
 )  # fmt: skip
 STAGES = tuple(stage.name for stage in TABLE)
 # Settings that are an input only where they are given: digests of runs without them stay what they were.
-WHERE_GIVEN = ("data.class_info", "take_over")
+WHERE_GIVEN = ("data.class_info", "take_over", "prompting.practice")
 FILES = (
     "files of "  # with a set's setting, an input besides the settings: a digest of the set's files
 )
@@ -141,7 +141,11 @@ def stage_inputs(config: Config, generator: str) -> dict[str, dict[str, Any]]:
                 value = value[part]
             if value is not None or key not in WHERE_GIVEN:
                 own |= flatten({key: value})
-        kept = {k: v for k, v in own.items() if k == "generator" or changes_result(k)}
+        kept = {
+            k: v
+            for k, v in own.items()
+            if (k == "generator" or changes_result(k)) and (v is not None or k not in WHERE_GIVEN)
+        }
         inputs[stage.name] = {**(inputs[stage.needs] if stage.needs else {}), **kept}
     return inputs
 

@@ -144,7 +144,8 @@ def test_no_setting_of_how_a_run_is_done_is_an_input_of_a_stage():
 
 def test_every_setting_that_changes_a_result_is_an_input_of_a_stage():
     """But for those of the image generator, which its fingerprint stands for."""
-    inputs = stage_inputs(load_config(QUICKSTART), "g")["evaluation"]
+    given = ["prompting.practice={rounds: 2}", "training.feed=stored"]  # off by default
+    inputs = stage_inputs(load_config(QUICKSTART, given), "g")["evaluation"]
     covered = ("generation.", "data.ood.ANY.")
     for key, field, mark in all_settings():
         is_leaf = _section_at(Config, key.split(".")) is None

@@ -12,6 +12,7 @@ from typing import Any
 from ray_synth.config import Config
 from ray_synth.errors import duration
 from ray_synth.pipeline.kept import check_kept
+from ray_synth.pipeline.practice import rounds_of
 from ray_synth.pipeline.run import Run, check_run
 from ray_synth.preflight.demands import asks_for_contexts
 from ray_synth.preflight.outlook import gpu_of, outlook
@@ -101,12 +102,22 @@ def _makes(run: Run, *, fresh: bool) -> dict[str, str]:
     return {
         "data": f"{sizes.real:,} training images decoded once",
         "meaning": f"meanings of {meaning}" if config.meaning.enabled else f"{meaning}, as named",
-        "plan": f"{'prompts' if planned is None else f'{planned:,} prompts'}{contexts}",
+        "plan": f"{'prompts' if planned is None else f'{planned:,} prompts'}{contexts}{_rounds(run)}",
         "quality": "thresholds from real images" if checks.need_clip else "nothing: no check asks",
         "generation": images,
         "training": f"{', '.join(arms)}, {training.model} at {training.image_size} px",
         "evaluation": f"test images: {tests}",
     }
+
+
+def _rounds(run: Run) -> str:
+    """How a plan comes in rounds: the first now, the others while the mixed model is trained."""
+    if run.config.prompting.practice is None:
+        return ""
+    rounds = rounds_of(run)
+    each = ", ".join(f"{images:,}" for images in rounds.images)
+    stops = ", ".join(f"{stop:,}" for stop in rounds.stops[:-1])
+    return f", in {len(rounds)} rounds of {each}; the model is asked after steps {stops}"
 
 
 def _cost(run: Run, until: str) -> tuple[dict[str, float], str]:

@@ -110,6 +110,10 @@ def estimate(
     steps = total_steps(training, sizes.real)
     crowd = training.max_workers if shared else 1  # workers that share the cores
     once = m.train_start + m.train_end + (steps // training.checkpoint_every) * m.save
+    practice = config.prompting.practice  # between rounds, workers, makers and a scorer start anew
+    again = (practice.rounds - 1 if practice else 0) * (
+        m.train_start + m.train_end + m.save + m.make_start + m.test_start
+    )
     batches = steps * training.accumulate_steps * crowd
     alone = 0.0
     for arm in training.baselines:
@@ -122,7 +126,7 @@ def estimate(
     mixed = batches * m.step_mixed
     first = training.feed == "stored" or config.take_over is not None  # as `steps.run_stages`
     if first or "training" not in stages:
-        found |= {"generation": made, "training": alone + once + mixed}
+        found |= {"generation": made, "training": alone + once + mixed + again}
     else:
         beside, left = _beside(config, m, synthetic, pool, batches, crowd, shared)
         found["training"] = alone + once + m.make_start + beside

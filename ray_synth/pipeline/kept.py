@@ -13,6 +13,7 @@ from ray_synth.generation.checking import suspects
 from ray_synth.meaning.entries import MEANINGS, read_meanings
 from ray_synth.pipeline.records import input_digest
 from ray_synth.prompting.plan_file import PLAN_FILE, PlanFile
+from ray_synth.prompting.rounds import check_rounds
 from ray_synth.storage.damage import damaged
 from ray_synth.storage.folder import Folder
 
@@ -35,7 +36,8 @@ def check_kept(run: Any) -> None:
         entries = read_meanings(folder, run.train.class_names)
         _check_choices(folder, entries, meaning["result"], plan["result"] if plan else None)
     if plan is not None:
-        check_plan(folder, plan["result"])
+        training = records.record("training")
+        check_plan(folder, plan["result"], training["result"] if training else {})
     if records.record("generation") is not None and (lost := suspects(run.store)):
         log.warning(
             "%d file(s) of %s are damaged or gone, and their images are made again: %s",
@@ -71,8 +73,23 @@ def _check_choices(
         log.warning("%s was edited; as it says now, %s", MEANINGS, shortened(edited, SHOWN))
 
 
-def check_plan(folder: Folder, result: dict[str, Any]) -> None:
-    """Raises DamagedFile where the plan is not the file that its stage wrote."""
+def check_plan(
+    folder: Folder, result: dict[str, Any], training: dict[str, Any] | None = None
+) -> None:
+    """Raises DamagedFile where the plan is not the file that its stage wrote.
+
+    Of a plan in rounds each round is looked at; plan.parquet, which joins them, once training is done:
+    until then it is written anew when training goes on.
+
+    Args:
+        result, training: of these stages; of a training that is not done, nothing.
+    """
+    if result.get("rounds"):
+        check_rounds(folder)
+        digest = (training or {}).get("plan_digest")
+        if digest and folder.digest(PLAN_FILE) != digest:
+            raise damaged(folder.address(PLAN_FILE), "it was changed since it was written")
+        return
     rows = len(PlanFile(folder))
     if rows != result["num_synthetic"]:
         why = f"it has {rows} rows and was written with {result['num_synthetic']}"

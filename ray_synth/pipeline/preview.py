@@ -91,6 +91,8 @@ def figures(run: Run, count: int) -> dict[str, Any]:
     if run.config.generation.checks.policy != "off":
         acceptance.save(run.folder)
     planned = len(PlanFile(run.folder))
+    if run.config.prompting.practice:  # which is round 0 of it as yet
+        planned = run.sizes.synthetic(run.config) or planned
     each = seconds / max(made, 1)
     return {
         "images": made,

@@ -54,6 +54,8 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
         "contexts": results["plan"]["context_sources"],
         "shortened": results["plan"].get("shortened", {}),
     }
+    if practice := results["training"].get("practice"):
+        metrics["practice"] = {**practice, **saved(practice, generation["facts"])}
     if taken := taken_counts(run, generation.get("taken_over") or {}):
         metrics["taken_over"] = taken
     metrics["seconds"]["total"] = before.get("seconds", {}).get("total", seconds)
@@ -62,3 +64,11 @@ def write_report(run: Run, seconds: float) -> dict[str, Any]:
     write_page(run.folder)
     log.info("report: %.1f s", time.perf_counter() - started)
     return metrics
+
+
+def saved(practice: dict[str, Any], facts: dict[str, Any]) -> dict[str, float]:
+    """`gpu_hours_saved`, `cpu_hours_saved` and `cost_saved` by rounds that were not made, at what the
+    images of the others took."""
+    share = practice["images_saved"] / practice["images"]
+    names = ("gpu_hours", "cpu_hours", "cost")
+    return {f"{name}_saved": share * facts.get(name, 0.0) for name in names}

@@ -17,6 +17,7 @@ from ray_synth.generators.licences import LICENCES, licences, warning
 from ray_synth.generators.registry import advise, check_generator, check_plan, filled, fingerprint
 from ray_synth.pipeline.commits import at_commits, find_commits, read_commits
 from ray_synth.pipeline.kept import check_kept
+from ray_synth.pipeline.practice import check_practice
 from ray_synth.pipeline.records import CLEARED, StageRecords, adopt_older
 from ray_synth.pipeline.sets import RealSets, open_sets
 from ray_synth.pipeline.take_over import check_take_over
@@ -180,6 +181,8 @@ def check_run(
     # Of a run that goes on from another, what is missing is known when its plan is written.
     if planned is not None and config.take_over is None and records.record("generation") is None:
         check_plan(config.generation, planned)
+    if config.prompting.practice and records.record("training") is None:
+        check_practice(run)
     refuse_early(config, sets.train.class_names, run.todo(REPORT), local=is_local(config))
     return run
 

@@ -31,9 +31,12 @@ from ray_synth.pipeline.sets import are_found, found_again, inspect_tests, inspe
 from ray_synth.pipeline.take_over import known_classes, taken_contexts, taken_meanings
 from ray_synth.pipeline.taken_images import take_images
 from ray_synth.preflight.demands import asks_for_contexts
-from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
+from ray_synth.prompting.plan import ClassPrompts
+from ray_synth.prompting.plan_file import PLAN_FILE, PLAN_SCHEMA, PlanFile
+from ray_synth.prompting.plan_settings import read_contexts
 from ray_synth.stages import up_to
 from ray_synth.storage.journal import Journal
+from ray_synth.training.job import TrainJob, total_steps
 
 log = logging.getLogger("ray_synth")
 GUIDES_PER_CLASS = 16  # real images that take turns in image-to-image generation
@@ -51,7 +54,10 @@ def run_stages(run: Run, until: str, tracker: Any = None) -> None:
     if "quality" in wanted:
         run.records.run("quality", lambda: measure_quality(run))
     first = run.config.training.feed == "stored" or run.config.take_over is not None
-    if "generation" in wanted and (first or "training" not in wanted):
+    if practises(run):
+        if "generation" in wanted and "training" not in wanted:
+            fill_store(run)  # of the rounds that are planned so far
+    elif "generation" in wanted and (first or "training" not in wanted):
         run.records.run("generation", lambda: generate(run))
     if "training" in wanted:
         run.records.run("training", lambda: train(run, tracker))
@@ -78,9 +84,18 @@ def run_words(run: Run, service: Any, *, plan: bool = True) -> None:
 
 
 def run_images(run: Run) -> None:
-    """The stages that make all images of a plan."""
+    """The stages that make all images of a plan; with practice, those that are planned so far."""
     run.records.run("quality", lambda: measure_quality(run))
-    run.records.run("generation", lambda: generate(run))
+    if practises(run):
+        fill_store(run)
+    else:
+        run.records.run("generation", lambda: generate(run))
+
+
+def practises(run: Run) -> bool:
+    """Whether further rounds of the plan are up to training, which is not done."""
+    practice = run.config.prompting.practice
+    return practice is not None and run.records.record("training") is None
 
 
 # Stage "meaning": label ambiguity resolution, section 3.1.
@@ -126,29 +141,22 @@ def _tell_refused(class_name: str, pieces: int) -> None:
 
 
 def write_plan(run: Run, service: Any) -> dict[str, Any]:
-    """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet."""
+    """contexts.json (what the LLM wrote, and what the pool had to add) and plan.parquet; with practice,
+    round 0 of it."""
     from ray_synth.generation.draws import draws_of
+    from ray_synth.pipeline.practice import rounds_of
     from ray_synth.prompting.budgets import class_budgets, within
-    from ray_synth.prompting.plan import ClassPrompts, plan_tables
-    from ray_synth.prompting.plan_settings import plan_settings, read_contexts
+    from ray_synth.prompting.plan import plan_tables
+    from ray_synth.prompting.plan_settings import plan_settings
+    from ray_synth.prompting.rounds import clear_rounds, join_rounds, round_file, write_round
 
     config, folder = run.config, run.folder
+    clear_rounds(folder)
     entries = read_meanings(folder, run.train.class_names)
     meanings = {entry["class_name"]: entry["choice"] for entry in entries}
     contexts = _written_contexts(run, service, meanings)
     guides = choose_references(run)
-    classes = [
-        ClassPrompts(
-            index,
-            known.class_name,
-            meanings[known.class_name],
-            read_contexts(contexts.get(known.class_name, {})),
-            guides.get(index, []),
-            known.number,
-            known.said,
-        )
-        for index, known in enumerate(known_classes(run))
-    ]
+    classes = class_prompts(run, meanings, contexts, guides)
     num_images = run.sizes.synthetic(config)
     assert num_images is not None
     budgets = class_budgets(config.prompting, run.train.counts())
@@ -163,6 +171,8 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
     if config.prompting.acceptance:
         earlier, styles = config.prompting.acceptance, settings["styles"]
         classes, settings["style_draws"] = draws_of(earlier, classes, styles, folder)
+    if config.prompting.practice:
+        num_images = rounds_of(run).images[0]
 
     def tables() -> Iterator[pa.Table]:
         for table in plan_tables(
@@ -172,15 +182,56 @@ def write_plan(run: Run, service: Any) -> dict[str, Any]:
                 sources[item["values"]] += item["counts"]
             yield table
 
-    folder.write_tables("plan.parquet", PLAN_SCHEMA, tables())
+    if config.prompting.practice:
+        join_rounds(folder, [write_round(folder, 0, tables(), {})])
+    else:
+        folder.write_tables(PLAN_FILE, PLAN_SCHEMA, tables())
     _tell_shortened(shortened, sources.total(), settings["max_tokens"])
+    written = round_file(0) if config.prompting.practice else PLAN_FILE
     return {
         "num_synthetic": sources.total(),
         "context_sources": dict(sorted(sources.items())),
         "shortened": dict(sorted(shortened.items())),
-        "digest": folder.digest("plan.parquet"),
+        "digest": folder.digest(written),
         "meanings": choices_digest(meanings),
+        **({"rounds": True} if config.prompting.practice else {}),
     }
+
+
+def class_prompts(
+    run: Run, meanings: dict[str, str], contexts: dict[str, Any], guides: dict[int, list[str]]
+) -> list[ClassPrompts]:
+    """What is known of each class when its prompts are written, in the order of the classes.
+
+    Args:
+        contexts: by class name, what the service wrote.
+        guides: as `choose_references` gives them.
+    """
+    return [
+        ClassPrompts(
+            index,
+            known.class_name,
+            meanings[known.class_name],
+            read_contexts(contexts.get(known.class_name, {})),
+            guides.get(index, []),
+            known.number,
+            known.said,
+        )
+        for index, known in enumerate(known_classes(run))
+    ]
+
+
+def kept_prompts(run: Run, anew: dict[str, Any]) -> list[ClassPrompts]:
+    """As `class_prompts`, from what the stages before have kept.
+
+    Args:
+        anew: contexts of some classes, by name, in the places of those that they have.
+    """
+    entries = read_meanings(run.folder, run.train.class_names)
+    meanings = {entry["class_name"]: entry["choice"] for entry in entries}
+    there = run.folder.exists("contexts.json")
+    contexts = run.folder.read_json("contexts.json")["classes"] if there else {}
+    return class_prompts(run, meanings, {**contexts, **anew}, choose_references(run))
 
 
 def _tell_shortened(shortened: Counter[str], rows: int, limit: int) -> None:
@@ -256,7 +307,10 @@ def measure_quality(run: Run, per_class: int | None = None) -> dict[str, Any]:
     few = select(run.train, per_class or REAL_PER_CLASS, run.config.seed)
     images = ImagesByClass(few)
     meanings = read_meanings(run.folder, run.train.class_names)
-    made_per_class = max(1, len(PlanFile(run.folder)) // len(meanings))
+    planned = len(PlanFile(run.folder))
+    if run.config.prompting.practice:  # all rounds: the reference is measured once
+        planned = run.sizes.synthetic(run.config) or planned
+    made_per_class = max(1, planned // len(meanings))
     measure = ray.remote(num_cpus=clip.num_cpus, num_gpus=clip.num_gpus)(measure_run)
     folder = run.folder.child("quality")
     ray.get(measure.remote(images, meanings, clip, checks, made_per_class, folder))
@@ -265,71 +319,105 @@ def measure_quality(run: Run, per_class: int | None = None) -> dict[str, Any]:
 
 def generate(run: Run) -> dict[str, Any]:
     """Make what the store lacks of the plan; an earlier run's images first, where it goes on from one."""
-    from ray_synth.generation.cost import cost_note, store_facts
+    from ray_synth.generation.cost import store_facts
+
+    taken = take_images(run, lambda plan: fill_store(run, plan)) if run.config.take_over else {}
+    made = fill_store(run) + taken.get("made", 0)
+    facts = store_facts(run.config, run.folder, run.store)
+    return {"made_in_this_stage": made, "taken_over": taken, **facts}
+
+
+def fill_store(run: Run, plan: PlanFile | None = None) -> int:
+    """Make what the store lacks of a plan, by default the run's; how many images."""
+    from ray_synth.generation.cost import cost_note
     from ray_synth.generation.stream import make_images, missing_chunks
 
     board = make_board()
-
-    def make(plan: PlanFile) -> int:
-        job = replace(run.generation_job(board), plan=plan)
-        chunks = missing_chunks(job)
-        if chunks:
-            fetch_generator(run.config)
-        bars = {"images": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
-        with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
-            return make_images(job, chunks)
-
-    taken = take_images(run, make) if run.config.take_over else {}
-    made = make(PlanFile(run.folder)) + taken.get("made", 0)
-    facts = store_facts(run.config, run.folder, run.store)
-    return {"made_in_this_stage": made, "taken_over": taken, **facts}
+    job = replace(run.generation_job(board), plan=plan or PlanFile(run.folder))
+    chunks = missing_chunks(job)
+    if chunks:
+        fetch_generator(run.config)
+    bars = {"images": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
+    with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
+        return make_images(job, chunks)
 
 
 # Stage "training": section 3.3.
 
 
 def train(run: Run, tracker: Any) -> dict[str, Any]:
-    """Train the baselines and the mixed model; the latter while images are being made.
+    """Train the baselines and the mixed model; the latter while images are being made, or in rounds.
 
-    A brief baseline is trained beside the mixed model, which waits for its first images at that time.
+    Brief baselines are trained beside what comes first, which mostly waits for its start at that time.
     """
     import ray
 
-    from ray_synth.generation.cost import cost_note
     from ray_synth.training.brief import begin_brief, is_brief_baseline
+
+    seconds: dict[str, float] = {}
+    more: dict[str, Any] = {}
+    board, beside, bars = make_board(), {}, {}
+    for arm in run.arms:
+        job = _train_job(run, arm, tracker, board)
+        if arm != "mixed" and is_brief_baseline(job.config, job.steps, len(job.real)):
+            beside[arm] = begin_brief(job, None, _run_name(run, arm))
+            bars[f"steps/{arm}"] = Bar(f"training {arm}", job.steps, "steps")
+    with watch(board, bars):
+        for arm in run.arms:
+            started = time.perf_counter()
+            if arm == "mixed" and run.config.prompting.practice:
+                more = train_in_rounds(run, tracker)
+            elif arm not in beside:
+                planned = len(PlanFile(run.folder)) if arm == "mixed" else 0
+                train_arm(run, arm, tracker, num_synthetic=planned)
+            seconds[arm] = time.perf_counter() - started
+        seconds |= {arm: ray.get(task) for arm, task in beside.items()}
+    steps = total_steps(run.arm_config("mixed"), len(run.train))
+    return {"seconds": seconds, "steps": steps, **more}
+
+
+def train_in_rounds(run: Run, tracker: Any) -> dict[str, Any]:
+    """The mixed model, and the rounds that it steers; see `practise`."""
+    from ray_synth.pipeline.practice import Work, practise, score_round
+
+    work = Work(
+        fill=lambda: fill_store(run),
+        train=partial(train_arm, run, "mixed", tracker),
+        prompts=partial(kept_prompts, run),
+        score=score_round,
+    )
+    return practise(run, work)
+
+
+def train_arm(run: Run, arm: str, tracker: Any, *, num_synthetic: int, **part: Any) -> None:
+    """Train one arm, or the next part of it.
+
+    Args:
+        num_synthetic: so many first rows of the plan are trained on.
+        part: fields of `TrainJob` that say which part.
+    """
+    from ray_synth.generation.cost import cost_note
     from ray_synth.training.trainer import run_training
 
-    training = run.config.training
-    num_synthetic = len(PlanFile(run.folder))
-    seconds: dict[str, float] = {}
-    beside: dict[str, Any] = {}
-    bars: dict[str, Bar] = {}
+    streamed = arm == "mixed" and run.config.training.feed != "stored"
+    if streamed:
+        fetch_generator(run.config)
     board = make_board()
-    for arm in run.arms:
-        mixed = arm == "mixed"
-        name = f"{arm}-{run.records.token('training')}"
-        if mixed and training.feed != "stored":
-            fetch_generator(run.config)
-        job = run.train_job(
-            arm,
-            num_synthetic=num_synthetic if mixed else 0,
-            tracking=tracker.handle if tracker else None,
-            board=board,
-        )
-        bars[f"steps/{arm}"] = Bar(f"training {arm}", job.steps, "steps")
-        if not mixed and is_brief_baseline(job.config, job.steps, len(job.real)):
-            beside[arm] = begin_brief(job, None, name)
-            continue
-        if mixed and training.feed != "stored":
-            bars["images"] = Bar("generation", num_synthetic, "images")
-        started = time.perf_counter()
-        with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
-            run_training(job, run.generation_job(board), run_name=name)
-            seconds[arm] = time.perf_counter() - started
-            if mixed:
-                seconds |= {arm: ray.get(task) for arm, task in beside.items()}
-        bars = {}
-    return {"seconds": {arm: seconds[arm] for arm in run.arms}, "steps": job.steps}
+    job = _train_job(run, arm, tracker, board, num_synthetic=num_synthetic, **part)
+    bars = {f"steps/{arm}": Bar(f"training {arm}", job.end, "steps")}
+    if streamed:
+        bars["images"] = Bar("generation", num_synthetic, "images")
+    with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
+        run_training(job, run.generation_job(board), run_name=_run_name(run, arm))
+
+
+def _train_job(run: Run, arm: str, tracker: Any, board: Any, **part: Any) -> TrainJob:
+    own = {"num_synthetic": 0, "board": board, **part}
+    return run.train_job(arm, tracking=tracker.handle if tracker else None, **own)
+
+
+def _run_name(run: Run, arm: str) -> str:
+    return f"{arm}-{run.records.token('training')}"
 
 
 # Stage "evaluation".

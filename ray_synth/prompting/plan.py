@@ -41,6 +41,7 @@ class ClassPrompts:
             A class that moves to another index keeps its number, and so its images.
         said: what prompts call it; default: its name.
         context_draws: how often each context comes, relative to each other; empty: all equally often.
+        unlike: what it is taken for and is not (`a heron`): every second row says so.
     """
 
     class_index: int
@@ -51,6 +52,7 @@ class ClassPrompts:
     number: int | None = None
     said: str = ""
     context_draws: Sequence[int] = ()
+    unlike: str = ""
 
     @property
     def key(self) -> int:
@@ -77,6 +79,9 @@ def plan_tables(
     style_draws: Sequence[int] = (),
     table_rows: int = TABLE_ROWS,
     shortened: Counter[str] | None = None,
+    number: int = 0,
+    before: np.ndarray | None = None,
+    unlike_in_words: bool = False,
 ) -> Iterator[pa.Table]:
     """The plan of exactly `num_images` rows, in tables (schema `PLAN_SCHEMA`) of `table_rows`.
 
@@ -91,16 +96,22 @@ def plan_tables(
         style_draws: how often each style comes, relative to each other; empty: all equally often.
         table_rows: the last table may have fewer.
         shortened: counts rows by what their prompt lost (`fit_prompt`), as they are yielded.
+        number: of the round of practice that the plan is of (`rounds.py`).
+        before: (num_classes,) rows of each class in earlier rounds, which its own go on from.
+        unlike_in_words: `ClassPrompts.unlike` is said in the prompt, not in the negative one.
     """
     prompts = _Prompts(classes, styles, count_tokens=count_tokens, max_tokens=max_tokens)
+    prompts.negative, prompts.in_words = negative_prompt, unlike_in_words
     prompts.shortened = Counter() if shortened is None else shortened
     id_heads = np.empty(num_images, np.uint64)
     done = 0
     turns = _even_turns(len(classes), num_images) if budgets is None else _turns(budgets)
     of_styles = style_draws or [1] * len(styles)
-    rounds = _rounds(classes, turns, mix=mix, style_draws=of_styles, seed=seed)
+    rounds = _rounds(classes, turns, mix=mix, style_draws=of_styles, seed=seed, number=number)
     for slots in _in_chunks(_first(rounds, num_images), table_rows):
-        table = _table(slots, classes, styles, prompts, negative_prompt, fingerprint, seed)
+        if before is not None:
+            slots[-1] += before[slots[0]]
+        table = _table(slots, classes, styles, prompts, fingerprint, seed)
         id_heads[done : done + table.num_rows] = id_keys(table["sample_id"].to_pylist())
         done += table.num_rows
         yield table
@@ -132,6 +143,7 @@ def _rounds(
     mix: dict[str, float],
     style_draws: Sequence[int],
     seed: int,
+    number: int = 0,
 ) -> Iterator[np.ndarray]:
     """The rows in numbers, `(6, rows)` int64 per round.
 
@@ -140,13 +152,14 @@ def _rounds(
     """
     contexts = [_deck(known.context_draws or [1] * len(known.contexts)) for known in classes]
     references = [_deck([1] * len(known.references)) for known in classes]
-    keys = [(seed, known.key) for known in classes]
+    own = (number,) if number else ()  # a later round shuffles anew
+    keys = [(seed, known.key, *own) for known in classes]
     context_cycles = {kind: _Cycles(contexts, keys, 1) for kind in KINDS if kind != "plain"}
     style_cycles = _Cycles([_deck(style_draws)] * len(classes), keys, 2)
     reference_cycles = _Cycles(references, keys, 3)
     sequence = _Sequence(mix)
-    for number, turn in enumerate(turns):
-        order = np.random.default_rng((seed, number)).permutation(len(classes))
+    for place, turn in enumerate(turns):
+        order = np.random.default_rng((seed, place, *own)).permutation(len(classes))
         position = order[turn[order] >= 0]
         row = turn[position]
         kind, of_kind = sequence.at(row)
@@ -255,15 +268,14 @@ def _table(
     classes: Sequence[ClassPrompts],
     styles: Sequence[Style],
     prompts: _Prompts,
-    negative_prompt: str,
     fingerprint: str,
     seed: int,
 ) -> pa.Table:
     """The rows of some slots (columns of `_rounds`)."""
-    position, kind, context, style, reference, round_number = slots
+    position, kind, context, style, reference, row = slots
     known = [classes[i] for i in position.tolist()]
-    texts = prompts.of(position, kind, context, style)
-    seeds = [_digest_int(seed, k.key, r) for k, r in zip(known, round_number.tolist(), strict=True)]
+    texts, negatives = prompts.told_apart(prompts.of(position, kind, context, style), known, row)
+    seeds = [_digest_int(seed, k.key, r) for k, r in zip(known, row.tolist(), strict=True)]
     references = [
         k.references[r] if r >= 0 else "" for k, r in zip(known, reference.tolist(), strict=True)
     ]
@@ -271,8 +283,10 @@ def _table(
         k.contexts[c][1] if c >= 0 else "none" for k, c in zip(known, context.tolist(), strict=True)
     ]
     ids = [
-        sample_id(text, negative_prompt, image_seed, fingerprint, image)
-        for text, image_seed, image in zip(texts, seeds, references, strict=True)
+        sample_id(text, negative, image_seed, fingerprint, image)
+        for text, negative, image_seed, image in zip(
+            texts, negatives, seeds, references, strict=True
+        )
     ]
     columns = {
         "sample_id": ids,
@@ -282,7 +296,7 @@ def _table(
         "kind": pa.array(KINDS).take(pa.array(kind)),
         "style": pa.array(["", *(s.name for s in styles)]).take(pa.array(style + 1)),
         "prompt": texts,
-        "negative_prompt": pa.repeat(negative_prompt, len(ids)),
+        "negative_prompt": negatives,
         "context_source": sources,
         "seed": seeds,
         "reference": references,
@@ -303,6 +317,7 @@ class _Prompts(dict[int, tuple[str, str]]):
     ) -> None:
         super().__init__()
         self.shortened: Counter[str] = Counter()
+        self.negative, self.in_words = "", False
         self._classes, self._styles, self._limit = classes, styles, limit
         most_contexts = max((len(known.contexts) for known in classes), default=0)
         self._shape = (len(classes), len(KINDS), most_contexts + 1, len(styles) + 1)
@@ -315,6 +330,24 @@ class _Prompts(dict[int, tuple[str, str]]):
         found = [self[key] for key in keys.tolist()]
         self.shortened.update(lost for _, lost in found if lost)
         return [prompt for prompt, _ in found]
+
+    def told_apart(
+        self, texts: list[str], known: Sequence[ClassPrompts], row: np.ndarray
+    ) -> tuple[list[str], list[str]]:
+        """The prompts and negative prompts of some rows, every second one saying what its class is not
+        (`ClassPrompts.unlike`), where there is room for it."""
+        negatives = [self.negative] * len(texts)
+        for at in [i for i, k in enumerate(known) if k.unlike and row[i] % 2]:
+            unlike = known[at].unlike
+            if self.in_words:
+                texts[at] = self._if_fits(f"{texts[at]}, not {unlike}", texts[at])
+            else:
+                joined = ", ".join(filter(None, [self.negative, unlike]))
+                negatives[at] = self._if_fits(joined, self.negative)
+        return texts, negatives
+
+    def _if_fits(self, text: str, else_: str) -> str:
+        return text if self._limit["count_tokens"](text) <= self._limit["max_tokens"] else else_
 
     def __missing__(self, key: int) -> tuple[str, str]:
         position, kind, context, style = map(int, np.unravel_index(key, self._shape))

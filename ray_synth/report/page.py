@@ -18,6 +18,7 @@ from ray_synth.generation.acceptance import ACCEPTANCE, least_accepted
 from ray_synth.generators.licences import DISCLAIMER, LICENCES
 from ray_synth.meaning.entries import MEANINGS, read_meanings
 from ray_synth.report import plots
+from ray_synth.report.rounds import rounds_of
 from ray_synth.report.sheet import choose_examples, choose_refused, kinds_of, thumbnail
 from ray_synth.report.table import (
     BASELINES,
@@ -123,6 +124,8 @@ def read_run(folder: Folder) -> dict[str, Any]:
         "kinds": kinds_of(examples),
         "classes": example_classes(examples),
         "num_classes": len(entries) or len({row["class_index"] for row in examples}),
+        "rounds": rounds(folder),
+        "practice": metrics.get("practice"),
         "meanings": meanings(entries),
         "meanings_shown": CLASSES_SHOWN,
         "has_studies": folder.exists("studies/index.html"),
@@ -199,6 +202,19 @@ def example_classes(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {**shown, "uri": uri, "tiny": max(picture.size) <= 32}
         )
     return list(classes.values())
+
+
+def rounds(folder: Folder) -> list[dict[str, Any]]:
+    """The rounds of a run, each with a few of its images as data URIs; unreadable ones are left out."""
+    found = rounds_of(folder)
+    for item in found:
+        shown = []
+        for row in item["examples"]:
+            picture = thumbnail(row.pop("image"), THUMBNAIL)
+            if picture is not None:
+                shown.append({**row, "uri": data_uri(picture), "tiny": max(picture.size) <= 32})
+        item["examples"] = shown
+    return found
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -21,6 +21,7 @@ from ray_synth.generation.cost import reason_label
 from ray_synth.generation.store import pack_range
 from ray_synth.monitoring.heartbeat import PROGRESS, process_lives
 from ray_synth.prompting.plan_file import PlanFile
+from ray_synth.prompting.rounds import CARD, ROUNDS
 from ray_synth.stages import STAGES, TABLE
 from ray_synth.storage.damage import DamagedFile, damaged
 from ray_synth.storage.folder import Folder
@@ -304,7 +305,9 @@ def _counts(
             counts[stage.name] = dict(bars[name])
     if images.planned is not None:
         bar = {"done": images.stored, "total": images.planned, "unit": "images"}
-        note = "" if images.exact else "about"
+        note = " ".join(
+            filter(None, [_round_note(folder, config), "" if images.exact else "about"])
+        )
         counts["generation"] = {**bar, "note": note, "rate": images.rate}
     total = (config.get("training") or {}).get("steps")
     for arm, (step, _) in arms.items():
@@ -319,6 +322,13 @@ def _counts(
             done = max(bar["done"], arms.get(arm, (0, 0.0))[0] or 0)
             counts["training"] = {**bar, "done": done, "note": arm}
     return counts
+
+
+def _round_note(folder: Folder, config: dict[str, Any]) -> str:
+    """`round 2 of 4:`, where the plan comes in rounds; it is counted from 1."""
+    rounds = ((config.get("prompting") or {}).get("practice") or {}).get("rounds")
+    planned = [name for name in files(folder.child(ROUNDS)) if CARD.fullmatch(name)]
+    return f"round {len(planned)} of {rounds}:" if rounds and planned else ""
 
 
 def _count_of(bar: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ray_synth.training.published import recipe_alone
 REAL_ONLY = "real_only"
 STUDIES = "studies"  # the folder of all studies in a run's
 VALIDATION_PER_CLASS = 20  # held out, where `data.validation` does not say
+PRACTICE = "prompting.practice"
 ARMS = "arms"  # the folder of all trained models of a config's studies
 
 
@@ -76,7 +77,8 @@ def trials_of(
 
     Args:
         everything: all arms of all studies. Arms whose images differ in number alone take them from
-            one plan, of which each is a prefix: its length is the longest that any of these needs.
+            one plan, of which each is a prefix: its length is the longest that any of these needs. Of
+            rounds none is a prefix of longer ones: each number has a plan of its own.
 
     Raises:
         ValueError: an arm's settings are not valid.
@@ -90,7 +92,8 @@ def trials_of(
     for arm in arms:
         key = _images_key(_configured(base, arm, 0))
         for seed in seeds:
-            config = _configured(base, arm, seed, multiplier=longest[key] or None)
+            scale = arm.scale if PRACTICE in arm.settings else longest[key]
+            config = _configured(base, arm, seed, multiplier=scale or None)
             found.append(_trial(arm, seed, config))
     return found
 
@@ -98,7 +101,9 @@ def trials_of(
 def _trial(arm: Arm, seed: int, config: Config) -> Trial:
     inputs = stage_inputs(config, _fingerprint(config.generation.model_dump_json()))
     if arm.scale:
-        source = _digest(inputs["generation"])
+        # The later rounds of practice follow from the training.
+        decides = "training" if config.prompting.practice else "generation"
+        source = _digest(inputs[decides])
         digest = _digest({**inputs["training"], "scale": arm.scale})
     else:  # nothing that concerns synthetic images makes a difference
         source = _digest(inputs["data"])
@@ -109,6 +114,7 @@ def _trial(arm: Arm, seed: int, config: Config) -> Trial:
 
 def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = None) -> Config:
     values = base.model_dump()
+    values["prompting"]["practice"] = None  # plans are fixed, but for arms that say otherwise
     for key, value in arm.settings.items():
         *parents, leaf = key.split(".")
         node = values

@@ -1,4 +1,4 @@
-"""The ten studies: their questions and their arms. Pure.
+"""The studies: their questions and their arms. Pure.
 
 "The whole" is the method as the config has it: label ambiguity resolution, the config's mix of prompts,
 dual BN, balanced batches.
@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ray_synth.config import Config
+from ray_synth.config import Config, PracticeConfig
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.generators.registry import filled
 from ray_synth.studies.arm import REAL_ONLY, Arm
 
 IMBALANCE = 20.0  # largest over smallest class of the long-tailed sets
+ROUNDS = 4  # of practice, where the config does not say
 PLAIN = {"plain": 1.0}
 NO_LAR = {"meaning.enabled": False}
 SHARED = {"training.dual_bn": False}
@@ -366,6 +367,52 @@ def _robustness(config: Config, counts: dict[str, int]) -> Study:
     )
 
 
+def _practice(config: Config, counts: dict[str, int]) -> Study:
+    """A fixed plan against rounds, of as many images; on the classes as they are, and on a long tail.
+
+    Arms whose rounds would have fewer images than there are classes are left out.
+    """
+    scale = config.studies.scale
+    rounds = config.prompting.practice or PracticeConfig(rounds=ROUNDS)
+    given = rounds.model_copy(update={"stop": None}).model_dump()
+    tail = {"data.train.images_per_class": long_tail(counts, config)}
+
+    def practised(**changes: Any) -> dict[str, Any]:
+        return {"prompting.practice": {**given, **changes}}
+
+    first = rounds.first or 1 / rounds.rounds
+    smallest = min(first, (1 - first) / (rounds.rounds - 1))  # share of a round
+    alone = {"by_class": False, "by_kind": False, "apart": None, "contexts": False}
+
+    def fits(arm: Arm) -> bool:
+        real = tail["data.train.images_per_class"] if arm.name.startswith("tail_") else counts
+        images = int(arm.scale * sum(real.values()) * smallest)
+        return "prompting.practice" not in arm.settings or images >= len(counts)
+
+    arms = (
+        REAL,
+        Arm("fixed", "fixed plan", scale),
+        Arm("rounds_alone", "rounds, steered by nothing", scale, practised(**alone), "fixed"),
+        Arm("rounds", "rounds", scale, practised(), "fixed"),
+        Arm("by_class", "rounds, by class alone", scale,
+            practised(**{**alone, "by_class": True}), "fixed"),
+        Arm("rounds_third", "rounds, a third of the images", scale / 3, practised(), "fixed"),
+        Arm("tail_real", "long tail, real only", 0, tail, "tail_real"),
+        Arm("tail_fixed", "long tail, fixed plan", scale, tail, "tail_real"),
+        Arm("tail_filled", "long tail, filled up", scale,
+            {**tail, "prompting.fill_to": "even"}, "tail_fixed"),
+        Arm("tail_rounds", "long tail, rounds", scale, {**tail, **practised()}, "tail_fixed"),
+    )  # fmt: skip
+    return Study(
+        "practice",
+        "Rounds that are made for what the model does not know",
+        "A plan that is fixed before training begins against rounds that the model in training steers, "
+        "with as many images: is it better, and does a third of the images do as well?",
+        tuple(arm for arm in arms if fits(arm)),
+        measures=("by_frequency",),
+    )
+
+
 WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {
     "ablation": _ablation,
     "scaling": _scaling,
@@ -377,4 +424,5 @@ WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {
     "domain_shift": _domain_shift,
     "diversity": _diversity,
     "robustness": _robustness,
+    "practice": _practice,
 }

@@ -151,6 +151,11 @@ class Grid:
 
         run = self.runs[trial.source]
         training = trial.config.training
+        if trial.config.prompting.practice:
+            rounds = ray.remote(num_cpus=0, max_retries=0)(_run_practice)
+            ray.get(rounds.remote(run, self.arms, trial.digest))
+            log.info("trained %s, seed %d, in rounds", trial.arm.label, trial.seed)
+            return
         job = run.train_job(
             trial.digest,
             num_synthetic=round(trial.arm.scale * len(run.train)),
@@ -265,6 +270,18 @@ def _run_training(job: Any, generation: Any, run_name: str) -> None:
     run_training(job, generation, run_name=run_name)
     checkpoints = job.folder.child("checkpoints")
     checkpoints.filesystem.delete_dir(checkpoints.path(run_name))
+
+
+def _run_practice(run: Run, arms: Folder, digest: str) -> None:
+    """The task that makes the rounds of one trial and trains on them; its models go to the arms."""
+    from ray_synth.pipeline.steps import train_in_rounds
+
+    train_in_rounds(run, None)
+    card = run.folder.read_json("models/mixed.json")
+    for bn in card["bns"]:
+        data = run.folder.read_bytes(f"models/mixed.{bn}.safetensors")
+        arms.write_bytes(f"models/{digest}.{bn}.safetensors", data)
+    arms.write_json(f"models/{digest}.json", {**card, "arm": digest})
 
 
 def side_by_side(work: Callable[[T], Any], items: Iterable[T], at_a_time: int) -> None:

@@ -30,6 +30,10 @@ class TrainJob:
         tracking: MLflow's uri and run id, or None.
         board: the progress board's handle.
         num_threads: of torch, on CPUs; default: all cores.
+        stop: the step at which this part of the training ends; default: the last. Rates and lambda are
+            those of the whole.
+        segment: number of the part; the order of synthetic images is its own.
+        publish: the folder of the models that this part leaves; default: `folder`.
     """
 
     arm: str
@@ -46,6 +50,14 @@ class TrainJob:
     tracking: dict[str, str] | None = None
     board: Any = None
     num_threads: int | None = None
+    stop: int | None = None
+    segment: int = 0
+    publish: Folder | None = None
+
+    @property
+    def end(self) -> int:
+        """The step at which this job ends."""
+        return self.steps if self.stop is None else self.stop
 
     @property
     def mixed(self) -> bool:

@@ -79,7 +79,7 @@ def _train(
     prefetcher: Prefetcher,
     meter: Meter,
 ) -> str | None:
-    """Step, log and save to the last step; None, or why training stopped before it."""
+    """Step, log and save to the job's last step; None, or why training stopped before it."""
     from ray_synth.training.curve import LossWatch, curve_point, diverged
     from ray_synth.training.meter import Stopwatch
     from ray_synth.training.model_files import export_models
@@ -87,7 +87,7 @@ def _train(
     job, config, world_size = learner.job, learner.config, learner.world_size
     watch, notices, stopwatch = LossWatch(), Notices(), Stopwatch(prefetcher)
     start = history["step"]
-    for step in range(start, job.steps):
+    for step in range(start, job.end):
         batches = [prefetcher.next() for _ in range(config.accumulate_steps)]
         if step == start:  # from here on, waiting is a stall
             stopwatch.lap()
@@ -97,7 +97,7 @@ def _train(
         history["real_images_seen"] += config.num_real * world_size * config.accumulate_steps
 
         done = step + 1
-        last, to_log = done == job.steps, done % config.log_every == 0
+        last, to_log = done == job.end, done % config.log_every == 0
         to_save = last or done % config.checkpoint_every == 0 or (to_log and notices.save_now())
         if to_log or to_save:
             bad = watch.first_bad(world_size)

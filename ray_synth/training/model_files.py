@@ -20,6 +20,8 @@ def export_models(
 ) -> None:
     """Write `models/<arm>.<bn>.safetensors`, one per choice of BN, and `models/<arm>.json`.
 
+    Into the run's folder, or the one that the job publishes to.
+
     Args:
         synthetic: the synthetic feed; a live one says how many images came and how many were drawn
             again.
@@ -29,15 +31,14 @@ def export_models(
     from ray_synth.training.dual_bn import has_dual_bn
     from ray_synth.training.state_dicts import export_aux, export_average, export_main
 
+    folder = job.publish or job.folder
     model = learner.ema.module if learner.ema else learner.model
     choices = {"main": export_main}
     if has_dual_bn(model):
         choices |= {"aux": export_aux, "average": export_average}
     for bn, export in choices.items():
         weights = {key: value.detach().cpu().contiguous() for key, value in export(model).items()}
-        job.folder.write_bytes(
-            f"models/{job.arm}.{bn}.safetensors", save(weights, {"format": "pt"})
-        )
+        folder.write_bytes(f"models/{job.arm}.{bn}.safetensors", save(weights, {"format": "pt"}))
     config, seconds = job.config, history["seconds"]
     card = {
         "arm": job.arm,
@@ -49,7 +50,7 @@ def export_models(
         # Where training cropped at random, the test takes the centre that the model's authors took.
         "crop_pct": learner.data_config["crop_pct"] if learner.transform.random else 1.0,
         "bns": list(choices),
-        "steps": job.steps,
+        "steps": job.end,
         "num_synthetic": job.num_synthetic,
         "real_images_seen": history["real_images_seen"],
         "seconds": seconds,
@@ -60,7 +61,7 @@ def export_models(
     if hasattr(synthetic, "replayed"):
         card["synthetic_arrived"] = synthetic.arrived
         card["synthetic_replayed"] = synthetic.replayed
-    job.folder.write_json(f"models/{job.arm}.json", card)
+    folder.write_json(f"models/{job.arm}.json", card)
 
 
 def load_model(folder: Folder, arm: str, bn: str, card: dict[str, Any]) -> nn.Module:

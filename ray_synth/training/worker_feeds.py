@@ -53,8 +53,9 @@ class _WorkerFeeds:
 
     def synthetic(self) -> Feed:
         job, config = self.job, self.config
+        seed = derived_seed(job.seed + 1, job.segment) if job.segment else job.seed + 1
         options: dict[str, Any] = {
-            "batch_size": config.num_synth, "seed": job.seed + 1,
+            "batch_size": config.num_synth, "seed": seed,
             "rank": self.rank, "world_size": self.world_size,
         }  # fmt: skip
         if job.reads_store:

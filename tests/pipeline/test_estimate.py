@@ -33,6 +33,14 @@ def test_a_stage_is_its_start_and_its_work():
     assert found["evaluation"] == pytest.approx(6 + 3 * 4297 * 0.0004)
 
 
+def test_rounds_start_makers_workers_and_a_scorer_again():
+    fixed = seconds("training.feed=stored")
+    rounds = seconds("training.feed=stored", "prompting.practice={rounds: 4}")
+    more = {stage: rounds[stage] - fixed[stage] for stage in fixed}
+    assert more.pop("training") == pytest.approx(3 * (15 + 2 + 0.5 + 8 + 6))
+    assert set(more.values()) == {0.0}
+
+
 def test_on_shared_cores_each_is_slower_until_the_other_is_done():
     found = seconds()
     once = 15 + 2 + 6 * 0.5

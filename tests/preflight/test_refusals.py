@@ -32,6 +32,7 @@ EARLY = "ray_synth.preflight.refusals:refuse_early"
 DATA = "ray_synth.data.dataset:load_index"
 BUDGETS = "ray_synth.prompting.budgets:class_budgets"
 PLAN = "ray_synth.prompting.plan_settings:prompt_limit"
+PRACTICE = "ray_synth.pipeline.practice:check_practice"
 ON_ITS_NODE = "why: only the node that it runs on can tell"
 LOADED = "why: only loading the weights tells; names, lists and the index are looked at before"
 SERVER = "why: only the server can tell, when it is asked"
@@ -117,6 +118,8 @@ REFUSALS = {
     "must have exactly the keys": EARLY,
     "the name must be a text": EARLY,
     "the template must hold": EARLY,
+    "fewer than the {classes} classes": PRACTICE,
+    "optimizer steps cannot be cut": PRACTICE,
     # generation and service
     "one image needs": ON_ITS_NODE,
     "images are not in": RESULT,

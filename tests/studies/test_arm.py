@@ -1,10 +1,12 @@
 """Which trials and sources are the same, and which are not."""
 
+from dataclasses import replace
+
 import pytest
 from samples import ROOT
 
-from ray_synth.config import load_config
-from ray_synth.studies.arm import REAL_ONLY, VALIDATION_PER_CLASS, Arm, trials_of
+from ray_synth.config import PracticeConfig, load_config
+from ray_synth.studies.arm import PRACTICE, REAL_ONLY, VALIDATION_PER_CLASS, Arm, trials_of
 from ray_synth.studies.catalog import WRITERS, known_name, long_tail, studies
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
@@ -117,13 +119,51 @@ def test_every_trial_holds_validation_images_out_and_draws_from_a_finished_store
         assert not trial.config.tracking.enabled
 
 
+def test_only_the_study_of_practice_trains_in_rounds_each_number_of_images_a_plan_of_its_own(
+    config,
+):
+    practising = config.model_copy(
+        update={
+            "prompting": config.prompting.model_copy(
+                update={"practice": PracticeConfig(rounds=3, stop=None, floor=0.5)}
+            )
+        }
+    )
+    catalogue = studies(practising, COUNTS)
+    for study in catalogue.values():
+        for trial in trials_of(practising, study.arms, [0]):
+            practice = trial.config.prompting.practice
+            assert (practice is not None) == (PRACTICE in trial.arm.settings)
+            if practice is not None:
+                assert study.name == "practice"
+                assert (practice.rounds, practice.floor) == (3, 0.5)
+                assert trial.config.prompting.multiplier == trial.arm.scale
+    third, whole = (
+        one(practising, arm, everything=catalogue["practice"].arms)
+        for arm in catalogue["practice"].arms
+        if arm.name in ("rounds_third", "rounds")
+    )
+    assert third.source != whole.source
+    # What the model is decides the later rounds.
+    rounds = next(arm for arm in catalogue["practice"].arms if arm.name == "rounds")
+    other = replace(rounds, settings={**rounds.settings, "training.lambda_synth": 0.1})
+    assert one(practising, other).source != one(practising, rounds).source
+
+
+def test_rounds_of_fewer_images_than_classes_are_no_arms(config):
+    few = config.model_copy(update={"studies": config.studies.model_copy(update={"scale": 0.5})})
+    names = [arm.name for arm in studies(few, dict.fromkeys(COUNTS, 3))["practice"].arms]
+    assert "rounds" not in names
+    assert "fixed" in names
+
+
 def test_a_wrong_setting_of_an_arm_is_named(config):
     with pytest.raises(ValueError, match=r"arm odd.*\n.*lambda_synth"):
         one(config, Arm("odd", "odd", 6.0, {"training.lambda_synth": -1}))
 
 
-def test_all_ten_studies_see_the_same_number_of_real_images_in_every_arm(config, catalogue):
-    assert list(catalogue) == list(WRITERS) and len(catalogue) == 10
+def test_all_studies_see_the_same_number_of_real_images_in_every_arm(config, catalogue):
+    assert list(catalogue) == list(WRITERS) and len(catalogue) == 11
     for study in catalogue.values():
         names = [arm.name for arm in study.arms]
         assert len(set(names)) == len(names)

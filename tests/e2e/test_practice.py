@@ -1,0 +1,149 @@
+"""Rounds of practice as a user runs them: killed at random moments, and with test images out of reach."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from small_runs import ROOT, SMALL, command, planned_ids, run, stored_ids
+
+SETTINGS = [
+    *SMALL, "meaning.enabled=false", "prompting.contexts_per_class=0",
+    "prompting.mix={plain: 1, stylized: 1}", "generation.generator=glyphs",
+    "generation.checks.policy=off", "data.validation=4", "data.train.images_per_class=8",
+    "prompting.multiplier=6", "prompting.practice={rounds: 3}", "training.feed=stored",
+    "training.baseline=none", "tracking.enabled=false", "cluster.num_cpus=6",
+]  # fmt: skip
+
+
+def kept(folder: Path) -> dict[str, str]:
+    """Digests of what rounds decide: plans and cards, scores, learners and the model. Seconds that were
+    spent are no part of it."""
+    found = {}
+    for path in sorted(
+        p for part in ("plan", "practice", "models") for p in (folder / part).rglob("*.*")
+    ):
+        data = path.read_bytes()
+        if path.name == "mixed.json":
+            card = json.loads(data)
+            for name in ("seconds", "stall_fraction"):
+                card.pop(name)
+            data = json.dumps(card).encode()
+        found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return {**found, "plan": hashlib.sha256((folder / "plan.parquet").read_bytes()).hexdigest()}
+
+
+def processes(driver: int, name: str) -> list[psutil.Process]:
+    """Those of a driver's own Ray whose command line has a name."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def disturb(line: list[str], rng: random.Random, victim: str) -> None:
+    """Start the command and kill one of its processes at a random moment; where that is not the driver,
+    the command goes on to its end."""
+    driver = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + rng.uniform(15, 90)
+        while time.monotonic() < until and driver.poll() is None:
+            time.sleep(0.1)
+        if victim == "driver":
+            return
+        while driver.poll() is None:
+            if there := processes(driver.pid, victim):
+                rng.choice(there).kill()
+                break
+            time.sleep(0.1)
+        assert driver.wait(timeout=500) == 0, f"it did not go on without its {victim}"
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+            driver.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    result = run(command("run", runs, *SETTINGS))
+    assert result.returncode == 0, result.stderr[-4000:]
+    return runs / "quickstart"
+
+
+@pytest.mark.slow
+def test_a_run_in_rounds_makes_every_image_once_and_shows_its_rounds(undisturbed):
+    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    assert metrics["practice"]["rounds"] == 3
+    planned = planned_ids(undisturbed)
+    assert len(planned) == len(set(planned)) == 96
+    assert sorted(stored_ids(undisturbed)) == sorted(planned)
+    card = json.loads((undisturbed / "models" / "mixed.json").read_text())
+    assert [point["step"] for point in card["curve"]] == [10, 20, 30]
+    learner = json.loads((undisturbed / "practice/learner-000/models/mixed.json").read_text())
+    assert (learner["steps"], learner["num_synthetic"]) == (10, 32)
+    page = (undisturbed / "report" / "index.html").read_text()
+    assert "Round 2" in page
+    assert "Weakest before" in page
+    scores = json.loads((undisturbed / "practice/scores-002.json").read_text())
+    assert scores["real"]["set"] == "validation"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_the_same_command_goes_on_to_the_same_rounds(seed, undisturbed, tmp_path):
+    """The driver twice, then a training worker or a generator's actor."""
+    rng = random.Random(seed)
+    line = command("run", tmp_path, *SETTINGS)
+    folder = tmp_path / "quickstart"
+    victims = ["driver", "driver", rng.choice(["RayTrainWorker", "MapWorker"])]
+    for victim in victims:
+        disturb(line, rng, victim)
+    result = run(line)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert kept(folder) == kept(undisturbed)
+    assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
+
+
+@pytest.mark.slow
+def test_no_test_image_is_opened_before_the_evaluation(tmp_path):
+    """They are taken away when they were looked at, before round 0; training ends all the same, and the
+    evaluation cannot begin."""
+    from samples import encoded
+
+    for part, count in (("train", 9), ("test", 2)):
+        for at, name in enumerate(("six", "seven")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                picture = encoded(100 * at + number + (50 if part == "test" else 0))
+                (tmp_path / part / name / f"{number}.png").write_bytes(picture)
+    data = [
+        f"data.{part}={{format: imagefolder, path: {tmp_path / part}}}"
+        for part in ("train", "test")
+    ]
+    settings = [
+        s for s in SETTINGS if not s.startswith(("data.train", "data.test", "data.ood"))
+    ] + [*data, "data.ood={}"]
+    folder = tmp_path / "quickstart"
+    result = run(command("plan", tmp_path, *settings))
+    assert result.returncode == 0, result.stderr[-4000:]
+    for path in (tmp_path / "test").rglob("*.png"):  # listed as before, and nothing to be opened
+        found = path.stat()
+        path.write_bytes(b"x" * found.st_size)
+        os.utime(path, ns=(found.st_mtime_ns, found.st_mtime_ns))
+    result = run(command("train", tmp_path, *settings))
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert (folder / "practice" / "scores-002.json").exists()
+    result = run(command("run", tmp_path, *settings))
+    assert result.returncode != 0, "the evaluation opens them, and they are no images"
