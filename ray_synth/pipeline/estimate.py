@@ -115,14 +115,7 @@ def estimate(
         m.train_start + m.train_end + m.save + m.make_start + m.test_start
     )
     batches = steps * training.accumulate_steps * crowd
-    alone = 0.0
-    for arm in training.baselines:
-        own = recipe_alone(training) if arm == "recipe" else training
-        brief = is_brief_baseline(own, total_steps(own, sizes.real), sizes.real)
-        # One that is brief starts beside the mixed model; on the same cores its steps take time.
-        if not brief or shared:
-            alone += crowd * _real_batches(training, own, sizes.real) * m.step_real
-        alone += 0.0 if brief else once
+    alone = _baselines(training, m, sizes.real, once, crowd, shared)
     mixed = batches * m.step_mixed
     first = training.feed == "stored" or config.take_over is not None  # as `steps.run_stages`
     if first or "training" not in stages:
@@ -143,10 +136,26 @@ def estimate(
     return priced(config, sizes, {**seconds, "around": m.around})
 
 
-def _real_batches(training: TrainingConfig, alone: TrainingConfig, images: int) -> float:
-    """Batches of one worker in a baseline, in batches of as many real images as the probe took."""
-    steps = total_steps(alone, images) * alone.accumulate_steps
-    return steps * alone.num_real / training.num_real
+def _baselines(
+    training: TrainingConfig, m: Measured, images: int, once: float, crowd: int, shared: bool
+) -> float:
+    """Seconds of the baselines; what is brief starts beside the mixed model, and on the same cores its
+    steps still take their time.
+
+    Args:
+        once: what starting and ending a training takes.
+        crowd: workers that share the cores.
+    """
+    found = 0.0
+    for arm in training.baselines:
+        own = recipe_alone(training) if arm == "recipe" else training
+        steps = total_steps(own, images)
+        brief = is_brief_baseline(own, steps, images)
+        # In batches of as many real images as the probe took.
+        batches = steps * own.accumulate_steps * own.num_real / training.num_real
+        found += 0.0 if brief else once
+        found += crowd * batches * m.step_real if shared or not brief else 0.0
+    return found
 
 
 def _beside(
