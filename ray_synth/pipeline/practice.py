@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ray_synth.config import Config
 from ray_synth.errors import UserError
 from ray_synth.generators.registry import generator_class
 from ray_synth.meaning.entries import read_meanings
@@ -75,6 +76,25 @@ def check_practice(run: Any) -> None:
             "prompting.practice.by_kind gives more to images that the model is unsure of, and wrong ones "
             "are among them: have them rejected (generation.checks.policy: reject)"
         )
+
+    if practice.apart and not reads_apart(config):
+        log.warning(
+            "prompting.practice.apart: %s is read with guidance alone, and guidance_scale %g of %s has "
+            "none: classes that are taken for each other are not told apart; set apart: words, or null",
+            practice.apart, config.generation.guidance_scale, config.generation.model,
+        )  # fmt: skip
+
+
+def reads_apart(config: Config) -> bool:
+    """Whether the generator reads what `practice.apart` puts in prompts; plug-ins are taken to."""
+    from ray_synth.generators.settings import family_of
+
+    generation, practice = config.generation, config.prompting.practice
+    if practice is None or practice.apart is None:
+        return False
+    if practice.apart == "words" or generation.generator != "diffusers":
+        return True
+    return (generation.guidance_scale or 0) > family_of(generation).guided_above
 
 
 @dataclass(frozen=True)
@@ -270,7 +290,7 @@ def _decided(
         "budgets": dict(zip(names, budgets.tolist(), strict=True)),
         "mix": settings["mix"],
         "styles": dict(zip(styles, draws or [1] * len(styles), strict=True)),
-        "confused": needs.confused_pairs(classes) if practice.apart else {},
+        "confused": needs.confused_pairs(classes) if reads_apart(run.config) else {},
     }
     return budgets, settings, why
 
