@@ -16,7 +16,8 @@ from ray_synth.config import load_config
 from ray_synth.errors import UserError
 from ray_synth.pipeline.dry_run import dry_run
 from ray_synth.pipeline.kept import check_kept
-from ray_synth.pipeline.practice import Work, practise, reads_apart
+from ray_synth.pipeline.next_round import reads_apart
+from ray_synth.pipeline.practice import Work, practise
 from ray_synth.pipeline.records import StageRecords
 from ray_synth.pipeline.results import saved
 from ray_synth.pipeline.run import Run, begin, check_run
