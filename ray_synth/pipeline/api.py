@@ -114,7 +114,8 @@ def generate(config: Config, *, force_stage: str | None = None) -> dict[str, Any
 
     Returns:
         `made_in_this_stage`, `num_synthetic` in the store, those `rejected` and their
-        `reject_reasons`, `images_per_actor_second`, and `facts`: hours, cost, retries.
+        `reject_reasons`, `images_per_actor_second`, and `facts`: hours, cost, retries. Nothing where the
+        plan comes in rounds (`prompting.practice`), of which training plans the later ones.
     """
     return run_pipeline(config, until="generation", force_stage=force_stage)
 

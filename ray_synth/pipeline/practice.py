@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ray_synth.errors import UserError
 from ray_synth.generators.registry import generator_class
-from ray_synth.meaning.entries import read_meanings
+from ray_synth.pipeline.next_round import plan_round, reads_apart
 from ray_synth.prompting.rounds import (
     Rounds,
     cut_rounds,
@@ -26,10 +24,7 @@ from ray_synth.prompting.rounds import (
     learner_folder,
     read_rounds,
     scores_file,
-    steering_learner,
-    write_round,
 )
-from ray_synth.training import needs
 from ray_synth.training.job import total_steps
 
 if TYPE_CHECKING:
@@ -37,7 +32,7 @@ if TYPE_CHECKING:
     from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
-SHOWN = 5  # classes, in the log
+SHOWN = 5  # classes of a round of which images are kept for the report
 
 
 def rounds_of(run: Any) -> Rounds:
@@ -76,6 +71,13 @@ def check_practice(run: Any) -> None:
             "are among them: have them rejected (generation.checks.policy: reject)"
         )
 
+    if practice.apart and not reads_apart(config):
+        log.warning(
+            "prompting.practice.apart: %s is read with guidance alone, and guidance_scale %g of %s has "
+            "none: classes that are taken for each other are not told apart; set apart: words, or null",
+            practice.apart, config.generation.guidance_scale, config.generation.model,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Work:
@@ -110,7 +112,8 @@ def practise(run: Any, work: Work) -> dict[str, Any]:
     for number in range(len(rounds)):
         ended = _ended(run, scores)
         if number >= len(cards) and not ended:
-            cards.append(plan_round(run, number, cards, scores[-1], work.prompts))
+            total = rounds.images[number]
+            cards.append(plan_round(run, number, total, cards, scores[-1], work.prompts))
             join_rounds(run.folder, cards)
         known = _read_scores(run, number, token)
         if known is None:
@@ -199,131 +202,3 @@ def score_round(
         number, rows, 100 * (1 - found.get("error", 1.0)), found["images"], real_set,
     )  # fmt: skip
     return record
-
-
-# The next round.
-
-
-def plan_round(
-    run: Any,
-    number: int,
-    cards: Sequence[dict[str, Any]],
-    scores: dict[str, Any],
-    prompts: Callable[[dict[str, Any]], list[ClassPrompts]],
-) -> dict[str, Any]:
-    """Write a later round, made for what the learner does not know; its card says why."""
-    from ray_synth.prompting.plan import plan_tables
-
-    total = rounds_of(run).images[number]
-    budgets, settings, why = _decided(run, total, scores)
-    anew: dict[str, Any] = {}
-    if run.config.prompting.practice.contexts:
-        anew = _new_contexts(run, number, np.array([*why["weakness"].values()]), scores["token"])
-    before = np.zeros(len(budgets), np.int64)
-    for card in cards:
-        for index, count in card["by_class"].items():
-            before[int(index)] += count
-    tables = plan_tables(
-        _classes(run, prompts(anew), why["confused"], anew),
-        num_images=total,
-        budgets=budgets,
-        number=number,
-        before=before,
-        unlike_in_words=run.config.prompting.practice.apart == "words",
-        **settings,
-    )
-    kept = {
-        "token": scores["token"],
-        "steered_by": steering_learner(number),
-        "learner": scores["learner"],
-        **why,
-        "new_contexts": sorted(anew),
-        "seed": run.config.seed,
-    }
-    card = write_round(run.folder, number, tables, kept)
-    first = sorted(why["budgets"], key=lambda name: -why["budgets"][name])[:SHOWN]
-    log.info("practice: round %d has %d images, most of %s", number, total, ", ".join(first))
-    return card
-
-
-def _decided(
-    run: Any, total: int, scores: dict[str, Any]
-) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
-    """Budgets by class, the settings of `plan_tables`, and the same for a card, with what decided it."""
-    from ray_synth.prompting.plan_settings import plan_settings
-
-    practice, names = run.config.prompting.practice, run.train.class_names
-    settings = plan_settings(run.config)
-    styles = [style.name for style in settings["styles"]]
-    draws = _kept_style_draws(run)
-    classes = scores["real"]["classes"]
-    weakness = needs.class_weakness(classes)
-    even = np.full(len(names), 0.5)
-    budgets = needs.class_images(total, weakness if practice.by_class else even, practice.floor)
-    if practice.by_kind:
-        synthetic = scores["synthetic"]
-        settings["mix"] = needs.kind_mix(settings["mix"], synthetic, practice.floor)
-        draws = needs.style_draws(styles, synthetic, practice.floor, draws)
-    settings["style_draws"] = draws
-    why = {
-        "weakness": dict(zip(names, weakness.round(6).tolist(), strict=True)),
-        "budgets": dict(zip(names, budgets.tolist(), strict=True)),
-        "mix": settings["mix"],
-        "styles": dict(zip(styles, draws or [1] * len(styles), strict=True)),
-        "confused": needs.confused_pairs(classes) if practice.apart else {},
-    }
-    return budgets, settings, why
-
-
-def _classes(
-    run: Any, classes: list[ClassPrompts], pairs: dict[str, str], anew: dict[str, Any]
-) -> list[ClassPrompts]:
-    """The classes with what they are taken for, and how often their contexts are drawn."""
-    from ray_synth.generation.draws import DRAWS
-    from ray_synth.prompting.fitting import subject
-
-    drawn = run.folder.read_json(DRAWS)["contexts"] if run.config.prompting.acceptance else {}
-    by_name = {known.class_name: known for known in classes}
-    # A meaning that follows "not" would read as what the image is of.
-    in_words = run.config.prompting.practice.apart == "words"
-    found = []
-    for known in classes:
-        own, unlike = drawn.get(known.class_name, ()), ""
-        if other := by_name.get(pairs.get(known.class_name, "")):
-            name = other.said or other.class_name
-            unlike = subject(name, "" if in_words else other.meaning)
-        own = () if known.class_name in anew else own
-        found.append(replace(known, unlike=unlike, context_draws=own))
-    return found
-
-
-def _kept_style_draws(run: Any) -> list[int]:
-    """How often each style was drawn in round 0, by the order of the styles."""
-    from ray_synth.generation.draws import DRAWS
-
-    if not run.config.prompting.acceptance:
-        return []
-    return list(run.folder.read_json(DRAWS)["styles"].values())
-
-
-def _new_contexts(run: Any, number: int, weakness: np.ndarray, token: str) -> dict[str, Any]:
-    """Scenes that the language model writes anew for the weakest classes, by class name; kept beside the
-    round."""
-    from ray_synth.preflight.demands import asks_for_contexts
-    from ray_synth.service.session import Service
-
-    if not asks_for_contexts(run.config):
-        return {}
-    name = f"plan/contexts-{number:03}.json"
-    kept = run.folder.read_json(name) if run.folder.exists(name) else {}
-    if kept.get("token") == token:
-        return kept["classes"]
-    names = run.train.class_names
-    entries = read_meanings(run.folder, names)
-    meanings = {entry["class_name"]: entry["choice"] for entry in entries}
-    weak = {names[at]: meanings[names[at]] for at in needs.weakest(weakness)}
-    with Service(run.config) as service:
-        found = dict(service.write_contexts_all(weak, seed=run.config.seed + number))
-    written = {name: entry for name, entry in found.items() if entry["contexts"]}
-    run.folder.write_json(name, {"token": token, "classes": written})
-    return written

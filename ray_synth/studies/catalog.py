@@ -385,8 +385,7 @@ def _practice(config: Config, counts: dict[str, int]) -> Study:
     alone = {"by_class": False, "by_kind": False, "apart": None, "contexts": False}
 
     def fits(arm: Arm) -> bool:
-        real = tail["data.train.images_per_class"] if arm.name.startswith("tail_") else counts
-        images = int(arm.scale * sum(real.values()) * smallest)
+        images = int(arm.scale * _trained_on(arm, config, counts) * smallest)
         return "prompting.practice" not in arm.settings or images >= len(counts)
 
     arms = (
@@ -411,6 +410,15 @@ def _practice(config: Config, counts: dict[str, int]) -> Study:
         tuple(arm for arm in arms if fits(arm)),
         measures=("by_frequency",),
     )
+
+
+def _trained_on(arm: Arm, config: Config, counts: dict[str, int]) -> int:
+    """Real images that an arm trains on."""
+    own = "data.train.images_per_class"
+    given = arm.settings.get(own, config.data.train.images_per_class)
+    if isinstance(given, int):
+        given = dict.fromkeys(counts, given)
+    return sum(min(count, (given or {}).get(name, count)) for name, count in counts.items())
 
 
 WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {

@@ -162,7 +162,7 @@ def test_a_killed_study_trains_nothing_twice_and_a_seed_more_only_what_is_new(tm
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
-def test_all_ten_studies_end_with_tables_plots_and_a_page(tmp_path):
+def test_all_studies_end_with_tables_plots_and_a_page(tmp_path):
     """Small in every respect, but the models are the real ones, and so is every measure."""
     config = ROOT / "jobs" / "configs" / "quickstart.yaml"
     settings = [

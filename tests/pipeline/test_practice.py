@@ -16,8 +16,10 @@ from ray_synth.config import load_config
 from ray_synth.errors import UserError
 from ray_synth.pipeline.dry_run import dry_run
 from ray_synth.pipeline.kept import check_kept
+from ray_synth.pipeline.next_round import reads_apart
 from ray_synth.pipeline.practice import Work, practise
 from ray_synth.pipeline.records import StageRecords
+from ray_synth.pipeline.results import saved
 from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.sets import inspect_training
 from ray_synth.pipeline.steps import kept_prompts, resolve_meanings, write_plan
@@ -269,6 +271,25 @@ def test_a_dry_run_says_how_the_plan_and_the_training_are_cut(tmp_path):
     plan = next(step for step in dry_run(config).steps if step.stage == "plan")
     assert "200 prompts, in 4 rounds of 50, 50, 50, 50" in plan.makes
     assert "asked after steps 10, 20, 30" in plan.makes
+
+
+def test_a_negative_prompt_that_nobody_reads_is_not_written():
+    guided = ["generation.generator=diffusers", "generation.guidance_scale=4"]
+    for settings, reads in (
+        (guided, True),
+        (["generation.generator=diffusers"], False),  # the quickstart's has no guidance
+        (["generation.generator=diffusers", "prompting.practice={rounds: 2, apart: words}"], True),
+        ([*guided, "prompting.practice={rounds: 2, apart: null}"], False),
+        ([], True),
+    ):
+        assert reads_apart(load_config(QUICKSTART, [*SETTINGS, *settings])) == reads, settings
+
+
+def test_what_was_saved_is_reckoned_by_what_the_others_took():
+    practice = {"images": 300, "images_saved": 100}
+    assert saved(practice, {"gpu_hours": 6.0, "cpu_hours": 12.0, "cost": 0.0}) == {
+        "gpu_hours_saved": 2.0, "cpu_hours_saved": 4.0, "cost_saved": 0.0,
+    }  # fmt: skip
 
 
 def test_hits_are_kept_by_bits():

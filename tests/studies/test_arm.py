@@ -152,9 +152,11 @@ def test_only_the_study_of_practice_trains_in_rounds_each_number_of_images_a_pla
 
 def test_rounds_of_fewer_images_than_classes_are_no_arms(config):
     few = config.model_copy(update={"studies": config.studies.model_copy(update={"scale": 0.5})})
-    names = [arm.name for arm in studies(few, dict.fromkeys(COUNTS, 3))["practice"].arms]
-    assert "rounds" not in names
+    names = [arm.name for arm in studies(few, COUNTS)["practice"].arms]
+    assert "rounds" not in names, "5 images of each of 10 classes, half as many made"
     assert "fixed" in names
+    every = [arm.name for arm in studies(config, COUNTS)["practice"].arms]
+    assert {"rounds", "rounds_third", "by_class", "tail_rounds"} <= set(every)
 
 
 def test_a_wrong_setting_of_an_arm_is_named(config):
