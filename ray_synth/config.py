@@ -37,6 +37,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 SMALL_SIDE = 128  # pixels: pictures no larger are kept as PNG where the format is "auto"
 IN_DOMAIN = "in_domain"  # what `data.test` is called among the test sets
 TAKEN = (IN_DOMAIN, "training", "validation")  # names of sets that no `data.ood` may have
+MOST_CANDIDATES = 16  # images that are made of one row, to keep one
 RECIPES = Path(__file__).parent / "training" / "recipes"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 # training.baseline -> the arms that are trained on real images alone.
@@ -340,6 +341,28 @@ class MeaningConfig(Section):
 
 def _even_mix() -> dict[Kind, float]:
     return {"contextual": 0.5, "stylized": 0.5}
+
+
+class PracticeGuidanceConfig(Section):
+    """The learner's entropy steers the sampler of a diffusers pipeline."""
+
+    scale: Annotated[float, Field(gt=0, le=1)] = result(
+        0.1,
+        description="how far a guided step shifts the predicted clean latents, as a share of their "
+        "own size",
+    )
+    steps: Annotated[float, Field(gt=0, le=1)] = result(
+        0.5,
+        description="share of the denoising steps that are guided, spread evenly; never the last",
+    )
+
+
+class PracticeSelectConfig(Section):
+    """More images are made than are kept: of each prompt the one that is hardest for the learner."""
+
+    factor: Annotated[int, Field(ge=2, le=MOST_CANDIDATES)] = result(
+        4, description="images that are made of each row; one is kept"
+    )
 
 
 class PromptingConfig(Section):

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ import pyarrow as pa
 from ray_synth import metrics
 from ray_synth.config import ClipConfig, GenerationConfig
 from ray_synth.data.images import encode_image
+from ray_synth.device import pick_device
 from ray_synth.generation.checking import set_aside
 from ray_synth.generation.cost import reason_label
 from ray_synth.generation.packs import group_rows
@@ -32,6 +33,8 @@ from ray_synth.generation.store import (
     pack_range,
     part_name,
 )
+from ray_synth.generation.usefulness import Attempt, choose, noted
+from ray_synth.generators.learner import Steering, steer
 from ray_synth.generators.protocol import Row, generate_all, provenance, raised
 from ray_synth.generators.registry import fingerprint, generator_class
 from ray_synth.monitoring import logs
@@ -62,6 +65,7 @@ class GenerationJob:
         board: the progress board's handle.
         pack_rows: rows of the plan that are packed into one large part; default: by their size.
         packer: the handle of the actor that hears which chunks are made (`packs.py`), or None.
+        steering: the learner that guides the sampler, or chooses what is kept; None: none does.
     """
 
     config: GenerationConfig
@@ -72,6 +76,7 @@ class GenerationJob:
     board: Any = None
     pack_rows: int | None = None
     packer: Any = None
+    steering: Steering | None = None
 
 
 class ImageMaker:
@@ -82,6 +87,7 @@ class ImageMaker:
         self._device, self._plan = threading.Lock(), threading.Lock()
         self._generator: Any = None  # loaded by the first chunk that needs it
         self._judge: Judge | None = None
+        self._learner: Any = None
         self._fingerprint = ""
         self._references: dict[str, bytes] = {}
         self._near: tuple[str, int, pa.Table] | None = (
@@ -124,26 +130,45 @@ class ImageMaker:
         return result
 
     def make(self, rows: list[Row]) -> list[Row]:
-        """Generate, judge and encode; with policy `retry`, again with new seeds what was rejected."""
+        """Generate, judge and encode; with policy `retry`, again with new seeds what was rejected.
+
+        Where a learner selects, so many seeds of each row are tried first, and the hardest is kept.
+        """
         self._load()
         checks = self.job.config.checks
         retries = NEW_SEEDS if checks.policy == "retry" else 0
-        made, again = self._attempt(rows, 0)
-        done = {row["sample_id"]: row for row in made}
+        found = self._candidates(rows)
+        done = {row["sample_id"]: row for row in found.made}
+        again = found.again
         earlier: list[Row] = []
-        for attempt in range(1, retries + 1):
+        for attempt in range(self._tries, self._tries + retries):
             if not again:
                 break
             earlier += [done[row["sample_id"]] for row in again]
-            made, again = self._attempt(again, attempt)
-            done |= {row["sample_id"]: row for row in made}
+            found = self._attempt(again, attempt)
+            again = found.again
+            done |= {row["sample_id"]: row for row in self._noted(found)}
         if earlier:
             self.store.rejected.write(earlier)
             count_faults(earlier, "retried")
         return [done[row["sample_id"]] for row in rows]
 
-    def _attempt(self, rows: list[Row], attempt: int) -> tuple[list[Row], list[Row]]:
-        """The image rows of plan rows, and those plan rows that another seed may help."""
+    def _candidates(self, rows: list[Row]) -> Attempt:
+        """The first attempt at each row; where a learner selects, the best of several."""
+        tries = [self._attempt(rows, attempt) for attempt in range(self._tries)]
+        chosen = choose(tries) if self._selects else tries[0]
+        if self._selects:
+            passed_over = (self._tries - 1) * len(rows)
+            metrics.record("passed_over_images_total", passed_over)
+            if self.job.board is not None:
+                self.job.board.add_all.remote({"passed_over": passed_over})
+        return replace(chosen, made=self._noted(chosen))
+
+    def _noted(self, attempt: Attempt) -> list[Row]:
+        return noted(attempt) if self._selects else attempt.made
+
+    def _attempt(self, rows: list[Row], attempt: int) -> Attempt:
+        """What is made of plan rows with the seeds of an attempt, and what another seed may help."""
         inputs = [
             {**row, "seed": attempt_seed(row["seed"], attempt), **self._reference(row)}
             for row in rows
@@ -155,11 +180,13 @@ class ImageMaker:
             self._count_batch(len(rows), seconds)
             facts = {
                 "attempt": attempt,
-                "generator": provenance(self._generator, self.job.config, self._fingerprint),
+                "generator": self._made_by(),
                 "gpu_seconds": seconds / len(rows),
             }
-        verdicts = self._judge_all(rows, [image for image, _ in results])
-        encoded = self._encode([image for image, _ in results])
+        images = [image for image, _ in results]
+        verdicts = self._judge_all(rows, images)
+        entropies = self._learner.entropies(images) if self._selects else [None] * len(rows)
+        encoded = self._encode(images)
         made = [
             {**row, **facts, **self._judged(image, reason, verdict), "image": data}
             for row, (image, reason), verdict, data in zip(
@@ -171,7 +198,23 @@ class ImageMaker:
             for row, new, result in zip(rows, made, results, strict=True)
             if not new["accepted"] and not raised(*result)
         ]
-        return made, again
+        return Attempt(made, again, entropies)
+
+    def _made_by(self) -> str:
+        """The `generator` column."""
+        steering = self.job.steering
+        facts = {} if steering is None else {"steering": steering.facts()}
+        return provenance(self._generator, self.job.config, self._fingerprint, **facts)
+
+    @property
+    def _selects(self) -> bool:
+        return self._tries > 1
+
+    @property
+    def _tries(self) -> int:
+        """How many candidates of each row are made."""
+        select = self.job.steering.select if self.job.steering else None
+        return select.factor if select else 1
 
     def _encode(self, images: list[Image.Image | None]) -> list[bytes]:
         """The bytes of each image, empty where there is none."""
@@ -211,6 +254,9 @@ class ImageMaker:
             self._references = read_references(self.job.run) if config.reference else {}
             generator = generator_class(config.generator)(config)
             self._fingerprint = fingerprint(config)
+            if self.job.steering is not None:
+                self._learner = steer(generator, self.job.steering, pick_device(config.device))
+                self._fingerprint = self.job.steering.fingerprint(self._fingerprint)
             self._generator = generator
 
     def _load_judge(self) -> Judge | None:
