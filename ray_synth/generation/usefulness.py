@@ -4,8 +4,8 @@ In: what was made of the same rows with several seeds, and how unsure the learne
 one image row of each, and how many were passed over. Candidates of a row are compared with each other
 alone, so that what is kept depends on no other row, and budgets and prompts stay as planned.
 
-After Deliberate Practice (Askari-Hemmat et al. 2025, arXiv 2502.15588), which prunes what is made to the
-images of the highest entropy.
+That fewer images do where they are pruned to the hard ones is the analysis of Deliberate Practice
+(Askari-Hemmat et al. 2025, arXiv 2502.15588), whose own sampler is guided (`learner_guidance.py`).
 """
 
 from __future__ import annotations

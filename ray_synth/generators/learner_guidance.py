@@ -7,8 +7,9 @@ scheduler finds them shifted uphill. So every scheduler goes on as if its denois
 and consistency samplers too, and the denoiser itself is never differentiated.
 
 After classifier guidance (Dhariwal and Nichol 2021, arXiv 2105.05233, section 4), with the entropy of the
-learner in place of a class's probability (Askari-Hemmat et al. 2023, arXiv 2310.00158) and the gradient
-taken at the clean latents (He et al. 2023, MPGD, arXiv 2311.16424).
+learner in place of a class's probability (Askari-Hemmat et al. 2023, arXiv 2310.00158, and 2025,
+Deliberate Practice, arXiv 2502.15588), and the gradient taken at the clean latents (He et al. 2023, MPGD,
+arXiv 2311.16424).
 """
 
 from __future__ import annotations

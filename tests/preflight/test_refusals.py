@@ -117,6 +117,11 @@ REFUSALS = {
     "must have exactly the keys": EARLY,
     "the name must be a text": EARLY,
     "the template must hold": EARLY,
+    "prompting.practice.guidance": "ray_synth.generators.registry:check_guidance",
+    "prompting.practice.select": "ray_synth.generation.usefulness:check_selection",
+    "no learner in": RESULT,
+    "has no guidance of a run": INTERNAL,
+    "with other weights than the folder has now": RESULT,
     # generation and service
     "one image needs": ON_ITS_NODE,
     "images are not in": RESULT,
