@@ -175,13 +175,12 @@ def check_steering(job: GenerationJob) -> None:
         UserError: there is no such learner, its sampler cannot be guided, or nothing says which of its
             candidates are right.
     """
-    if job.steering is None:
-        return
-    assert job.steering.card  # read: it is there
-    if job.steering.guidance is not None:
-        check_guidance(job.config)
-    if job.steering.select is not None:
-        check_selection(job.config)
+    for _, steering in job.steering:
+        assert steering.card  # read: it is there
+        if steering.guidance is not None:
+            check_guidance(job.config)
+        if steering.select is not None:
+            check_selection(job.config)
 
 
 def settled(job: GenerationJob) -> GenerationJob:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
+from ray_synth.generators.learner import Steering
 from ray_synth.generators.protocol import Row
 
 DIGITS = 3  # of an entropy that decides: what two devices add up differently is no difference
@@ -36,6 +37,26 @@ class Attempt:
     again: list[Row]
     entropies: Sequence[float | None]
 
+    def noted(self) -> list[Row]:
+        """The image rows, with the learner's entropy, where it was asked, among the facts of each.
+
+        To two digits: the column's text is kept once for all rows that share it.
+        """
+        rows = []
+        for row, entropy in zip(self.made, self.entropies, strict=True):
+            if entropy is None:
+                rows.append(row)
+                continue
+            facts: dict[str, Any] = json.loads(row["generator"])
+            facts["steering"]["entropy"] = round(entropy, 2)
+            rows.append({**row, "generator": json.dumps(facts)})
+        return rows
+
+
+def candidates(steering: Steering | None) -> int:
+    """How many images are made of each row."""
+    return steering.select.factor if steering and steering.select else 1
+
 
 def check_selection(config: GenerationConfig) -> None:
     """Raises UserError where nothing would tell hard images from wrong ones."""
@@ -47,7 +68,7 @@ def check_selection(config: GenerationConfig) -> None:
         )
 
 
-def choose(candidates: Sequence[Attempt]) -> Attempt:
+def choose(tries: Sequence[Attempt]) -> Attempt:
     """Of each row the candidate that is kept, with the time that all of its candidates took.
 
     Candidates that a check found fault with come after all others, whatever its policy: a wrong image is
@@ -56,30 +77,17 @@ def choose(candidates: Sequence[Attempt]) -> Attempt:
     """
     made: list[Row] = []
     entropies: list[float | None] = []
-    for at, rows in enumerate(zip(*(attempt.made for attempt in candidates), strict=True)):
-        found = [attempt.entropies[at] for attempt in candidates]
+    for at, rows in enumerate(zip(*(attempt.made for attempt in tries), strict=True)):
+        found = [attempt.entropies[at] for attempt in tries]
         best = max(range(len(rows)), key=lambda i: (*_worth(rows[i], found[i]), -i))
         seconds = sum(row["gpu_seconds"] for row in rows)
         made.append({**rows[best], "gpu_seconds": seconds})
         entropies.append(found[best])
-    hopeless = set.intersection(*({row["sample_id"] for row in a.again} for a in candidates))
-    again = [row for row in candidates[0].again if row["sample_id"] in hopeless]
+    hopeless = set.intersection(*({row["sample_id"] for row in a.again} for a in tries))
+    again = [row for row in tries[0].again if row["sample_id"] in hopeless]
     return Attempt(made, again, entropies)
 
 
 def _worth(row: Row, entropy: float | None) -> tuple[bool, bool, float]:
     right = row["accepted"] and not row["reject_reason"]
     return row["accepted"], right, round(entropy or 0.0, DIGITS) if right else 0.0
-
-
-def noted(attempt: Attempt) -> list[Row]:
-    """The image rows, with the learner's entropy among the facts of each.
-
-    To two digits: the column's text is kept once for all rows that share it.
-    """
-    rows = []
-    for row, entropy in zip(attempt.made, attempt.entropies, strict=True):
-        facts: dict[str, Any] = json.loads(row["generator"])
-        facts["steering"]["entropy"] = None if entropy is None else round(entropy, 2)
-        rows.append({**row, "generator": json.dumps(facts)})
-    return rows

@@ -156,13 +156,18 @@ def guided_by(run: Folder, facts: dict[str, Any], row: str) -> Steering | None:
     return steering
 
 
-def steer(generator: Any, steering: Steering, device: str) -> SteeringLearner:
+def steer(generator: Any, steering: Steering | None, device: str) -> SteeringLearner | None:
     """Load the learner, and have it guide the generator where it is to; a stale one is named.
 
     Args:
         generator: loaded; with `guide`, if it is to be guided (`registry.check_guidance`).
+        steering: None: nothing guides it any more.
         device: where generators of this config are.
     """
+    if steering is None:
+        if hasattr(generator, "guide"):
+            generator.guide(None, None)
+        return None
     newest = steering.newest()
     if newest != steering.learner:
         log.warning("images are steered by %s, and %s is newer", steering.learner, newest)

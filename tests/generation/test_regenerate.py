@@ -20,7 +20,7 @@ PAINTED = {"generator": "painting:Painter", "width": 16, "height": 16, "image_fo
 EMBEDDED = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
 
 
-def run_of(tmp_path, generation, rows, steering=None, **changes):
+def run_of(tmp_path, generation, rows, steering=(), **changes):
     """A run directory as the pipeline leaves it, with these rows made in batches of 4."""
     from small_runs import QUICKSTART
 

@@ -9,6 +9,7 @@ from painting import Painter
 from test_maker import config, maker
 from test_regenerate import EMBEDDED, PAINTED, edit_row, run_of
 from test_store import plan_rows
+from tiny import embedded
 
 from ray_synth.config import GenerationConfig, PracticeSelectConfig, QualityConfig
 from ray_synth.data.images import decode_image
@@ -65,7 +66,7 @@ def test_what_is_kept_is_the_hardest_candidate_and_says_so(tmp_path):
     run = Folder(tmp_path / "run")
     steering = selecting(run)
     rows = plan_rows(6)
-    made = maker(tmp_path / "images", rows, config(), steering=steering)
+    made = maker(tmp_path / "images", rows, config(), steering=((0, steering),))
     out = made.chunk(0, 4, []) + made.chunk(4, 6, [])
     learner = SteeringLearner(steering, "cpu")
     painter = Painter(config())
@@ -92,14 +93,16 @@ def test_it_is_the_same_in_any_batch_and_after_an_interruption(tmp_path):
     run = Folder(tmp_path / "run")
     rows = plan_rows(6)
     steering = selecting(run)
-    first = maker(tmp_path / "a", rows, config(), steering=steering)
+    first = maker(tmp_path / "a", rows, config(), steering=((0, steering),))
     whole = first.chunk(0, 6, [])
     alone = [
-        maker(tmp_path / f"b{at}", rows, config(), steering=steering).chunk(at, at + 1, [])[0]
+        maker(tmp_path / f"b{at}", rows, config(), steering=((0, steering),)).chunk(at, at + 1, [])[
+            0
+        ]
         for at in range(6)
     ]
     assert kept(alone) == kept(whole)
-    again = maker(tmp_path / "a", rows, config(), steering=steering)
+    again = maker(tmp_path / "a", rows, config(), steering=((0, steering),))
     assert kept(again.chunk(0, 6, first.store.parts())) == kept(whole)
     assert again._generator is None, "nothing was made again"
 
@@ -110,7 +113,7 @@ def test_what_no_candidate_of_passes_is_tried_with_further_seeds(tmp_path):
     blank = [attempt_seed(rows[1]["seed"], attempt) for attempt in range(FACTOR)]
     blank += [attempt_seed(rows[2]["seed"], attempt) for attempt in range(FACTOR + 2)]
     settings = config("retry", blank_seeds=blank)
-    made = maker(tmp_path / "images", rows, settings, steering=selecting(run))
+    made = maker(tmp_path / "images", rows, settings, steering=((0, selecting(run)),))
     out = made.chunk(0, 3, [])
     assert [row["accepted"] for row in out] == [True, True, False]
     assert out[0]["attempt"] < FACTOR
@@ -122,7 +125,10 @@ def test_rows_that_raise_end_nothing(tmp_path):
     rows = plan_rows(4)
     rows[2]["prompt"] = "cursed"
     made = maker(
-        tmp_path / "images", rows, config(fail="cursed"), steering=selecting(Folder(tmp_path))
+        tmp_path / "images",
+        rows,
+        config(fail="cursed"),
+        steering=((0, selecting(Folder(tmp_path))),),
     )
     assert [row["accepted"] for row in made.chunk(0, 4, [])] == [True, True, False, True]
 
@@ -130,7 +136,7 @@ def test_rows_that_raise_end_nothing(tmp_path):
 def test_a_chosen_image_is_made_again_without_the_learner(tmp_path):
     steering = selecting(Folder(tmp_path / "run"))
     rows = plan_rows(4)
-    run = run_of(tmp_path, PAINTED, rows, checks={"policy": "off"}, steering=steering)
+    run = run_of(tmp_path, PAINTED, rows, checks={"policy": "off"}, steering=((0, steering),))
     for name in ("mixed.json", "mixed.main.safetensors"):
         run.child(f"{steering.learner}/models").delete(name)
     for row in rows:
@@ -142,7 +148,7 @@ def test_a_guided_and_chosen_image_is_made_again_alone_while_its_learner_is_ther
     guided = guiding(home, size=32)
     both = Steering(home, guided.learner, guided.guidance, PracticeSelectConfig(factor=2))
     plain = {**EMBEDDED, "checks": {"policy": "off"}}
-    run = run_of(tmp_path, plain, plan_rows(5), steering=both)
+    run = run_of(tmp_path, plain, plan_rows(5), steering=((0, both),))
     store = ImageStore(run.child("images"))
     rows = [row for name in store.parts() for row in store.read(name).to_pylist()]
     assert {json.loads(row["generator"])["fingerprint"] for row in rows} == {
@@ -174,7 +180,9 @@ def test_what_a_learner_cannot_steer_is_refused_before_anything_is_made(tmp_path
     rows = plan_rows(2)
 
     def job(settings, steering):
-        return maker(tmp_path / "images", rows, settings, steering=steering).job
+        return maker(
+            tmp_path / "images", rows, settings, steering=((0, steering),) if steering else ()
+        ).job
 
     checked = config().model_copy(update={"checks": QualityConfig(policy="reject")})
     check_steering(job(config(), None))
@@ -185,3 +193,23 @@ def test_what_a_learner_cannot_steer_is_refused_before_anything_is_made(tmp_path
         check_steering(job(checked, guiding(run)))
     with pytest.raises(UserError, match="no learner in"):
         check_steering(job(checked, Steering(run, "practice/learner-009")))
+
+
+def test_rows_of_one_chunk_are_each_steered_by_the_learner_of_their_own(tmp_path):
+    """A batch may hold the end of one round and the start of the next."""
+    home = Folder(tmp_path / "run")
+    first, second = guiding(home, 1), guiding(home, 2)
+    later = Steering(home, second.learner, second.guidance, PracticeSelectConfig(factor=2))
+    rows = plan_rows(6)
+    settings = embedded()
+    steered = ((2, first), (4, later))
+    mixed = maker(tmp_path / "mixed", rows, settings, steering=steered).chunk(0, 6, [])
+    for at, steering in enumerate([None, None, first, first, later, later]):
+        alone = maker(
+            tmp_path / f"alone{at}", rows, settings, steering=((0, steering),) if steering else ()
+        )
+        (row,) = alone.chunk(at, at + 1, [])
+        assert kept([row]) == kept([mixed[at]])
+        assert row["generator"] == mixed[at]["generator"]
+        learner = json.loads(row["generator"]).get("steering", {}).get("learner")
+        assert learner == (steering.learner if steering else None)
