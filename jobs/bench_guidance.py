@@ -118,9 +118,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--scales", type=float, nargs="+", default=[0.05, 0.1, 0.2])
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     run = Folder(tempfile.mkdtemp())
-    learner = SteeringLearner(publish(run, 1, per_class=5, steps=200), "cpu")
-    judge = SteeringLearner(publish(run, 2, per_class=250, steps=800), "cpu")
+    learner = SteeringLearner(publish(run, 1, per_class=5, steps=100), "cpu")
+    judge = SteeringLearner(publish(run, 2, per_class=250, steps=300), "cpu")
     for steps in asked.steps:
         measure(asked.images, steps, asked.scales, learner, judge)
 

@@ -54,10 +54,6 @@ METRICS = {
         "images that a check found fault with: rejected, flagged, or retried with a new seed",
         ("run", "outcome", "reason"),
     ),
-    "passed_over_images_total": Metric(
-        "counter",
-        "candidates made and not kept, as another of their row was harder for the learner",
-    ),
     "store_write_seconds": Metric("histogram", "time to write a part of the store"),
     "storage_retries_total": Metric("counter", "reads and writes of the store tried again"),
     # Training workers, every log_every steps.

@@ -169,10 +169,8 @@ class ImageMaker:
         """The best of several attempts at each row."""
         tries = candidates(steering)
         chosen = choose([self._attempt(rows, attempt, steering) for attempt in range(tries)])
-        passed_over = (tries - 1) * len(rows)
-        metrics.record("passed_over_images_total", passed_over)
         if self.job.board is not None:
-            self.job.board.add_all.remote({"passed_over": passed_over})
+            self.job.board.add_all.remote({"passed_over": (tries - 1) * len(rows)})
         return replace(chosen, made=chosen.noted())
 
     def _attempt(self, rows: list[Row], attempt: int, steering: Steering | None) -> Attempt:
