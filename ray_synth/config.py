@@ -37,6 +37,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 SMALL_SIDE = 128  # pixels: pictures no larger are kept as PNG where the format is "auto"
 IN_DOMAIN = "in_domain"  # what `data.test` is called among the test sets
 TAKEN = (IN_DOMAIN, "training", "validation")  # names of sets that no `data.ood` may have
+MOST_CANDIDATES = 16  # images that are made of one row, to keep one
 RECIPES = Path(__file__).parent / "training" / "recipes"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 # training.baseline -> the arms that are trained on real images alone.
@@ -342,6 +343,28 @@ def _even_mix() -> dict[Kind, float]:
     return {"contextual": 0.5, "stylized": 0.5}
 
 
+class PracticeGuidanceConfig(Section):
+    """The learner's entropy steers the sampler of a diffusers pipeline."""
+
+    scale: Annotated[float, Field(gt=0, le=1)] = result(
+        0.1,
+        description="how far a guided step shifts the predicted clean latents, as a share of their "
+        "own size",
+    )
+    steps: Annotated[float, Field(gt=0, le=1)] = result(
+        0.5,
+        description="share of the denoising steps that are guided, spread evenly; never the last",
+    )
+
+
+class PracticeSelectConfig(Section):
+    """More images are made than are kept: of each prompt the one that is hardest for the learner."""
+
+    factor: Annotated[int, Field(ge=2, le=MOST_CANDIDATES)] = result(
+        4, description="images that are made of each row; one is kept"
+    )
+
+
 class PracticeConfig(Section):
     """Rounds: the model in training says what it does not know, and the next images are for that."""
 
@@ -370,6 +393,14 @@ class PracticeConfig(Section):
         None,
         description="no more images once validation shows, two rounds in a row, that a round gains less "
         "than so many points; default: all rounds are made",
+    )
+
+    guidance: PracticeGuidanceConfig | None = result(
+        None,
+        description="the model steers the sampler of later rounds towards what it is unsure of",
+    )
+    select: PracticeSelectConfig | None = result(
+        None, description="of several images of a row in later rounds, the hardest one is kept"
     )
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ def write_blend(
     from safetensors.torch import load, save
 
     from ray_synth.device import pick_device
-    from ray_synth.training.model_files import load_model
+    from ray_synth.storage.classifiers import load_model
     from ray_synth.training.state_dicts import blend
 
     card = folder.read_json("models/mixed.json")

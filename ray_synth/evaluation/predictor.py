@@ -72,7 +72,8 @@ class Predictor:
         import torch
 
         from ray_synth.device import pick_device, pick_dtype
-        from ray_synth.training.model_files import card_transform, load_model
+        from ray_synth.storage.classifiers import load_model
+        from ray_synth.training.model_files import card_transform
 
         metrics.join(folder.uri)
         logs.forward(board, stage="evaluation")

@@ -42,7 +42,7 @@ class Weights:
 
     def load(self) -> nn.Module:
         """The plain timm model in float32, in eval mode. Raises UserError where its file is not whole."""
-        from ray_synth.training.model_files import load_model
+        from ray_synth.storage.classifiers import load_model
 
         return load_model(self.folder, self.arm, self.bn, self.card)
 

@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow as pa
 from ray_synth import metrics
 from ray_synth.config import ClipConfig, GenerationConfig
 from ray_synth.data.images import encode_image
+from ray_synth.device import pick_device
 from ray_synth.generation.checking import set_aside
 from ray_synth.generation.cost import reason_label
 from ray_synth.generation.packs import group_rows
@@ -32,6 +34,8 @@ from ray_synth.generation.store import (
     pack_range,
     part_name,
 )
+from ray_synth.generation.usefulness import Attempt, candidates, choose
+from ray_synth.generators.learner import Steering, SteeringLearner, steer
 from ray_synth.generators.protocol import Row, generate_all, provenance, raised
 from ray_synth.generators.registry import fingerprint, generator_class
 from ray_synth.monitoring import logs
@@ -62,6 +66,8 @@ class GenerationJob:
         board: the progress board's handle.
         pack_rows: rows of the plan that are packed into one large part; default: by their size.
         packer: the handle of the actor that hears which chunks are made (`packs.py`), or None.
+        steering: from which row of the plan on each learner guides the sampler, or chooses what is
+            kept, in the order of the rows; before the first, none does.
     """
 
     config: GenerationConfig
@@ -72,6 +78,11 @@ class GenerationJob:
     board: Any = None
     pack_rows: int | None = None
     packer: Any = None
+    steering: tuple[tuple[int, Steering], ...] = ()
+
+    def steered_by(self, position: int) -> Steering | None:
+        """What steers a row of the plan."""
+        return next((found for first, found in reversed(self.steering) if first <= position), None)
 
 
 class ImageMaker:
@@ -82,6 +93,8 @@ class ImageMaker:
         self._device, self._plan = threading.Lock(), threading.Lock()
         self._generator: Any = None  # loaded by the first chunk that needs it
         self._judge: Judge | None = None
+        self._steering: Steering | None = None
+        self._learner: SteeringLearner | None = None
         self._fingerprint = ""
         self._references: dict[str, bytes] = {}
         self._near: tuple[str, int, pa.Table] | None = (
@@ -111,7 +124,11 @@ class ImageMaker:
             done |= held
             lacking = [row for row in missing if row["sample_id"] not in held]
             if lacking:
-                new = self.make(lacking)
+                place = {row["sample_id"]: at for at, row in enumerate(rows, start)}
+                by_learner = groupby(
+                    lacking, lambda row: self.job.steered_by(place[row["sample_id"]])
+                )
+                new = [row for found, some in by_learner for row in self.make([*some], found)]
                 with metrics.timed("store_write_seconds"):
                     self.store.write(new)
                 metrics.record("generated_images_total", len(new))
@@ -123,43 +140,61 @@ class ImageMaker:
         self._count(result, {row["sample_id"] for row in missing})
         return result
 
-    def make(self, rows: list[Row]) -> list[Row]:
-        """Generate, judge and encode; with policy `retry`, again with new seeds what was rejected."""
+    def make(self, rows: list[Row], steering: Steering | None = None) -> list[Row]:
+        """Generate, judge and encode; with policy `retry`, again with new seeds what was rejected.
+
+        Where a learner selects, so many seeds of each row are tried first, and the hardest is kept.
+        """
         self._load()
         checks = self.job.config.checks
         retries = NEW_SEEDS if checks.policy == "retry" else 0
-        made, again = self._attempt(rows, 0)
-        done = {row["sample_id"]: row for row in made}
+        tries = candidates(steering)
+        found = self._candidates(rows, steering) if tries > 1 else self._attempt(rows, 0, steering)
+        done = {row["sample_id"]: row for row in found.made}
+        again = found.again
         earlier: list[Row] = []
-        for attempt in range(1, retries + 1):
+        for attempt in range(tries, tries + retries):
             if not again:
                 break
             earlier += [done[row["sample_id"]] for row in again]
-            made, again = self._attempt(again, attempt)
-            done |= {row["sample_id"]: row for row in made}
+            found = self._attempt(again, attempt, steering)
+            again = found.again
+            done |= {row["sample_id"]: row for row in found.noted()}
         if earlier:
             self.store.rejected.write(earlier)
             count_faults(earlier, "retried")
         return [done[row["sample_id"]] for row in rows]
 
-    def _attempt(self, rows: list[Row], attempt: int) -> tuple[list[Row], list[Row]]:
-        """The image rows of plan rows, and those plan rows that another seed may help."""
+    def _candidates(self, rows: list[Row], steering: Steering | None) -> Attempt:
+        """The best of several attempts at each row."""
+        tries = candidates(steering)
+        chosen = choose([self._attempt(rows, attempt, steering) for attempt in range(tries)])
+        if self.job.board is not None:
+            self.job.board.add_all.remote({"passed_over": (tries - 1) * len(rows)})
+        return replace(chosen, made=chosen.noted())
+
+    def _attempt(self, rows: list[Row], attempt: int, steering: Steering | None) -> Attempt:
+        """What is made of plan rows with the seeds of an attempt, and what another seed may help."""
         inputs = [
             {**row, "seed": attempt_seed(row["seed"], attempt), **self._reference(row)}
             for row in rows
         ]
         with self._device:
+            learner = self._steer(steering)
             started = time.perf_counter()
             results = generate_all(self._generator, inputs)
             seconds = time.perf_counter() - started
             self._count_batch(len(rows), seconds)
             facts = {
                 "attempt": attempt,
-                "generator": provenance(self._generator, self.job.config, self._fingerprint),
+                "generator": self._made_by(steering),
                 "gpu_seconds": seconds / len(rows),
             }
-        verdicts = self._judge_all(rows, [image for image, _ in results])
-        encoded = self._encode([image for image, _ in results])
+        images = [image for image, _ in results]
+        verdicts = self._judge_all(rows, images)
+        selects = learner is not None and candidates(steering) > 1
+        entropies = learner.entropies(images) if learner and selects else [None] * len(rows)
+        encoded = self._encode(images)
         made = [
             {**row, **facts, **self._judged(image, reason, verdict), "image": data}
             for row, (image, reason), verdict, data in zip(
@@ -171,7 +206,24 @@ class ImageMaker:
             for row, new, result in zip(rows, made, results, strict=True)
             if not new["accepted"] and not raised(*result)
         ]
-        return made, again
+        return Attempt(made, again, entropies)
+
+    def _steer(self, steering: Steering | None) -> SteeringLearner | None:
+        """Have the generator be guided as these rows are to be; the learner that steers them."""
+        if steering != self._steering:
+            device = pick_device(self.job.config.device)
+            self._steering, self._learner = None, steer(self._generator, None, device)
+            self._learner = steer(self._generator, steering, device)
+            self._steering = steering
+        return self._learner
+
+    def _made_by(self, steering: Steering | None) -> str:
+        """The `generator` column."""
+        config = self.job.config
+        if steering is None:
+            return provenance(self._generator, config, self._fingerprint)
+        digest = steering.fingerprint(self._fingerprint)
+        return provenance(self._generator, config, digest, steering=steering.facts())
 
     def _encode(self, images: list[Image.Image | None]) -> list[bytes]:
         """The bytes of each image, empty where there is none."""

@@ -10,14 +10,16 @@ import numpy as np
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from ray_synth.config import GenerationConfig, load_run_config
+from ray_synth.config import MOST_CANDIDATES, GenerationConfig, load_run_config
 from ray_synth.data.images import decode_image, encode_image
+from ray_synth.device import pick_device
 from ray_synth.errors import UserError
 from ray_synth.generation.batch_size import LARGEST
 from ray_synth.generation.maker import NEW_SEEDS, attempt_seed, read_references
 from ray_synth.generation.store import ImageStore
+from ray_synth.generators.learner import guided_by, steer
 from ray_synth.generators.protocol import Row, generate_all
-from ray_synth.generators.registry import fingerprint, generator_class
+from ray_synth.generators.registry import check_guidance, fingerprint, generator_class
 from ray_synth.prompting.plan_file import MOST_CLASSES, MOST_SEED, SAMPLE_ID
 from ray_synth.storage.folder import Folder
 
@@ -89,12 +91,18 @@ def regenerate(run: Folder, sample_id: str) -> Regenerated:
     facts = read_facts(row)
     if not row["image"]:
         raise UserError(f"{row['sample_id']} was never an image: {row['reject_reason']}")
-    if facts["fingerprint"] != fingerprint(config.generation):
+    steering = guided_by(run, facts, row["sample_id"])
+    if steering is not None:
+        check_guidance(config.generation)
+    made_by = fingerprint(config.generation)
+    if facts["fingerprint"] != (steering.fingerprint(made_by) if steering else made_by):
         raise UserError(
             f"{row['sample_id']} was made by a {facts['model']!r} with other weights or settings than "
             f"{config.generation.model!r} has now"
         )
     generator = generator_class(config.generation.generator)(as_made(config.generation, facts))
+    if steering is not None:
+        steer(generator, steering, pick_device(config.generation.device))
     inputs = {**row, "seed": attempt_seed(row["seed"], row["attempt"])}
     if row["reference"] and not hasattr(generator, "references"):  # imported images name themselves
         references = read_references(run)
@@ -129,7 +137,11 @@ def read_facts(row: Row) -> dict[str, Any]:
     Raises:
         UserError: a row whose values no run writes; names the row and the value.
     """
-    bounds = {"seed": MOST_SEED, "class_index": MOST_CLASSES, "attempt": 1 + NEW_SEEDS}
+    bounds = {
+        "seed": MOST_SEED,
+        "class_index": MOST_CLASSES,
+        "attempt": MOST_CANDIDATES + NEW_SEEDS,
+    }
     try:
         if not SAMPLE_ID.fullmatch(row["sample_id"]):
             raise ValueError("a sample_id that cannot name a file")

@@ -17,6 +17,8 @@ from ray_synth.generation.checking import good_parts
 from ray_synth.generation.chunks import ATTEMPTS, Chunk, cut, holdings, missing_rows
 from ray_synth.generation.maker import GenerationJob, ImageMaker
 from ray_synth.generation.stored import StoredRows
+from ray_synth.generation.usefulness import check_selection
+from ray_synth.generators.registry import check_guidance
 
 if TYPE_CHECKING:
     import ray.data
@@ -42,9 +44,13 @@ def image_stream(
     Args:
         chunks: only these; default: all of the plan.
         columns: pass on only these columns; the store keeps all.
+
+    Raises:
+        UserError: as `check_steering`.
     """
     import ray.data
 
+    check_steering(job)
     job = settled(job)
     config = job.config
     if chunks is None:
@@ -160,6 +166,21 @@ def chunk_blocks(chunks: list[Chunk]) -> list[pa.Table]:
     )
     rows = min(MOST_CHUNKS_A_BLOCK, max(1, -(-len(chunks) // BLOCKS)))
     return [table.slice(at, rows) for at in range(0, max(1, len(chunks)), rows)]
+
+
+def check_steering(job: GenerationJob) -> None:
+    """Look at what a learner is to steer, before anything is made.
+
+    Raises:
+        UserError: there is no such learner, its sampler cannot be guided, or nothing says which of its
+            candidates are right.
+    """
+    for _, steering in job.steering:
+        assert steering.card  # read: it is there
+        if steering.guidance is not None:
+            check_guidance(job.config)
+        if steering.select is not None:
+            check_selection(job.config)
 
 
 def settled(job: GenerationJob) -> GenerationJob:

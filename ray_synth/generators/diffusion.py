@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from ray_synth.config import GenerationConfig
 from ray_synth.device import pick_device, pick_dtype
 from ray_synth.errors import UserError
 from ray_synth.generators.compilation import compile_parts, first_on_this_node
-from ray_synth.generators.families import guidance_argument
+from ray_synth.generators.families import guidance_argument, read_facts
 from ray_synth.generators.loading import (
     check_code,
     find_scheduler,
     load_pipeline,
     read_index,
+    resolve_model,
 )
 from ray_synth.generators.protocol import Failure, Row
 from ray_synth.generators.settings import (
@@ -39,6 +41,9 @@ from ray_synth.generators.settings import (
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ray_synth.config import PracticeGuidanceConfig
+    from ray_synth.generators.learner import SteeringLearner
+    from ray_synth.generators.learner_guidance import LearnerGuidance
     from ray_synth.generators.prompt_encoder import PromptEncoder
 
 log = logging.getLogger("ray_synth")
@@ -96,6 +101,7 @@ class DiffusionGenerator:
         self.alone = self.family.alone or self._encoder.varies
         self.batch_size = 1 if self.alone else config.batch_size
         self.compiled = False
+        self._learner_guidance: LearnerGuidance | None = None
         if config.compile is True or (config.compile == "auto" and self.device.startswith("cuda")):
             self._compile()
 
@@ -136,6 +142,14 @@ class DiffusionGenerator:
 
         return origin(self.config.adapters)
 
+    def guide(self, learner: SteeringLearner | None, config: PracticeGuidanceConfig | None) -> None:
+        """Have a learner make all later images harder for itself; with None, no longer."""
+        self._learner_guidance = None
+        if learner is not None and config is not None:
+            from ray_synth.generators.learner_guidance import LearnerGuidance
+
+            self._learner_guidance = LearnerGuidance(self.pipeline, learner, config)
+
     def generate(self, rows: list[Row]) -> list[Image.Image | Failure]:
         """Images of plan rows; `prompt`, `negative_prompt`, `seed` and `reference_image` are used."""
         import torch
@@ -159,7 +173,8 @@ class DiffusionGenerator:
         from PIL import Image
 
         padded = rows + [rows[-1]] * (self.batch_size - len(rows))
-        with torch.inference_mode():
+        guidance = self._learner_guidance
+        with guidance.applied() if guidance else nullcontext(), torch.inference_mode():
             output = self.pipeline(**self._arguments(padded))
             pixels = _to_uint8(output[0])[: len(rows)]  # `images`, or in Kandinsky 5 `image`
         flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(rows)
@@ -286,6 +301,15 @@ class DiffusionGenerator:
 
             assert config.num_inference_steps is not None
             reference_steps(config.num_inference_steps, config.reference.strength)
+
+    @staticmethod
+    def check_guidance(config: GenerationConfig) -> None:
+        """Raises UserError where a learner cannot guide this model's sampler."""
+        from ray_synth.generators.learner_guidance import check_guidance
+
+        index = read_index(config)
+        facts = read_facts(resolve_model(config.model), index, config.revision, config.scheduler)
+        check_guidance(config, index, facts.scheduler)
 
     @staticmethod
     def filled(config: GenerationConfig) -> GenerationConfig:

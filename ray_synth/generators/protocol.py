@@ -95,11 +95,14 @@ def plugin_size(config: GenerationConfig) -> tuple[int, int]:
     return config.width or PLUGIN["width"], config.height or PLUGIN["height"]
 
 
-def provenance(generator: ImageGenerator, config: GenerationConfig, digest: str) -> str:
-    """The `generator` column: JSON of what made an image, as the generator tells it, and its
-    fingerprint."""
+def provenance(
+    generator: ImageGenerator, config: GenerationConfig, digest: str, **others: Any
+) -> str:
+    """The `generator` column: JSON of what made an image, as the generator tells it, its fingerprint,
+    and other facts."""
     facts = {"generator": config.generator, "model": config.model, "revision": config.revision}
-    return json.dumps({**facts, **getattr(generator, "provenance", {}), "fingerprint": digest})
+    own = getattr(generator, "provenance", {})
+    return json.dumps({**facts, **own, "fingerprint": digest, **others})
 
 
 def digest_settings(value: Any) -> str:

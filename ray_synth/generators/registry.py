@@ -60,6 +60,17 @@ def check_plan(config: GenerationConfig, num_images: int) -> None:
         check(config, num_images)
 
 
+def check_guidance(config: GenerationConfig) -> None:
+    """Raises UserError where a learner cannot guide the generator, before anything is spent."""
+    check = getattr(generator_class(config.generator), "check_guidance", None)
+    if check is None:
+        raise UserError(
+            f"prompting.practice.guidance is for diffusers pipelines, and generation.generator is "
+            f"{config.generator!r}: leave it out; select works with any generator"
+        )
+    check(config)
+
+
 def filled(config: GenerationConfig) -> GenerationConfig:
     """The config with steps, guidance and size set, where it leaves them to the generator.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ray_synth.config import Config
 from ray_synth.meaning.entries import read_meanings
-from ray_synth.prompting.rounds import ROUNDS, steering_learner, write_round
+from ray_synth.prompting.rounds import ROUNDS, steering_learner, steering_of, write_round
 from ray_synth.training import needs
 
 if TYPE_CHECKING:
@@ -58,18 +58,22 @@ def plan_round(
     for card in cards:
         for index, count in card["by_class"].items():
             before[int(index)] += count
+    practice = run.config.prompting.practice
+    if steering := steering_of(practice, run.folder, number):
+        settings["fingerprint"] = steering.fingerprint(settings["fingerprint"])
     tables = plan_tables(
         _classes(run, prompts(anew), why["confused"], anew),
         num_images=total,
         budgets=budgets,
         number=number,
         before=before,
-        unlike_in_words=run.config.prompting.practice.apart == "words",
+        unlike_in_words=practice.apart == "words",
         **settings,
     )
     kept = {
         "token": scores["token"],
         "steered_by": steering_learner(number),
+        "steering": steering.facts() if steering else None,
         "learner": scores["learner"],
         **why,
         "new_contexts": sorted(anew),

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray_synth.errors import UserError
-from ray_synth.generators.registry import generator_class
+from ray_synth.generation.usefulness import check_selection
+from ray_synth.generators.registry import check_guidance, generator_class
 from ray_synth.pipeline.next_round import plan_round, reads_apart
 from ray_synth.prompting.rounds import (
     Rounds,
@@ -49,7 +50,8 @@ def check_practice(run: Any) -> None:
     """Look for what cannot be done in rounds, and say what is unwise.
 
     Raises:
-        UserError: a round would be too small or have no step; or images are imported, not made.
+        UserError: a round would be too small or have no step; images are imported, not made; or the
+            model cannot steer this generator as it is asked to.
     """
     config = run.config
     practice = config.prompting.practice
@@ -60,6 +62,10 @@ def check_practice(run: Any) -> None:
             f"prompting.practice asks for images anew, and generator {config.generation.generator!r} has "
             "a set of them that is given: leave practice out"
         )
+    if practice.guidance:
+        check_guidance(config.generation)
+    if practice.select:
+        check_selection(config.generation)
     if not len(run.validation):
         log.warning(
             "prompting.practice: data.validation holds no images out, so that the model says what it "

@@ -26,6 +26,7 @@ from ray_synth.preflight.reach import is_local
 from ray_synth.preflight.refusals import refuse_early
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.plan_settings import prompt_limit
+from ray_synth.prompting.rounds import steerings
 from ray_synth.stages import REPORT, stage_inputs, up_to
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.hub import MODELS
@@ -113,6 +114,7 @@ class Run:
         return TrainJob(arm=arm, num_synthetic=num_synthetic, **{**own, **others})
 
     def generation_job(self, board: Any = None) -> GenerationJob:
+        practice = self.config.prompting.practice
         return GenerationJob(
             self.config.generation,
             PlanFile(self.folder),
@@ -120,6 +122,7 @@ class Run:
             run=self.folder,
             clip=self.config.meaning.clip,
             board=board,
+            steering=steerings(practice, self.folder) if practice else (),
         )
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from ray_synth.config import PracticeConfig
 from ray_synth.errors import UserError
+from ray_synth.generators.learner import Steering
 from ray_synth.prompting.budgets import even_shares
 from ray_synth.prompting.plan_file import PLAN_FILE, PLAN_SCHEMA, WINDOW
 from ray_synth.storage.damage import damaged
@@ -54,6 +55,26 @@ def steering_learner(number: int) -> str | None:
     """The folder, in the run's, of the learner that a round is made for; None for round 0, which there is
     no learner for."""
     return learner_folder(number - 1) if number else None
+
+
+def steering_of(practice: PracticeConfig, run: Folder, number: int) -> Steering | None:
+    """What the learner that a round is made for does in the making of its images; None where that is
+    nothing."""
+    learner = steering_learner(number)
+    if learner is None or not (practice.guidance or practice.select):
+        return None
+    return Steering(run, learner, practice.guidance, practice.select)
+
+
+def steerings(practice: PracticeConfig, run: Folder) -> tuple[tuple[int, Steering], ...]:
+    """From which row of the plan on what steers, for the rounds that are planned."""
+    found, first = [], 0
+    if practice.guidance or practice.select:
+        for card in read_rounds(run):
+            if steering := steering_of(practice, run, card["round"]):
+                found.append((first, steering))
+            first += card["rows"]
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ray_synth.config import Config, PracticeConfig
+from ray_synth.config import Config, PracticeConfig, PracticeSelectConfig
 from ray_synth.errors import UserError, did_you_mean
 from ray_synth.generators.registry import filled
 from ray_synth.studies.arm import REAL_ONLY, Arm
@@ -374,7 +374,8 @@ def _practice(config: Config, counts: dict[str, int]) -> Study:
     """
     scale = config.studies.scale
     rounds = config.prompting.practice or PracticeConfig(rounds=ROUNDS)
-    given = rounds.model_copy(update={"stop": None}).model_dump()
+    without = {"stop": None, "guidance": None, "select": None}
+    given = rounds.model_copy(update=without).model_dump()
     tail = {"data.train.images_per_class": long_tail(counts, config)}
 
     def practised(**changes: Any) -> dict[str, Any]:
@@ -395,6 +396,7 @@ def _practice(config: Config, counts: dict[str, int]) -> Study:
         Arm("rounds", "rounds", scale, practised(), "fixed"),
         Arm("by_class", "rounds, by class alone", scale,
             practised(**{**alone, "by_class": True}), "fixed"),
+        *_steered(config, rounds, practised),
         Arm("rounds_third", "rounds, a third of the images", scale / 3, practised(), "fixed"),
         Arm("tail_real", "long tail, real only", 0, tail, "tail_real"),
         Arm("tail_fixed", "long tail, fixed plan", scale, tail, "tail_real"),
@@ -410,6 +412,23 @@ def _practice(config: Config, counts: dict[str, int]) -> Study:
         tuple(arm for arm in arms if fits(arm)),
         measures=("by_frequency",),
     )
+
+
+def _steered(
+    config: Config, rounds: PracticeConfig, practised: Callable[..., dict[str, Any]]
+) -> list[Arm]:
+    """Arms in which the learner chooses among candidates, or guides the sampler where the config has it
+    do so."""
+    scale, checks, found = config.studies.scale, config.generation.checks, []
+    if checks.label and checks.policy != "off":
+        select = rounds.select or PracticeSelectConfig(factor=2)
+        label = f"rounds, the hardest of {select.factor} kept"
+        settings = practised(select=select.model_dump())
+        found.append(Arm("select", label, scale, settings, "rounds"))
+    if rounds.guidance:
+        settings = practised(guidance=rounds.guidance.model_dump())
+        found.append(Arm("guided", "rounds, guided", scale, settings, "rounds"))
+    return found
 
 
 def _trained_on(arm: Arm, config: Config, counts: dict[str, int]) -> int:

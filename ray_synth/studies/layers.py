@@ -42,7 +42,7 @@ def layer_rows(
         synthetic: encoded images.
     """
     from ray_synth.evaluation.domain_shift import bn_statistics, statistics_distance
-    from ray_synth.training.model_files import load_model
+    from ray_synth.storage.classifiers import load_model
 
     card = arms.read_json(f"models/{digest}.json")
     given = (row["image"] for row in read_index(real))

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ray_synth.errors import UserError, first_line
 from ray_synth.training.job import TrainJob
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ray_synth.storage.folder import Folder
     from ray_synth.training.augmentation import ImageTransform
     from ray_synth.training.learner import Learner
 
@@ -62,36 +58,6 @@ def export_models(
         card["synthetic_arrived"] = synthetic.arrived
         card["synthetic_replayed"] = synthetic.replayed
     folder.write_json(f"models/{job.arm}.json", card)
-
-
-def load_model(folder: Folder, arm: str, bn: str, card: dict[str, Any]) -> nn.Module:
-    """A model as `export_models` wrote it, or with timm's weights if its card says so; in eval mode.
-
-    Raises:
-        UserError: the file is gone, or not whole.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    from ray_synth.training import recipe
-
-    pretrained = card.get("pretrained", False)
-    model = recipe.build_model(
-        card["model"],
-        num_classes=len(card["class_names"]),
-        model_kwargs=card["model_kwargs"],
-        pretrained=pretrained,
-    )
-    if not pretrained:
-        name = f"models/{arm}.{bn}.safetensors"
-        try:
-            model.load_state_dict(load(folder.read_bytes(name)))
-        except (SafetensorError, RuntimeError, FileNotFoundError) as error:
-            raise UserError(
-                f"{folder.address(name)} is not the whole file that training wrote "
-                f"({first_line(error)}); train again with --force-stage training"
-            ) from None
-    return model.eval()
 
 
 def card_transform(card: dict[str, Any]) -> ImageTransform:

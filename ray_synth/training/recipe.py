@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ray_synth.config import OptimizerConfig, TrainingConfig
-from ray_synth.errors import UserError, did_you_mean, first_line, shortened
-from ray_synth.storage.checkpoints import check_timm
+from ray_synth.errors import UserError, did_you_mean, shortened
+from ray_synth.storage.classifiers import create_classifier
 
 if TYPE_CHECKING:
     from timm.scheduler.scheduler import Scheduler
@@ -44,31 +44,11 @@ def build_model(
         keep_classifier: refuse a checkpoint whose classifier is of another size.
 
     Raises:
-        UserError: for an unknown name (with the nearest ones), for arguments that the model
-            refuses, or for a checkpoint that does not fit or whose configuration has keys that are not
-            listed.
+        UserError: as `create_classifier`, or for a checkpoint that does not fit.
     """
-    import timm
-
-    if ":" not in name and not timm.is_model(name):
-        raise UserError(
-            f"unknown timm model {name!r}: {did_you_mean(name, timm.list_models(), most=3)}"
-        )
-    check_timm(name)
-    try:
-        model = timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, **(model_kwargs or {})
-        )
-    except Exception as error:  # of timm, torch, the hub or a file
-        if model_kwargs:
-            raise UserError(f"timm model {name!r} refuses model_kwargs: {error}") from error
-        if not pretrained and ":" not in name:
-            raise
-        raise UserError(
-            f"timm model {name!r} cannot be loaded ({first_line(error)}): give training.model a name, a "
-            "hub id or a local-dir: that this machine can reach, and for training.pretrained one "
-            "with weights; or training.checkpoint a local file"
-        ) from error
+    model = create_classifier(
+        name, num_classes=num_classes, pretrained=pretrained, model_kwargs=model_kwargs
+    )
     if checkpoint is not None:
         _load_checkpoint(model, Path(checkpoint), keep_classifier)
     return model

@@ -235,7 +235,7 @@ class _Scorer:
     ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], np.ndarray]:
         """Verdicts on the images that can be decoded, their rows without the images, and which of all
         could not be, (n,) bool."""
-        from ray_synth.training.model_files import load_model
+        from ray_synth.storage.classifiers import load_model
 
         model = load_model(self.learner, self.arm, bn, self.card).to(self.device)
         logits: list[np.ndarray] = []

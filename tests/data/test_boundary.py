@@ -20,9 +20,9 @@ from ray_synth.data.images import decode_image
 from ray_synth.errors import UserError
 from ray_synth.evaluation.checkpoint import _card_of
 from ray_synth.preflight.model_sizes import stored_parameters
+from ray_synth.storage.classifiers import load_model
 from ray_synth.storage.folder import Folder
 from ray_synth.storage.texts import read_json
-from ray_synth.training.model_files import load_model
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 

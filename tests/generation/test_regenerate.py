@@ -20,7 +20,7 @@ PAINTED = {"generator": "painting:Painter", "width": 16, "height": 16, "image_fo
 EMBEDDED = {"width": 32, "height": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
 
 
-def run_of(tmp_path, generation, rows, **changes):
+def run_of(tmp_path, generation, rows, steering=(), **changes):
     """A run directory as the pipeline leaves it, with these rows made in batches of 4."""
     from small_runs import QUICKSTART
 
@@ -31,7 +31,8 @@ def run_of(tmp_path, generation, rows, **changes):
     folder.write_yaml("config.yaml", {**values, "versions": {"ray": "0"}})
     write_references(folder, {"cat/1": _reference(1), "cat/2": _reference(2)})
     plan = PlanTable(pa.Table.from_pylist(rows, schema=PLAN_SCHEMA))
-    maker = ImageMaker(GenerationJob(made, plan, ImageStore(folder.child("images")), run=folder))
+    store = ImageStore(folder.child("images"))
+    maker = ImageMaker(GenerationJob(made, plan, store, run=folder, steering=steering))
     for start in range(0, len(rows), 4):
         maker.chunk(start, min(start + 4, len(rows)), [])
     return folder

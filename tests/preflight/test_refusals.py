@@ -120,6 +120,11 @@ REFUSALS = {
     "the template must hold": EARLY,
     "fewer than the {classes} classes": PRACTICE,
     "optimizer steps cannot be cut": PRACTICE,
+    "prompting.practice.guidance": "ray_synth.generators.registry:check_guidance",
+    "prompting.practice.select": "ray_synth.generation.usefulness:check_selection",
+    "no learner in": RESULT,
+    "has no guidance of a run": INTERNAL,
+    "with other weights than the folder has now": RESULT,
     # generation and service
     "one image needs": ON_ITS_NODE,
     "images are not in": RESULT,
