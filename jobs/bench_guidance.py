@@ -26,6 +26,7 @@ from ray_synth.training.augmentation import POLICIES, augment_batch
 from ray_synth.training.recipe import build_model
 
 MODEL = "test_resnet"  # timm's smallest
+PROMPT = "the number {}, white on a black background, handwritten"  # as the real digits are
 SIZE, BATCH, CANDIDATES = 32, 32, 4
 
 
@@ -77,8 +78,7 @@ def measure(images: int, steps: int, scales: list[float], learner: Any, judge: A
     labels = [at % 10 for at in range(images)]
     others: dict[str, Any] = {"negative_prompt": ""}
     rows: list[dict[str, Any]] = [
-        {"prompt": f"a handwritten {CLASS_NAMES[label]}, a digit", **others, "seed": at}
-        for at, label in enumerate(labels)
+        {"prompt": PROMPT.format(label), **others, "seed": at} for at, label in enumerate(labels)
     ]
     generator = DiffusionGenerator(config)
     generator.generate(rows[:20])
