@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ray_synth.config import Config, TrainingConfig
+from ray_synth.config import Config, PracticeConfig, TrainingConfig
 from ray_synth.preflight.demands import Sizes, asks_for_contexts, demands
 from ray_synth.stages import STAGES
 from ray_synth.training.brief import is_brief_baseline
@@ -106,7 +106,7 @@ def estimate(
         "quality": m.quality if demands(config, sizes)["quality"] else 0.0,
     }
     pool = 1 if shared else config.generation.pool.max_size
-    made = m.make_start + synthetic * m.make / pool
+    made = m.make_start + _drawn(config.prompting.practice, synthetic) * m.make / pool
     steps = total_steps(training, sizes.real)
     crowd = training.max_workers if shared else 1  # workers that share the cores
     once = m.train_start + m.train_end + (steps // training.checkpoint_every) * m.save
@@ -134,6 +134,15 @@ def estimate(
     found["evaluation"] = m.test_start + tested
     seconds = {stage: found[stage] for stage in STAGES if stage in stages}
     return priced(config, sizes, {**seconds, "around": m.around})
+
+
+def _drawn(practice: PracticeConfig | None, synthetic: int) -> float:
+    """Images that are made, those included that a learner passes over. What guidance takes at each step
+    is not counted."""
+    if practice is None or practice.select is None:
+        return synthetic
+    later = 1 - (practice.first or 1 / practice.rounds)
+    return synthetic * (1 + later * (practice.select.factor - 1))
 
 
 def _baselines(

@@ -69,6 +69,12 @@ def test_apart_generation_and_training_overlap():
     assert found["generation"] == 0  # 7 s of making, 24 s of training
 
 
+def test_candidates_that_a_learner_passes_over_are_made_as_well():
+    rounds = "prompting.practice={rounds: 4, select: {factor: 3}}"
+    found = seconds("training.feed=stored", "data.validation=4", rounds)
+    assert found["generation"] == pytest.approx(8 + 1200 * (0.25 + 0.75 * 3) * 0.05)
+
+
 def test_a_baseline_that_is_not_brief_is_trained_before_the_mixed_model():
     once = 15 + 2 + 6 * 0.5
     long = seconds("training.feed=stored", "training.image_size=224")
