@@ -52,21 +52,33 @@ def processes(driver: int, name: str) -> list[psutil.Process]:
     return found
 
 
-def disturb(line: list[str], rng: random.Random, victim: str) -> None:
-    """Start the command and kill one of its processes at a random moment; where that is not the driver,
-    the command goes on to its end."""
+def events(folder: Path) -> int:
+    """How far a run is: files that rounds, images and learners have left."""
+    parts = ("plan/round-*", "practice/**/*.*", "images/part-*")
+    return sum(len(list(folder.glob(pattern))) for pattern in parts)
+
+
+def disturb(line: list[str], rng: random.Random, victim: str, folder: Path, most: int) -> None:
+    """Start the command and kill one of its processes at a random moment of what is left to do; where
+    that is not the driver, the command goes on to its end.
+
+    Args:
+        most: `events` of a run that has ended.
+    """
+    when, late = rng.randint(events(folder) + 1, most - 1), rng.uniform(0, 3)
     driver = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + rng.uniform(15, 90)
-        while time.monotonic() < until and driver.poll() is None:
-            time.sleep(0.1)
+        while events(folder) < when:
+            assert driver.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+        time.sleep(late)
         if victim == "driver":
             return
         while driver.poll() is None:
             if there := processes(driver.pid, victim):
                 rng.choice(there).kill()
                 break
-            time.sleep(0.1)
+            time.sleep(0.05)
         assert driver.wait(timeout=500) == 0, f"it did not go on without its {victim}"
     finally:
         if driver.poll() is None:
@@ -106,10 +118,10 @@ def test_killed_at_random_the_same_command_goes_on_to_the_same_rounds(seed, undi
     """The driver twice, then a training worker or a generator's actor."""
     rng = random.Random(seed)
     line = command("run", tmp_path, *SETTINGS)
-    folder = tmp_path / "quickstart"
-    victims = ["driver", "driver", rng.choice(["RayTrainWorker", "MapWorker"])]
-    for victim in victims:
-        disturb(line, rng, victim)
+    folder, most = tmp_path / "quickstart", events(undisturbed)
+    for victim in ("driver", "driver", rng.choice(["RayTrainWorker", "MapWorker"])):
+        if events(folder) < most - 1:
+            disturb(line, rng, victim, folder, most)
     result = run(line)
     assert result.returncode == 0, result.stderr[-4000:]
     assert kept(folder) == kept(undisturbed)
