@@ -203,3 +203,8 @@ def encode_image(image: Image.Image, *, image_format: str = "png", quality: int 
 def encode_array(pixels: NDArray[np.uint8]) -> bytes:
     """PNG bytes of a (height, width) or (height, width, 3) uint8 array."""
     return encode_image(Image.fromarray(pixels))
+
+
+def gray_image() -> bytes:
+    """A small gray picture, where one is needed and none is looked at."""
+    return encode_image(Image.new("RGB", (8, 8), (127, 127, 127)))
