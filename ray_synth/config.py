@@ -792,6 +792,16 @@ class StudiesConfig(Section):
     )
 
 
+class TuningConfig(Section):
+    """`ray-synth tune`: a LoRA of the image model, tuned on the real training images."""
+
+    steps: Positive = how(500, description="optimizer steps")
+    rank: Positive = how(8, description="of the LoRA's matrices")
+    learning_rate: Annotated[float, Field(gt=0)] = how(1e-4)
+    batch_size: Positive = how(4)
+    checkpoint_every: Positive = how(100, description="steps that a kill costs at most")
+
+
 class NodeTypeConfig(Section):
     """Nodes of one kind, as many as an autoscaling cluster can have of them."""
 
@@ -865,6 +875,7 @@ class Config(Section):
     training: TrainingConfig = result()
     evaluation: EvaluationConfig = result(EvaluationConfig())
     tracking: TrackingConfig = how(TrackingConfig())
+    tuning: TuningConfig = how(TuningConfig())
     studies: StudiesConfig = how(StudiesConfig())
     cluster: ClusterConfig = how(ClusterConfig())
 

@@ -50,7 +50,7 @@ def check_adapters(config: GenerationConfig, index: dict[str, Any]) -> None:
         return
     for adapter in config.adapters:
         if adapter.kind == "lora":
-            _require_peft()
+            require_peft()
             _check_lora(config, kind, adapter, index)
         elif adapter.kind == "ip_adapter":
             from ray_synth.generators.ip_adapter import check_ip_adapter
@@ -60,7 +60,8 @@ def check_adapters(config: GenerationConfig, index: dict[str, Any]) -> None:
             _check_words(config, kind, adapter, index)
 
 
-def _require_peft() -> None:
+def require_peft() -> None:
+    """Raises UserError where the library that LoRA need is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(
             "generation.adapters: a LoRA needs a library that is not installed: "
@@ -224,7 +225,7 @@ def wear(pipeline: Any, config: GenerationConfig, dtype: Any) -> None:
             _load_words(pipeline, item, config.model)
     if not loras:
         return
-    _require_peft()
+    require_peft()
     parts = [name for name in pipeline._lora_loadable_modules if getattr(pipeline, name, None)]
     for at, item in enumerate(loras):
         path, before = adapter_file(item), sum(_changed(pipeline, parts))

@@ -62,7 +62,7 @@ class ImageGuide:
         pipeline.set_ip_adapter_scale(adapter.weight)
         # diffusers' own gives every prompt of a call all images of the call.
         pipeline.prepare_ip_adapter_image_embeds = _one_for_each
-        side = int(encoder.config.image_size)
+        side: Any = encoder.config.image_size
         self._prepare = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
         layers = pipeline.unet.encoder_hid_proj.image_projection_layers
         self._patches = type(layers[0]).__name__ != "ImageProjection"

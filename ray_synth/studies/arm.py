@@ -120,6 +120,7 @@ def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = No
     values["training"]["feed"] = "stored"  # a seed decides the result, and no clock
     values["data"]["validation"] = base.data.validation or VALIDATION_PER_CLASS
     values["studies"] = base.studies.model_validate({})  # of no concern to a run
+    values["tuning"] = base.tuning.model_validate({})
     if multiplier:
         values["prompting"]["multiplier"] = multiplier
     baseline = base.training.baseline
