@@ -1,0 +1,72 @@
+"""What a newcomer types to hold the recipe against its rivals: tune, and retrieve."""
+
+import json
+import shlex
+
+import pyarrow.parquet as pq
+import pytest
+from small_runs import NO_LLM, QUICKSTART, SMALL, command, line, run, sets
+
+from ray_synth.data.digits import load_digits
+from ray_synth.data.images import encode_array
+
+FEW = ["tuning.steps=6", "tuning.batch_size=4", "tuning.checkpoint_every=2"]
+# A set that cannot be opened: whoever looks for it fails.
+NOWHERE = "{format: imagefolder, path: /nowhere/at/all}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_generator_is_tuned_on_training_images_alone_and_generates(tmp_path):
+    small = [*SMALL, *NO_LLM, "tracking.enabled=false", *FEW]
+    blind = [f"data.test={NOWHERE}", f"data.ood={{other: {NOWHERE}}}"]
+    done = run([*command("tune", tmp_path, *small, *blind), "--json"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["images"]["per_class"] == {"seven": 4, "six": 4}
+    assert found["folder"] == str(tmp_path / "quickstart" / "tuned")
+    again = run(command("tune", tmp_path, *small, *blind))
+    assert again.returncode == 0 and "done before" in again.stderr, again.stderr[-3000:]
+    other = run(command("tune", tmp_path, *small, *blind, "tuning.rank=3"))
+    assert other.returncode != 0 and "holds a tuning of other images" in other.stderr
+    made = run(command(
+        "generate", tmp_path, *small, "name=with", f"generation.adapters=[{found['folder']}]"
+    ))  # fmt: skip
+    assert made.returncode == 0, made.stderr[-3000:]
+    (row,) = (
+        pq.read_table(next((tmp_path / "with" / "images").glob("part-*"))).slice(0, 1).to_pylist()
+    )
+    (adapter,) = json.loads(row["generator"])["adapters"]
+    assert adapter["path"] == found["folder"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_images_of_a_pool_are_retrieved_imported_and_trained_on(tmp_path):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    pixels, names = load_digits("digits", "train")
+    for at, (name, picture) in enumerate(zip(names, pixels, strict=True)):
+        if name in ("five", "six", "seven"):
+            (pool / f"{at}.png").write_bytes(encode_array(picture))
+    small = [*SMALL, *NO_LLM, "tracking.enabled=false"]
+    blind = [f"data.test={NOWHERE}", f"data.ood={{other: {NOWHERE}}}"]
+    config = ["--config", str(QUICKSTART), *sets(f"runs_dir={tmp_path / 'runs'}", *small)]
+    words = ["retrieve", str(pool), *config, "--per-class", "8"]
+    done = run(line(*words, *sets(*blind), "--json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["retrieved"] == {"seven": 8, "six": 8}
+    again = run(line(*words, *sets(*blind)))
+    assert again.returncode == 0 and "done before" in again.stderr, again.stderr[-3000:]
+    leaky = run(line(*words, *sets(f"data.test={{format: imagefolder, path: {pool}}}")))
+    assert leaky.returncode != 0 and "lie in one another" in leaky.stderr
+    kept = ["--format", "webdataset", "--set", "name=real"]
+    imported = run(line("import", found["folder"], *config, *kept))
+    assert imported.returncode == 0, imported.stderr[-3000:]
+    rows = pq.read_table(next((tmp_path / "runs" / "real" / "images").glob("part-*"))).to_pylist()
+    assert {row["class_name"] for row in rows} == {"six", "seven"}
+    said = " ".join(imported.stdout.split()).partition("train on them: ray-synth ")[2]
+    trained = run(line(*shlex.split(said)))
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert "16 synthetic images" in trained.stdout
