@@ -786,6 +786,11 @@ class StudiesConfig(Section):
         default_factory=dict,
         description="names to settings as under generation; default: fewer and more steps, guidance",
     )
+    pool: Place | None = how(
+        None,
+        description="a folder of other real images, or of WebDataset tars, that the study rivals "
+        "retrieves from",
+    )
     corruption: CorruptionConfig = how(CorruptionConfig())
     parallel: Positive | None = how(
         None, description="trainings at a time; default: what the cluster has room for"

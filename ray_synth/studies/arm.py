@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from ray_synth.config import Config, GenerationConfig, parse_config
 from ray_synth.generators.registry import filled, fingerprint
@@ -35,6 +35,9 @@ class Arm:
         settings: what differs from the config, by dotted key.
         against: the arm that this one's change is measured against.
         line, x: where the study's plot is of lines: which line, and at which place on its axis.
+        rival: what is made of its real images before it: an adapter (tuned), or a set of other real
+            images (retrieved); see rivals.py.
+        by_seed: the settings that follow from that.
     """
 
     name: str
@@ -44,6 +47,8 @@ class Arm:
     against: str = REAL_ONLY
     line: str = ""
     x: float | None = None
+    rival: Literal["", "tuned", "retrieved"] = ""
+    by_seed: dict[int, dict[str, Any]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def trials_of(
     for arm in arms:
         key = _images_key(_configured(base, arm, 0))
         for seed in seeds:
-            config = _configured(base, arm, seed, multiplier=longest[key] or None)
+            most = arm.scale if arm.rival else longest[key]
+            config = _configured(base, arm, seed, multiplier=most or None)
             found.append(_trial(arm, seed, config))
     return found
 
@@ -109,7 +115,7 @@ def _trial(arm: Arm, seed: int, config: Config) -> Trial:
 
 def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = None) -> Config:
     values = base.model_dump()
-    for key, value in arm.settings.items():
+    for key, value in {**arm.settings, **arm.by_seed.get(seed, {})}.items():
         *parents, leaf = key.split(".")
         node = values
         for parent in parents:

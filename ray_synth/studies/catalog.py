@@ -1,4 +1,4 @@
-"""The ten studies: their questions and their arms. Pure.
+"""The studies: their questions and their arms. Pure.
 
 "The whole" is the method as the config has it: label ambiguity resolution, the config's mix of prompts,
 dual BN, balanced batches.
@@ -363,6 +363,27 @@ def _robustness(config: Config, counts: dict[str, int]) -> Study:
     )
 
 
+def _rivals(config: Config, counts: dict[str, int]) -> Study:
+    scale = config.studies.scale
+    arms = [
+        REAL,
+        Arm("whole", "the recipe", scale),
+        Arm("tuned", "the same plan, generator tuned", scale, against="whole", rival="tuned"),
+    ]
+    if config.studies.pool:
+        arms.append(
+            Arm("retrieved", "retrieved real images", scale, against="whole", rival="retrieved")
+        )
+    return Study(
+        "rivals",
+        "Diversify, or fine-tune, or retrieve",
+        "The same number of images by the recipe, by the same plan with the generator tuned on the real "
+        "images (LoRA), and, of a pool, real images retrieved by CLIP: which helps most?",
+        tuple(arms),
+        measures=("generation", "diversity", "distance"),
+    )
+
+
 WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {
     "ablation": _ablation,
     "scaling": _scaling,
@@ -374,4 +395,5 @@ WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {
     "domain_shift": _domain_shift,
     "diversity": _diversity,
     "robustness": _robustness,
+    "rivals": _rivals,
 }

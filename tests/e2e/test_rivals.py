@@ -15,6 +15,16 @@ FEW = ["tuning.steps=6", "tuning.batch_size=4", "tuning.checkpoint_every=2"]
 NOWHERE = "{format: imagefolder, path: /nowhere/at/all}"
 
 
+def pool_of(folder):
+    """Pictures of three digits, as they come."""
+    folder.mkdir()
+    pixels, names = load_digits("digits", "train")
+    for at, (name, picture) in enumerate(zip(names, pixels, strict=True)):
+        if name in ("five", "six", "seven") and at % 10 == 0:
+            (folder / f"{at}.png").write_bytes(encode_array(picture))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_generator_is_tuned_on_training_images_alone_and_generates(tmp_path):
@@ -43,12 +53,7 @@ def test_a_generator_is_tuned_on_training_images_alone_and_generates(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_images_of_a_pool_are_retrieved_imported_and_trained_on(tmp_path):
-    pool = tmp_path / "pool"
-    pool.mkdir()
-    pixels, names = load_digits("digits", "train")
-    for at, (name, picture) in enumerate(zip(names, pixels, strict=True)):
-        if name in ("five", "six", "seven"):
-            (pool / f"{at}.png").write_bytes(encode_array(picture))
+    pool = pool_of(tmp_path / "pool")
     small = [*SMALL, *NO_LLM, "tracking.enabled=false"]
     blind = [f"data.test={NOWHERE}", f"data.ood={{other: {NOWHERE}}}"]
     config = ["--config", str(QUICKSTART), *sets(f"runs_dir={tmp_path / 'runs'}", *small)]
@@ -70,3 +75,39 @@ def test_images_of_a_pool_are_retrieved_imported_and_trained_on(tmp_path):
     trained = run(line(*shlex.split(said)))
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert "16 synthetic images" in trained.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_study_of_rivals_has_all_four_on_the_same_footing(tmp_path):
+    pool = pool_of(tmp_path / "pool")
+    settings = [
+        *SMALL, "meaning.enabled=false", "prompting.mix={plain: 1}", "tracking.enabled=false",
+        "training.steps=6", "data.validation=4", "studies.scale=2", f"studies.pool={pool}",
+        "tuning.steps=2",
+    ]  # fmt: skip
+    words = [*command("study", tmp_path / "runs", *settings), "rivals", "--seeds", "0"]
+    done = run(words, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    studies = tmp_path / "runs" / "quickstart" / "studies"
+    found = json.loads((studies / "rivals" / "study.json").read_text())
+    assert [trial["arm"] for trial in found["trials"]] == [
+        "real_only",
+        "whole",
+        "tuned",
+        "retrieved",
+    ]
+    cards = [
+        json.loads((studies / "arms" / "models" / f"{trial['digest']}.json").read_text())
+        for trial in found["trials"]
+    ]
+    assert [card["num_synthetic"] for card in cards] == [0, 16, 16, 16]
+    (tuned,) = (studies / "rivals").glob("tuned-*/tuning.json")
+    record = json.loads(tuned.read_text())
+    assert record["images"]["per_class"] == {"seven": 4, "six": 4}
+    for text in ("generator tuned", "retrieved real images"):
+        assert text in (studies / "rivals" / "table.md").read_text()
+    models = {path: path.stat().st_mtime_ns for path in (studies / "arms" / "models").glob("*")}
+    again = run(words, timeout=1500)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in models} == models
