@@ -11,17 +11,30 @@ from dataclasses import replace
 from typing import Any
 
 from ray_synth.config import Config
-from ray_synth.data.pool import load_pool
+from ray_synth.data.pool import load_pool, refuse_tests
+from ray_synth.generators.tuning import check_tuning
 from ray_synth.meaning.entries import read_meanings
 from ray_synth.pipeline.retrieval import RetrievalJob, run_retrieval
 from ray_synth.pipeline.run import Run
 from ray_synth.pipeline.tuning import run_tuning, tuning_job, without_tests
+from ray_synth.preflight.refusals import check_clip
 from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import Arm
 from ray_synth.studies.catalog import Study
 from ray_synth.studies.grid import Grid
 
 RIVALS = "rivals"  # the folder of what is made for them, in the studies'
+
+
+def check_rivals(study: Study, config: Config) -> None:
+    """Raises UserError where the generator cannot be tuned, or there is no pool that may be used."""
+    rivals = {arm.rival for arm in study.arms}
+    if "tuned" in rivals:
+        check_tuning(config.generation)
+    if "retrieved" in rivals and config.studies.pool:
+        refuse_tests(config.studies.pool, config.data)
+        check_clip(config.meaning.clip)
+        load_pool(config.studies.pool)
 
 
 def with_rivals(study: Study, config: Config, grid: Grid) -> Study:

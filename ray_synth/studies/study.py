@@ -16,7 +16,7 @@ from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import hold_out, load_index, require_every_class
-from ray_synth.data.pool import refuse_tests
+from ray_synth.errors import UserError
 from ray_synth.monitoring.driver_lock import sole_driver
 from ray_synth.monitoring.heartbeat import watched
 from ray_synth.preflight import preflight
@@ -35,7 +35,7 @@ from ray_synth.studies.results import (
     compute_table,
     result_rows,
 )
-from ray_synth.studies.rivals import with_rivals
+from ray_synth.studies.rivals import check_rivals, with_rivals
 from ray_synth.studies.saturation import measure_saturation
 
 log = logging.getLogger("ray_synth")
@@ -62,7 +62,11 @@ def run_studies(
     config, counts = with_validation(config)
     catalogue = studies(config, counts)
     everything = [arm for study in catalogue.values() for arm in study.arms]
-    chosen = list(catalogue) if name == "all" else [name]
+    if name == "all":
+        chosen = _possible(catalogue, config)
+    else:
+        check_rivals(catalogue[name], config)
+        chosen = [name]
     seeds = seeds or config.studies.seeds
 
     def trials_in(arms: Sequence[Arm]) -> list[Trial]:
@@ -70,8 +74,6 @@ def run_studies(
 
     # Of rivals, which are trained on what is yet to be tuned or retrieved, the other arms come first.
     trials = {one: trials_in([a for a in catalogue[one].arms if not a.rival]) for one in chosen}
-    if config.studies.pool and any(a.rival for one in chosen for a in catalogue[one].arms):
-        refuse_tests(config.studies.pool, config.data)
     run_folder = runs_folder(config.runs_dir).child(config.name)
     with ExitStack() as watching, connect(config.cluster):
         reach = preflight(trials[chosen[0]][0].config)
@@ -96,6 +98,19 @@ def run_studies(
                 StudyTracker(config, one).log(found)
             write_page(run_folder, list(catalogue), config.name)
     return workspace(config)
+
+
+def _possible(catalogue: dict[str, Study], config: Config) -> list[str]:
+    """All studies but those whose rivals cannot be had, of which a line says why."""
+    found = []
+    for name, study in catalogue.items():
+        try:
+            check_rivals(study, config)
+        except UserError as error:
+            log.warning("study %s is left out: %s", name, error)
+            continue
+        found.append(name)
+    return found
 
 
 def with_validation(config: Config) -> tuple[Config, dict[str, int]]:
