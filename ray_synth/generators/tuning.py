@@ -41,7 +41,7 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of attention, as diffusers' own
 MOST_GRADIENT = 1.0  # the norm that gradients are clipped to
 LOG_EVERY = 10
 WEIGHTS = FILES["lora"]
-RECORD = "tuning.json"  # in the folder, last: what it is of; it says that the tuning is done
+RECORD = "card.json"  # in the folder, last: what it is of; it says that the tuning is done
 CHECKPOINT = "checkpoint"
 STATE = "state.safetensors"
 

@@ -61,7 +61,7 @@ def images_digest(index: Index) -> str:
 
 
 def tuning_record(job: TuningJob, losses: list[float], bad: set[str]) -> dict[str, Any]:
-    """`tuning.json`: all that the card says, for programs."""
+    """`card.json`: all that the card says, for programs."""
     config, index = filled(job.generation), job.images
     mean_of = max(1, -(-len(losses) // LOSSES))
     return {
@@ -110,7 +110,7 @@ def tuning_card(record: dict[str, Any]) -> str:
         f"rank {tuning['rank']}, learning rate {tuning['learning_rate']:g}, seed {record['seed']}.",
         f"- Prompts: {shortened(captions, SHOWN, what='classes')}.",
         f"- Loss: {losses[0]:.4f} over the first steps, {losses[-1]:.4f} over the last "
-        f"(means of {record['loss']['mean_of_steps']}); `tuning.json` has all.",
+        f"(means of {record['loss']['mean_of_steps']}); `card.json` has all.",
         "It has learnt its training images, and may draw one of them: hand it on where you may hand "
         "these on, and within the licence of the model beneath.",
     ]

@@ -32,7 +32,7 @@ TUNED = "tuned"  # the folder in a run's
 
 
 def tune_generator(config: Config, to: str | None = None) -> dict[str, Any]:
-    """Tune the config's generator on its training images; what `tuning.json` says, and `folder`.
+    """Tune the config's generator on its training images; what `card.json` says, and `folder`.
 
     What is done is not done again; what was stopped goes on. Test sets are not opened, nor images that
     `data.validation` holds out.

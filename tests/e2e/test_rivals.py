@@ -102,7 +102,7 @@ def test_the_study_of_rivals_has_all_four_on_the_same_footing(tmp_path):
         for trial in found["trials"]
     ]
     assert [card["num_synthetic"] for card in cards] == [0, 16, 16, 16]
-    (tuned,) = (studies / "rivals").glob("tuned-*/tuning.json")
+    (tuned,) = (studies / "rivals").glob("tuned-*/card.json")
     record = json.loads(tuned.read_text())
     assert record["images"]["per_class"] == {"seven": 4, "six": 4}
     for text in ("generator tuned", "retrieved real images"):

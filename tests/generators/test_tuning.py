@@ -59,7 +59,7 @@ def test_what_it_leaves_is_an_adapter_of_its_model_and_says_of_what(
     )
     check_generator(worn)
     assert (pixels(DiffusionGenerator(worn)) != pixels(DiffusionGenerator(generation))).any()
-    assert record == json.loads((tmp_path / "tuned" / "tuning.json").read_text())
+    assert record == json.loads((tmp_path / "tuned" / "card.json").read_text())
     assert record["images"]["per_class"] == {"cat": 5, "dog": 5}
     assert record["captions"] == {"cat": "a photo of cat", "dog": "a photo of dog"}
     assert len(record["loss"]["values"]) == 4
@@ -105,12 +105,12 @@ def test_a_tuning_that_was_stopped_ends_with_the_same_weights(
     monkeypatch.setattr(tuning, "_step", dies)
     with pytest.raises(Killed):
         tune(job)
-    assert not job.folder.exists("tuning.json")
+    assert not job.folder.exists("card.json")
     tune(job)
     assert taken == [0, 1, 2, 2, 3], "from the checkpoint on"
     name = "pytorch_lora_weights.safetensors"
     assert job.folder.read_bytes(name) == whole.folder.read_bytes(name)
-    assert job.folder.read_bytes("tuning.json") == whole.folder.read_bytes("tuning.json")
+    assert job.folder.read_bytes("card.json") == whole.folder.read_bytes("card.json")
     other = job_of(tmp_path / "other", generation, folder_source(image_folder), seed=1)
     tune(other)
     assert other.folder.read_bytes(name) != whole.folder.read_bytes(name)
