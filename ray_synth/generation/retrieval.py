@@ -27,42 +27,62 @@ from ray_synth.generation.thresholds import load_reference
 from ray_synth.storage.folder import Folder
 
 DECODERS = 4  # threads of an actor that decode and scale
+WAITING = 65_536  # images that wait at least, before they are sorted in
 NAMED = 3  # unreadable images of a unit that are named
 Row = dict[str, Any]
 
 
 class Nearest:
-    """The best images of each class that were seen: constant memory, whatever their order.
+    """The best images of each class that were seen: bounded memory, the same whatever their order.
 
-    Of equal scores the one that comes first in the pool is better.
+    Of equal scores the one that comes first in the pool is better. New ones wait until they are as many
+    as those kept, and are sorted in then.
+
+    Args:
+        most: images of a class that are kept.
 
     Attributes:
-        scores: (classes, most) float32, from the best; -inf where there is none.
-        rows: (classes, most) int64, their places in the pool; -1 where there is none.
+        least: (classes,) float32, the score below which an image is not among the best for sure.
     """
 
     def __init__(self, classes: int, most: int) -> None:
-        self.scores = np.full((classes, most), -np.inf, np.float32)
-        self.rows = np.full((classes, most), -1, np.int64)
+        self.most = most
+        self.least = np.full(classes, -np.inf, np.float32)
+        self._parts = [(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))]
+        self._waiting = 0
 
     def add(self, class_index: np.ndarray, scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Take images in; (n,) bool, which of them are among the best now."""
-        taken = np.zeros(len(rows), dtype=bool)
-        for label in np.unique(class_index):
-            mine = np.flatnonzero(class_index == label)
-            mine = mine[~np.isin(rows[mine], self.rows[label])]  # a unit may come twice
-            all_scores = np.concatenate([self.scores[label], scores[mine]])
-            all_rows = np.concatenate([self.rows[label], rows[mine]])
-            best = np.lexsort((all_rows, -all_scores))[: self.scores.shape[1]]
-            self.scores[label], self.rows[label] = all_scores[best], all_rows[best]
-            new = best[best >= self.scores.shape[1]] - self.scores.shape[1]
-            taken[mine[new]] = True
-        return taken
+        """Take images in; (n,) bool, which of them may be among the best."""
+        good = scores >= self.least[class_index]
+        self._parts.append((class_index[good], scores[good], rows[good]))
+        self._waiting += int(good.sum())
+        if self._waiting > max(WAITING, len(self._parts[0][0])):
+            self.settled()
+        return good
+
+    def settled(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(class index, score, row) of all that are kept, by class and from the best."""
+        if len(self._parts) > 1:
+            labels, scores, rows = (np.concatenate(p) for p in zip(*self._parts, strict=True))
+            order = np.lexsort((rows, -scores, labels))
+            labels, scores, rows = labels[order], scores[order], rows[order]
+            # A unit may come twice.
+            new = np.append(True, (labels[1:] != labels[:-1]) | (rows[1:] != rows[:-1]))[
+                : len(rows)
+            ]
+            labels, scores, rows = labels[new], scores[new], rows[new]
+            rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
+            best = rank < self.most
+            self._parts, self._waiting = [(labels[best], scores[best], rows[best])], 0
+            last = rank == self.most - 1
+            self.least[labels[last]] = scores[last]
+        return self._parts[0]
 
     def of(self, label: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores, rows) of a class, from the best."""
-        there = self.rows[label] >= 0
-        return self.scores[label][there], self.rows[label][there]
+        labels, scores, rows = self.settled()
+        part = slice(*np.searchsorted(labels, [label, label + 1]))
+        return scores[part], rows[part]
 
 
 class Finder:

@@ -137,7 +137,7 @@ def run_retrieval(job: RetrievalJob) -> None:
         ray.get(measure.remote(few, entries, clip, QualityConfig(), job.per_class, reference))
     search = _Search(job)
     search.run(reference)
-    if not (search.nearest.rows >= 0).any():
+    if not len(search.nearest.settled()[0]):
         raise UserError(
             f"not one of the {len(job.pool):,} images of {job.place} can be used (such as "
             f"{shortened(search.named, 3)})"
@@ -211,16 +211,12 @@ class _Search:
         )
 
     def _save(self) -> None:
-        labels, places = np.nonzero(self.nearest.rows >= 0)
         facts = {
             "done": _spans(sorted(self.done)), "read": self.read, "bad": self.bad, "named": self.named,
         }  # fmt: skip
-        columns = {
-            "class_index": labels,
-            "row": self.nearest.rows[labels, places],
-            "score": self.nearest.scores[labels, places],
-        }
-        table = pa.table(columns).replace_schema_metadata({"search": json.dumps(facts)})
+        columns = self.nearest.settled()
+        table = pa.table(dict(zip(("class_index", "score", "row"), columns, strict=True)))
+        table = table.replace_schema_metadata({"search": json.dumps(facts)})
         self.job.folder.write_table(FOUND, table)
 
     def _load(self) -> None:

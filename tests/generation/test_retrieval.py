@@ -16,6 +16,7 @@ from ray_synth.data.digits import load_digits
 from ray_synth.data.images import encode_array
 from ray_synth.data.pool import load_pool, pool_digest, refuse_tests
 from ray_synth.errors import UserError
+from ray_synth.generation import retrieval
 from ray_synth.generation.retrieval import Finder, Nearest, Writer, tar_name
 from ray_synth.generation.thresholds import measure_reference, save_reference
 from ray_synth.meaning.clip import load_clip
@@ -27,6 +28,12 @@ NAMES = ("six", "seven")
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=40), st.randoms())
 @settings(deadline=None)
 def test_the_best_are_the_same_in_whatever_parts_and_order_they_come(images, random):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "WAITING", 3)
+        compare(images, random)
+
+
+def compare(images, random):
     rows = list(range(len(images)))
     whole, parts = Nearest(3, 4), Nearest(3, 4)
 
@@ -43,12 +50,25 @@ def test_the_best_are_the_same_in_whatever_parts_and_order_they_come(images, ran
         count = random.randint(1, len(rows))
         some, rows = rows[:count], rows[count:]
         add(parts, some)
-        assert not add(parts, some).any(), "a unit that comes twice counts once"
+        add(parts, some)  # a unit that comes twice counts once
     for label in range(3):
         of_class = [row for row, (mine, _) in enumerate(images) if mine == label]
         best = sorted(of_class, key=lambda row: (-images[row][1], row))[:4]
         for found in (whole, parts):
             assert found.of(label)[1].tolist() == best
+            assert found.of(label)[0].tolist() == [images[row][1] for row in best]
+
+
+def test_what_is_worse_than_the_best_is_let_go_and_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(retrieval, "WAITING", 10)
+    nearest, rng = Nearest(2, 5), np.random.default_rng(0)
+    for start in range(0, 5_000, 10):
+        labels, scores = rng.integers(0, 2, 10), rng.random(10).astype(np.float32)
+        nearest.add(labels, scores, np.arange(start, start + 10))
+        assert sum(len(part[0]) for part in nearest._parts) <= 30
+    assert not nearest.add(
+        np.array([0, 1]), np.zeros(2, np.float32), np.array([9_998, 9_999])
+    ).any()
 
 
 def digits(split, name, count):
