@@ -5,10 +5,12 @@ import shlex
 
 import pyarrow.parquet as pq
 import pytest
+from adapters import save_ip_adapter
 from small_runs import NO_LLM, QUICKSTART, SMALL, command, line, run, sets
 
 from ray_synth.data.digits import load_digits
 from ray_synth.data.images import encode_array
+from ray_synth.embedded import sd_folder
 
 FEW = ["tuning.steps=6", "tuning.batch_size=4", "tuning.checkpoint_every=2"]
 # A set that cannot be opened: whoever looks for it fails.
@@ -111,3 +113,25 @@ def test_the_study_of_rivals_has_all_four_on_the_same_footing(tmp_path):
     again = run(words, timeout=1500)
     assert again.returncode == 0, again.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in models} == models
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_an_ip_adapter_guides_a_run_and_an_image_is_made_again_alone(tmp_path):
+    import diffusers
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(sd_folder())
+    adapter = save_ip_adapter(pipeline, tmp_path / "ip")
+    given = f"[{{path: {adapter}, kind: ip_adapter, weight: 0.5}}]"
+    settings = [
+        *SMALL, *NO_LLM, "generation.reference={}", f"generation.adapters={given}",
+        "prompting.multiplier=2",
+    ]  # fmt: skip
+    made = run(command("generate", tmp_path / "runs", *settings))
+    assert made.returncode == 0, made.stderr[-3000:]
+    folder = tmp_path / "runs" / "quickstart"
+    rows = pq.read_table(next((folder / "images").glob("part-*"))).to_pylist()
+    assert all(row["reference"] for row in rows)
+    again = run(line("regenerate", rows[0]["sample_id"], "--run", str(folder), "--json"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert json.loads(again.stdout)["identical"]
