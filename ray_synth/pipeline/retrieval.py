@@ -21,6 +21,7 @@ import pyarrow as pa
 from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import Config, QualityConfig
 from ray_synth.data.dataset import ImagesByClass, Index, select, tasks
+from ray_synth.data.images import decode_image
 from ray_synth.data.pool import load_pool, pool_digest, refuse_tests
 from ray_synth.errors import UserError, shortened
 from ray_synth.generation.retrieval import Finder, Nearest, Writer, tar_name
@@ -30,10 +31,11 @@ from ray_synth.generators.tuning_card import images_digest
 from ray_synth.meaning.entries import MEANINGS, read_meanings
 from ray_synth.monitoring.driver_lock import sole_driver
 from ray_synth.monitoring.progress import Bar
-from ray_synth.pipeline.tuning import training_images, without_tests
+from ray_synth.pipeline.tuning import pinned, training_images, without_tests
 from ray_synth.preflight import check_budget, cluster_reach
 from ray_synth.preflight.refusals import check_clip
 from ray_synth.storage.folder import Folder
+from ray_synth.storage.hub import MODELS
 
 log = logging.getLogger("ray_synth")
 RETRIEVED = "retrieved"  # the folder in a run's
@@ -99,13 +101,14 @@ def retrieve_images(
     folder = Folder(to) if to else run_folder.child(RETRIEVED)
     folder.check_writable()
     with sole_driver(folder):
-        config = without_tests(config)
+        config, commits = pinned(without_tests(config), folder, "meaning.clip.")
         real = training_images(config)
         meanings = _meanings(run_folder, real.class_names)
         classes = len(real.class_names)
         wanted = per_class or math.ceil(config.prompting.multiplier * len(real) / classes)
         job = RetrievalJob(config, place, load_pool(place), real, meanings, wanted, folder)
         if not _is_done(job):
+            folder.write_json(MODELS, commits)
             with connect(config.cluster):
                 run_retrieval(job)
         return {**folder.read_json(RECORD), "folder": folder.address()}
@@ -127,7 +130,7 @@ def run_retrieval(job: RetrievalJob) -> None:
     reference = folder.child("reference")
     clip = config.meaning.clip
     if not reference.exists(REFERENCE_FILE):
-        few = ImagesByClass(select(job.real, REAL_PER_CLASS, config.seed))
+        few = _Readable(select(job.real, REAL_PER_CLASS, config.seed), config.data.max_pixels)
         entries = [
             {"class_name": name, "choice": meaning}
             for name, meaning in zip(job.real.class_names, job.meanings, strict=True)
@@ -144,6 +147,24 @@ def run_retrieval(job: RetrievalJob) -> None:
         )
     written, copies = _write(job, search.nearest, reference)
     _record(job, search, written, copies)
+
+
+class _Readable(ImagesByClass):
+    """The images of a class that can be decoded, when they are asked for."""
+
+    def __init__(self, index: Index, max_pixels: int) -> None:
+        super().__init__(index)
+        self.max_pixels = max_pixels
+
+    def __getitem__(self, label: int) -> list[bytes]:
+        return [data for data in super().__getitem__(label) if self._is_image(data)]
+
+    def _is_image(self, data: bytes) -> bool:
+        try:
+            decode_image(data, max_pixels=self.max_pixels)
+        except UserError:
+            return False
+        return True
 
 
 class _Search:

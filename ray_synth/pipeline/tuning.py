@@ -49,7 +49,7 @@ def tune_generator(config: Config, to: str | None = None) -> dict[str, Any]:
     folder = Folder(to) if to else run_folder.child(TUNED)
     folder.check_writable()
     with sole_driver(folder):
-        config, commits = _pinned(without_tests(config), folder)
+        config, commits = pinned(without_tests(config), folder, "generation.")
         check_generator(config.generation)
         images = training_images(config)
         job = tuning_job(config, images, _meanings(run_folder, images.class_names), folder)
@@ -164,7 +164,11 @@ def _meanings(run: Folder, class_names: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def _pinned(config: Config, folder: Folder) -> tuple[Config, dict[str, Any]]:
-    """The config at the commits that this tuning began with, and these."""
-    commits = find_commits(config, read_commits(folder))
+def pinned(config: Config, folder: Folder, model: str) -> tuple[Config, dict[str, Any]]:
+    """The config at the commits that the work in a folder began with, and these.
+
+    Args:
+        model: the section whose models are used, beside the training images.
+    """
+    commits = find_commits(config, read_commits(folder), ("data.train.", model))
     return at_commits(config, commits), commits
