@@ -479,22 +479,31 @@ class ReferenceConfig(Section):
     """Image-to-image generation, guided by real training images of the class."""
 
     strength: Annotated[float, Field(gt=0, le=1)] = result(
-        0.75, description="share of the noise schedule that is run: 1 forgets the real image"
+        0.75,
+        description="share of the noise schedule that is run: 1 forgets the real image. Of no effect "
+        "where an IP-Adapter guides instead",
     )
 
 
 class AdapterConfig(Section):
-    """A LoRA, or the words of a textual inversion, that the image model is given."""
+    """A LoRA, the words of a textual inversion, or an IP-Adapter, that the image model is given."""
 
     path: Place = result(description="hub id, safetensors file, or a folder or URI that holds it")
-    kind: Literal["lora", "textual_inversion"] = result("lora")
+    kind: Literal["lora", "textual_inversion", "ip_adapter"] = result("lora")
     weight_name: Annotated[str, Field(pattern=r"^[\w][\w. /-]*\.safetensors$")] | None = result(
         None,
-        description="the file in it; default: pytorch_lora_weights.safetensors, or "
-        "learned_embeds.safetensors",
+        description="the file in it; default: pytorch_lora_weights.safetensors, "
+        "learned_embeds.safetensors, or models/ip-adapter_sd15.safetensors",
     )
     revision: str | None = result(None)
-    weight: Finite = result(1.0, description="of a LoRA: its change is multiplied by it")
+    weight: Finite = result(
+        1.0, description="of a LoRA and an IP-Adapter: its part in the result is multiplied by it"
+    )
+    image_encoder: str | None = result(
+        None,
+        description="of an IP-Adapter: the folder in `path` with its CLIP image encoder; default: "
+        "image_encoder beside the file",
+    )
     token: Annotated[str, Field(pattern=r"^\S+$")] | None = result(
         None, description="of a textual inversion: its word in prompts; default: the file's own"
     )
@@ -508,10 +517,12 @@ class AdapterConfig(Section):
     def _of_its_kind(self) -> AdapterConfig:
         if self.weight == 0:
             raise UserError(f"adapter {self.path} with weight 0 changes nothing: leave it out")
-        if self.kind == "lora" and self.token:
+        if self.kind != "textual_inversion" and self.token:
             raise UserError(f"adapter {self.path}: token belongs to kind: textual_inversion")
         if self.kind == "textual_inversion" and self.weight != 1:
-            raise UserError(f"adapter {self.path}: weight belongs to kind: lora")
+            raise UserError(f"adapter {self.path}: weight belongs to kind: lora and ip_adapter")
+        if self.kind != "ip_adapter" and self.image_encoder:
+            raise UserError(f"adapter {self.path}: image_encoder belongs to kind: ip_adapter")
         return self
 
 
@@ -568,7 +579,8 @@ class GenerationConfig(Section):
     )
     reference: ReferenceConfig | None = result(None, description="guide by real images")
     adapters: list[AdapterConfig] = result(
-        default_factory=list, description="LoRA files and textual inversions, by safetensors"
+        default_factory=list,
+        description="LoRA files, textual inversions and an IP-Adapter, by safetensors",
     )
     batch_size: Positive | Literal["auto"] = how(
         16, description="images at a time; 'auto' probes the device's memory"
@@ -589,6 +601,22 @@ class GenerationConfig(Section):
         0, description="GPUs per actor: a fraction shares one, 2 or more spread the model"
     )
     num_threads: Positive | None = how(None, description="torch threads per actor; default: cores")
+
+    @model_validator(mode="after")
+    def _guided_by_images(self) -> GenerationConfig:
+        guides = [item.path for item in self.adapters if item.kind == "ip_adapter"]
+        if len(guides) > 1:
+            raise UserError(f"generation.adapters has {len(guides)} IP-Adapters: give one of them")
+        if guides and self.reference is None:
+            raise UserError(
+                f"the IP-Adapter {guides[0]} guides by real images: set generation.reference: {{}}"
+            )
+        return self
+
+    @property
+    def ip_adapter(self) -> AdapterConfig | None:
+        """What guides by real images in place of image-to-image; None: nothing does."""
+        return next((item for item in self.adapters if item.kind == "ip_adapter"), None)
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -838,10 +866,25 @@ class StudiesConfig(Section):
         default_factory=dict,
         description="names to settings as under generation; default: fewer and more steps, guidance",
     )
+    pool: Place | None = how(
+        None,
+        description="a folder of other real images, or of WebDataset tars, that the study rivals "
+        "retrieves from",
+    )
     corruption: CorruptionConfig = how(CorruptionConfig())
     parallel: Positive | None = how(
         None, description="trainings at a time; default: what the cluster has room for"
     )
+
+
+class TuningConfig(Section):
+    """`ray-synth tune`: a LoRA of the image model, tuned on the real training images."""
+
+    steps: Positive = how(500, description="optimizer steps")
+    rank: Positive = how(8, description="of the LoRA's matrices")
+    learning_rate: Annotated[float, Field(gt=0)] = how(1e-4)
+    batch_size: Positive = how(4)
+    checkpoint_every: Positive = how(100, description="steps that a kill costs at most")
 
 
 class NodeTypeConfig(Section):
@@ -917,6 +960,7 @@ class Config(Section):
     training: TrainingConfig = result()
     evaluation: EvaluationConfig = result(EvaluationConfig())
     tracking: TrackingConfig = how(TrackingConfig())
+    tuning: TuningConfig = how(TuningConfig())
     studies: StudiesConfig = how(StudiesConfig())
     cluster: ClusterConfig = how(ClusterConfig())
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ray_synth.cli import looking, running, serving, sharing, submission
+from ray_synth.cli import looking, rivals, running, serving, sharing, submission
 from ray_synth.cli.exit_codes import BUG, USER_ERROR
 from ray_synth.cli.explanation import bug_report, explain
 from ray_synth.cli.output import all_voiced, say
@@ -37,7 +37,7 @@ def common(
     logs.set_up(log_format)
 
 
-for group in (running, looking, sharing, submission):
+for group in (running, rivals, looking, sharing, submission):
     group.register(app)
 all_voiced(app, serving.app)
 

@@ -19,7 +19,8 @@ from ray_synth.errors import UserError
 from ray_synth.stages import REPORT
 
 VERBS = (
-    "run", "disambiguate", "plan", "generate", "train", "evaluate", "report", "study", "doctor",
+    "run", "disambiguate", "plan", "generate", "train", "evaluate", "report", "study", "tune",
+    "retrieve", "doctor",
 )  # fmt: skip
 # Verbs that have a plan, and the stage that each stops after.
 PLANNED = {"run": REPORT, "report": REPORT} | {name: stage for name, (stage, _) in SHORTER.items()}

@@ -154,6 +154,9 @@ def _add_config(upload: Upload, config: Config) -> None:
         _check_source(upload, f"data.{name}.path", source)
     for name, source in config.data.ood.items():
         _check_source(upload, f"data.ood.{name}.path", source)
+    if config.studies.pool:
+        pool = SourceConfig(format="imagefolder", path=config.studies.pool)
+        _check_source(upload, "studies.pool", pool)
     for setting, value in _small_files(config).items():
         if _is_uri(value):
             continue

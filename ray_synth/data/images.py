@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # PIL reads dozens of formats, some through external programs; these are the ones image sets use.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # MPO comes through JPEG
+SUFFIXES = {name: name.lower() for name in FORMATS} | {"JPEG": "jpg", "MPO": "jpg"}
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
     ".jfif", ".jpe", ".jif", ".pnm", ".pbm", ".dib", ".apng",
@@ -203,3 +204,17 @@ def encode_image(image: Image.Image, *, image_format: str = "png", quality: int 
 def encode_array(pixels: NDArray[np.uint8]) -> bytes:
     """PNG bytes of a (height, width) or (height, width, 3) uint8 array."""
     return encode_image(Image.fromarray(pixels))
+
+
+def gray_image() -> bytes:
+    """A small gray picture, where one is needed and none is looked at."""
+    return encode_image(Image.new("RGB", (8, 8), (127, 127, 127)))
+
+
+def file_suffix(data: bytes) -> str | None:
+    """The usual file name suffix of an image's format, by its header; None where it is not an image."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return SUFFIXES[str(image.format)]
+    except Exception:  # PIL's readers raise nearly anything on broken headers
+        return None

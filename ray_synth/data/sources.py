@@ -145,7 +145,7 @@ def _list_shards(source: SourceConfig) -> Found:
             return _parquet_shards(source)
         case "webdataset":
             filesystem, _ = open_uri(str(source.path))
-            paths, passed_over = _matching(source, (".tar",))
+            paths, passed_over = matching(source, (".tar",))
             scanned = at_once(lambda path: known_tar(filesystem, path, source), paths)
             scans = dict(zip(paths, scanned, strict=True))
             tell_left_out(source, scans)
@@ -204,7 +204,7 @@ def read_rows(shard: Shard, rows: list[int]) -> Iterator[tuple[str, bytes]]:
                 yield shard.image_id(row), image_bytes(value, source)
 
 
-def _matching(source: SourceConfig, suffixes: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
+def matching(source: SourceConfig, suffixes: tuple[str, ...]) -> tuple[list[str], Counter[str]]:
     """Files under a path: the file itself, those a `*` pattern names, or all in the folder; and what
     was passed over."""
     import fnmatch
@@ -238,7 +238,7 @@ def _folder_shards(source: SourceConfig) -> Found:
     if filesystem.get_file_info(root).type != pafs.FileType.Directory:
         raise UserError(f"no such folder: {source.path}")
     if source.image_list:
-        return Found(_chunked(source, root, read_image_list(source.image_list)), Counter())
+        return Found(chunked(source, root, read_image_list(source.image_list)), Counter())
     found = list_files(filesystem, root)
     if not found.folders:
         raise UserError(f"{source.path} has no class folders; expected {source.path}/CLASS/*.jpg")
@@ -263,10 +263,11 @@ def _folder_shards(source: SourceConfig) -> Found:
             f"images ({', '.join(EXTENSIONS[:4])}, ...) or remove the folder"
         )
     found.passed_over.update(map(ending, others))
-    return Found(_chunked(source, root, files), found.passed_over)
+    return Found(chunked(source, root, files), found.passed_over)
 
 
-def _chunked(source: SourceConfig, root: str, files: list[tuple[str, str]]) -> list[Shard]:
+def chunked(source: SourceConfig, root: str, files: list[tuple[str, str]]) -> list[Shard]:
+    """Shards of pictures in a folder: (path below it, label) of each."""
     parts = [files[s : s + FILES_PER_SHARD] for s in range(0, len(files), FILES_PER_SHARD)]
     return [Shard(source, root, 0, len(part), _files(part)) for part in parts]
 
@@ -289,7 +290,7 @@ def _parquet_shards(source: SourceConfig) -> Found:
                 raise UserError(f"{path} has no column {column!r}; it has {names}")
         return [Shard(source, path, group) for group in range(file.num_row_groups)]
 
-    paths, passed_over = _matching(source, (".parquet",))
+    paths, passed_over = matching(source, (".parquet",))
     return Found([s for shards in at_once(groups, paths) for s in shards], passed_over)
 
 

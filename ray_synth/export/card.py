@@ -248,7 +248,11 @@ def _class_rows(
 
 def _adapters(config: Config | None) -> list[str]:
     """What the generator was given beside its own weights."""
-    kinds = {"lora": "a LoRA", "textual_inversion": "a textual inversion"}
+    kinds = {
+        "lora": "a LoRA",
+        "textual_inversion": "a textual inversion",
+        "ip_adapter": "an IP-Adapter",
+    }
     return [
         f"{kinds[item.kind]} ({cell(_public(item.path))})"
         for item in (config.generation.adapters if config else ())

@@ -6,7 +6,6 @@ passed on as they are, part by part.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import re
@@ -20,9 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from PIL import Image
 
-from ray_synth.data.images import FORMATS
+from ray_synth.data.images import SUFFIXES, file_suffix
 from ray_synth.errors import UserError
 from ray_synth.export.card import Exported, dataset_card
 from ray_synth.export.names import class_list, folder_names
@@ -34,7 +32,6 @@ from ray_synth.storage.folder import Folder
 LAYOUTS = ("imagefolder", "webdataset", "huggingface")
 Row = dict[str, Any]
 MARKER = ".ray-synth-export.json"
-SUFFIXES = {name: name.lower() for name in FORMATS} | {"JPEG": "jpg", "MPO": "jpg"}
 # The files of an export: one that fits and was not written this time is of an earlier state.
 OWN = {
     "imagefolder": rf"metadata\.parquet|[^/]+/[\w-]+\.({'|'.join(sorted(set(SUFFIXES.values())))})",
@@ -135,21 +132,12 @@ def _pictures(run_folder: Folder, chosen: pa.Table, done: Exported) -> Iterator[
         for row in part:
             if not re.fullmatch(r"[\w-]+", row["sample_id"], re.ASCII):
                 raise UserError(f"sample id {row['sample_id']!r} cannot name a file")
-            suffix = _suffix(row["image"] or b"")
+            suffix = file_suffix(row["image"] or b"")
             if suffix is None:
                 done.unreadable += 1
             else:
                 done.add(row)
                 yield {**row, "suffix": suffix}
-
-
-def _suffix(data: bytes) -> str | None:
-    """The usual file name suffix of an image's format, by its header; None where it is not an image."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return SUFFIXES[str(image.format)]
-    except Exception:  # PIL's readers raise nearly anything on broken headers
-        return None
 
 
 def _sharded(

@@ -89,18 +89,22 @@ def measure(config: GenerationConfig) -> dict[str, Any]:
     """
     import torch
 
+    from ray_synth.data.images import gray_image
     from ray_synth.device import pick_device
     from ray_synth.generators.registry import generator_class
 
     on_gpu = pick_device(config.device).startswith("cuda")
     row = {"prompt": "a photo", "negative_prompt": "", "seed": 0, "class_name": "", "meaning": ""}
+    guide = config.reference if config.ip_adapter is not None else None
     used: dict[str, Any] = {}
     for name, size in (("one", 1), ("four", 4)):
-        probed = config.model_copy(update={"batch_size": size, "compile": False, "reference": None})
+        probed = config.model_copy(
+            update={"batch_size": size, "compile": False, "reference": guide}
+        )
         generator = generator_class(config.generator)(probed)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        generator.generate([{**row, "class_index": 0}] * size)
+        generator.generate([{**row, "class_index": 0, "reference_image": gray_image()}] * size)
         used[name] = _peak_bytes(on_gpu)
         used["at_once"] = getattr(generator, "batch_size", size)
         used["alone"] = getattr(generator, "alone", False)

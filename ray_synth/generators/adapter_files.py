@@ -1,7 +1,7 @@
 """The files of `generation.adapters`: where each is, what it holds, and what may be read of it.
 
 In: an adapter of the config. Out: its safetensors file on this machine, looked at; its digest; the word
-and the vectors of a textual inversion.
+and the vectors of a textual inversion; the folder of an IP-Adapter's image encoder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ray_synth.config import AdapterConfig
@@ -24,7 +24,9 @@ from ray_synth.storage.hub import Repo, fetch, is_hub_id
 FILES = {
     "lora": "pytorch_lora_weights.safetensors",
     "textual_inversion": "learned_embeds.safetensors",
+    "ip_adapter": "models/ip-adapter_sd15.safetensors",
 }
+ENCODER = ("config.json", "model.safetensors")  # all that is read of an image encoder's folder
 # Of a file of several words: which text encoder each is for.
 ENCODERS = {"clip_l": "", "clip_g": "_2"}
 UNNAMED = "emb_params"  # what other tools call the one tensor of a file
@@ -36,15 +38,21 @@ LAYERS = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
 def adapter_repos(adapters: Sequence[AdapterConfig]) -> list[Repo]:
-    """Those of the hub, each with the one file that is used of it."""
+    """Those of the hub, with each file that is used of them, the adapter's own first."""
     return [
-        Repo(
-            f"generation.adapters.{at}", item.path, item.revision, "adapter",
-            file=item.weight_name or FILES[item.kind],
-        )
+        Repo(f"generation.adapters.{at}", item.path, item.revision, "adapter", file=file)
         for at, item in enumerate(adapters)
         if _of_hub(item)
-    ]  # fmt: skip
+        for file in _files_of(item)
+    ]
+
+
+def _files_of(adapter: AdapterConfig) -> list[str]:
+    name = adapter.weight_name or FILES[adapter.kind]
+    if adapter.kind != "ip_adapter":
+        return [name]
+    folder = adapter.image_encoder or str(PurePosixPath(name).parent / "image_encoder")
+    return [name, *(f"{folder.rstrip('/')}/{file}" for file in ENCODER)]
 
 
 def _of_hub(adapter: AdapterConfig) -> bool:
@@ -61,6 +69,11 @@ def adapter_file(adapter: AdapterConfig) -> Path:
         return Path(fetch(repos[0]))
     name = adapter.weight_name or FILES[adapter.kind]
     if "://" in adapter.path:
+        if adapter.kind == "ip_adapter":
+            raise UserError(
+                f"generation.adapters: the IP-Adapter {adapter.path} has an image encoder beside it: "
+                "give a folder of this machine, or a hub id"
+            )
         return _fetched(adapter.path.rstrip("/"), name)
     path = Path(adapter.path)
     if path.is_dir():
@@ -83,6 +96,28 @@ def adapter_file(adapter: AdapterConfig) -> Path:
             "not read"
         )
     return path
+
+
+def encoder_folder(adapter: AdapterConfig) -> Path:
+    """The folder of an IP-Adapter's image encoder on this machine, fetched where it is elsewhere.
+
+    Raises:
+        UserError: it lacks its config or its safetensors file.
+    """
+    if repos := adapter_repos([adapter]):
+        return [Path(fetch(repo)) for repo in repos][1].parent
+    file, root = adapter_file(adapter), Path(adapter.path)
+    root = root if root.is_dir() else root.parent
+    folder = (
+        root / adapter.image_encoder if adapter.image_encoder else file.parent / "image_encoder"
+    )
+    lacking = [name for name in ENCODER if not (folder / name).is_file()]
+    if lacking:
+        raise UserError(
+            f"generation.adapters: {folder}, the image encoder of {adapter.path}, has no "
+            f"{' and no '.join(lacking)}; name its folder with image_encoder"
+        )
+    return folder
 
 
 def _fetched(uri: str, name: str) -> Path:
@@ -120,9 +155,18 @@ def adapters_identity(adapters: Sequence[AdapterConfig]) -> list[Any]:
             else _digest(adapter_file(item)),
             item.weight,
             item.token,
+            *_encoder_identity(item),
         ]
         for item in adapters
     ]
+
+
+def _encoder_identity(adapter: AdapterConfig) -> list[Any]:
+    if adapter.kind != "ip_adapter":
+        return []
+    if _of_hub(adapter):
+        return _files_of(adapter)[1:]
+    return [_digest(encoder_folder(adapter) / name) for name in ENCODER]
 
 
 def origin(adapters: Sequence[AdapterConfig]) -> list[dict[str, Any]]:
@@ -132,7 +176,16 @@ def origin(adapters: Sequence[AdapterConfig]) -> list[dict[str, Any]]:
             "path": item.path,
             **({"revision": item.revision} if _of_hub(item) else {}),
             "sha256": _digest(adapter_file(item)),
-            **({"weight": item.weight} if item.kind == "lora" else {"token": worn_token(item)}),
+            **(
+                {"token": worn_token(item)}
+                if item.kind == "textual_inversion"
+                else {"weight": item.weight}
+            ),
+            **(
+                {"image_encoder": _digest(encoder_folder(item) / ENCODER[1])}
+                if item.kind == "ip_adapter"
+                else {}
+            ),
         }
         for item in adapters
     ]
@@ -157,7 +210,7 @@ def check_header(path: Path) -> None:
     """
     from peft import LoraConfig
 
-    text = _header(path).get("lora_adapter_metadata") or "{}"
+    text = header(path).get("lora_adapter_metadata") or "{}"
     try:
         given = json.loads(text)
     except ValueError:
@@ -181,7 +234,8 @@ def check_header(path: Path) -> None:
             )
 
 
-def _header(path: Path) -> dict[str, str]:
+def header(path: Path) -> dict[str, str]:
+    """The texts in a file's header. Raises UserError where it is no whole safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -202,7 +256,7 @@ def words_of(adapter: AdapterConfig) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     path = adapter_file(adapter)
-    _header(path)
+    header(path)
     held = load_file(path)
     if set(held) <= set(ENCODERS):
         found = {ENCODERS[name]: value for name, value in held.items()}
@@ -228,7 +282,7 @@ def worn_token(adapter: AdapterConfig) -> str:
     if adapter.token:
         return adapter.token
     path = adapter_file(adapter)
-    _header(path)
+    header(path)
     with safe_open(path, framework="pt") as file:
         names = list(file.keys())
     if len(names) != 1 or names[0] in (UNNAMED, *ENCODERS) or not re.fullmatch(r"\S+", names[0]):

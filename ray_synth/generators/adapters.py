@@ -1,4 +1,5 @@
-"""LoRA files and textual inversions that a diffusers pipeline is given, before it makes anything.
+"""LoRA files, textual inversions and IP-Adapters that a diffusers pipeline is given, before it makes
+anything.
 
 In: `generation.adapters`, and a pipeline. Out: the same pipeline with them. What is wrong with one is
 found without the model's weights: a LoRA is put on a denoiser that has shapes and no numbers.
@@ -9,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from ray_synth.generators.adapter_files import (
     words_of,
     worn_token,
 )
-from ray_synth.generators.loading import resolve_model
+from ray_synth.generators.loading import resolve_model, silent
 
 log = logging.getLogger("ray_synth")
 DENOISERS = ("unet", "transformer")
@@ -50,13 +50,18 @@ def check_adapters(config: GenerationConfig, index: dict[str, Any]) -> None:
         return
     for adapter in config.adapters:
         if adapter.kind == "lora":
-            _require_peft()
+            require_peft()
             _check_lora(config, kind, adapter, index)
+        elif adapter.kind == "ip_adapter":
+            from ray_synth.generators.ip_adapter import check_ip_adapter
+
+            check_ip_adapter(config, kind, adapter, index)
         else:
             _check_words(config, kind, adapter, index)
 
 
-def _require_peft() -> None:
+def require_peft() -> None:
+    """Raises UserError where the library that LoRA need is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(
             "generation.adapters: a LoRA needs a library that is not installed: "
@@ -87,7 +92,7 @@ def _check_lora(
     )
     with torch.device("meta"):
         denoiser = of_part.from_config(settings)
-    with _told(adapter, config.model), _silent():
+    with _told(adapter, config.model), silent():
         weights, *more = _state(kind, path, denoiser.config if part == "unet" else None)
         if not _has_numbers(weights):
             raise UserError("all of its changes are 0: it changes nothing")
@@ -220,12 +225,12 @@ def wear(pipeline: Any, config: GenerationConfig, dtype: Any) -> None:
             _load_words(pipeline, item, config.model)
     if not loras:
         return
-    _require_peft()
+    require_peft()
     parts = [name for name in pipeline._lora_loadable_modules if getattr(pipeline, name, None)]
     for at, item in enumerate(loras):
         path, before = adapter_file(item), sum(_changed(pipeline, parts))
         check_header(path)
-        with _told(item, config.model), _silent():
+        with _told(item, config.model), silent():
             pipeline.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=f"adapter_{at}",
                 use_safetensors=True, local_files_only=True,
@@ -256,7 +261,7 @@ def _changed(pipeline: Any, parts: Sequence[str]) -> Iterator[int]:
 
 def _load_words(pipeline: Any, adapter: AdapterConfig, model: str) -> None:
     token = worn_token(adapter)
-    with _told(adapter, model), _silent():
+    with _told(adapter, model), silent():
         for part, rows in words_of(adapter).items():
             pipeline.load_textual_inversion(
                 {token: rows},
@@ -264,23 +269,3 @@ def _load_words(pipeline: Any, adapter: AdapterConfig, model: str) -> None:
                 tokenizer=getattr(pipeline, f"tokenizer{part}"),
                 text_encoder=getattr(pipeline, f"text_encoder{part}"),
             )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without libraries' words on parts that a LoRA has nothing for, on second ones, and on new rows of
-    embeddings; errors are raised."""
-    import diffusers
-    import transformers
-
-    logs = [library.utils.logging for library in (diffusers, transformers)]
-    before = [each.get_verbosity() for each in logs]
-    try:
-        for each in logs:
-            each.set_verbosity(each.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-            yield
-    finally:
-        for each, level in zip(logs, before, strict=True):
-            each.set_verbosity(level)

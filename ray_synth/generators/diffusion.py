@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ray_synth.config import PracticeGuidanceConfig
+    from ray_synth.generators.ip_adapter import ImageGuide
     from ray_synth.generators.learner import SteeringLearner
     from ray_synth.generators.learner_guidance import LearnerGuidance
     from ray_synth.generators.prompt_encoder import PromptEncoder
@@ -53,7 +54,8 @@ WARM_UP_STEPS = 2  # the first and a later one: all shapes that a denoiser is gi
 
 
 class DiffusionGenerator:
-    """A loaded diffusers pipeline, text-to-image or (with `reference`) image-to-image.
+    """A loaded diffusers pipeline: text-to-image; with `reference` image-to-image, or, where an
+    IP-Adapter is named, text-to-image that looks at the reference.
 
     Args:
         config: the generation section, with a batch size that is a number. What it leaves open of
@@ -89,7 +91,12 @@ class DiffusionGenerator:
             from ray_synth.generators.adapters import wear
 
             wear(self.pipeline, config, self.dtype)
-        if config.reference is not None:
+        self._guide: ImageGuide | None = None
+        if config.ip_adapter is not None:
+            from ray_synth.generators.ip_adapter import ImageGuide
+
+            self._guide = ImageGuide(self.pipeline, config)
+        elif config.reference is not None:
             from ray_synth.generators.image_to_image import image_to_image
 
             self.pipeline = image_to_image(self.pipeline)
@@ -126,7 +133,7 @@ class DiffusionGenerator:
             "scheduler": type(self.pipeline.scheduler).__name__,
             "num_inference_steps": config.num_inference_steps,
             "guidance_scale": config.guidance_scale,
-            "strength": config.reference.strength if config.reference else None,
+            "strength": config.reference.strength if config.reference and not self._guide else None,
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch_size": self.batch_size,
             "compile": self.compiled,
@@ -199,8 +206,11 @@ class DiffusionGenerator:
                 prompts, negative, config.guidance_scale, embedded=self._cache_prompts
             ),
         }
-        if config.reference is None:
+        if config.reference is None or self._guide is not None:
             arguments |= {"width": config.width, "height": config.height}
+            if self._guide is not None:
+                guided = config.guidance_scale > self.family.guided_above
+                arguments |= self._guide.arguments(rows, guided=guided)
         else:
             from ray_synth.generators.image_to_image import reference_arguments
 
@@ -263,12 +273,11 @@ class DiffusionGenerator:
 
     def _warm_up(self) -> None:
         """A batch of as few steps as there can be."""
-        from ray_synth.data.images import encode_array
+        from ray_synth.data.images import gray_image
 
         config = self.config
-        strength = config.reference.strength if config.reference else 1.0
-        gray = encode_array(np.full((8, 8, 3), 127, np.uint8))
-        blank = {"prompt": "", "negative_prompt": "", "seed": 0, "reference_image": gray}
+        strength = config.reference.strength if config.reference and not self._guide else 1.0
+        blank = {"prompt": "", "negative_prompt": "", "seed": 0, "reference_image": gray_image()}
         self.config = config.model_copy(
             update={"num_inference_steps": math.ceil(WARM_UP_STEPS / strength)}
         )
@@ -296,7 +305,7 @@ class DiffusionGenerator:
             find_scheduler(config.scheduler)
         config = filled(config)
         check_size(config)
-        if config.reference:
+        if config.reference and config.ip_adapter is None:
             from ray_synth.generators.image_to_image import reference_steps
 
             assert config.num_inference_steps is not None

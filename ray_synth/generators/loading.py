@@ -6,6 +6,8 @@ In: a folder or a hub id. Out: its index, and the pipeline; or a UserError that 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,23 @@ def check_placement(devices: dict[str, Any], model: str) -> None:
             "and diffusers splits no part: it would run on the CPU. Take GPUs with more memory, half "
             "precision, or a smaller model"
         )
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without libraries' words on parts that a LoRA has nothing for, on second ones, and on new rows of
+    embeddings; errors are raised."""
+    import diffusers
+    import transformers
+
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    before = [each.get_verbosity() for each in logs]
+    try:
+        for each in logs:
+            each.set_verbosity(each.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            yield
+    finally:
+        for each, level in zip(logs, before, strict=True):
+            each.set_verbosity(level)

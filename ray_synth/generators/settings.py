@@ -92,7 +92,7 @@ def fingerprint(config: GenerationConfig) -> str:
         }
     )  # fmt: skip
     settings |= config.encoding
-    if config.reference is not None:
+    if config.reference is not None and config.ip_adapter is None:
         settings["strength"] = config.reference.strength
     folder = Path(model)
     identity = _folder_digest(folder) if folder.is_dir() else [model, config.revision]

@@ -46,14 +46,21 @@ def read_commits(folder: Folder) -> dict[str, Any]:
     return folder.read_json(MODELS) if folder.exists(MODELS) else {}
 
 
-def find_commits(config: Config, kept: dict[str, Any]) -> dict[str, Any]:
+def find_commits(
+    config: Config, kept: dict[str, Any], only: tuple[str, ...] = ("",)
+) -> dict[str, Any]:
     """setting -> `{id, asked, commit}`; those kept are kept, of the others the hub is asked.
+
+    Args:
+        only: what the names of settings begin with; others are left out.
 
     Raises:
         UserError: a repository cannot be used; says why, and what to do.
     """
     found = {}
     for repo in hub_repos(config):
+        if not repo.setting.startswith(only):
+            continue
         commit = kept_commit(kept, repo) or commit_of(repo)
         found[repo.setting] = {"id": repo.id, "asked": repo.revision, "commit": commit}
         if repo.setting not in kept and commit != repo.revision:

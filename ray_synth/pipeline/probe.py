@@ -131,7 +131,9 @@ def _generation_jobs(
     generation = config.generation
     share = (run.sizes.synthetic(config) or 0) // generation.pool.max_size
     compiled = wants_compile(generation, num_images=share, on_gpu=generation.num_gpus > 0)
-    one = {"reference": None, "pool": PoolConfig(), "compile": False}
+    # An IP-Adapter costs a look at each real image, and a little in each step: left out here.
+    beside = [item for item in generation.adapters if item.kind != "ip_adapter"]
+    one = {"reference": None, "adapters": beside, "pool": PoolConfig(), "compile": False}
     job = settled(
         GenerationJob(
             generation.model_copy(update=one),
@@ -162,7 +164,7 @@ def _images(run: Any, folder: Folder, job: GenerationJob) -> dict[str, float]:
         pass
     make = pace(seen, CALLS_AT_ONCE)
     first, some = seen[0]
-    if generation.reference is not None:
+    if generation.reference is not None and generation.ip_adapter is None:
         make *= generation.reference.strength
     return {**found, "make": make, "make_start": max(0.0, first - some * make)}
 

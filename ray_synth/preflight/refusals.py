@@ -128,7 +128,7 @@ def check_images(config: Config, class_names: Sequence[str]) -> None:
         raise UserError(
             "generation.offload moves parts to a GPU in turn, and generation.num_gpus is 0: there is none"
         )
-    if generation.reference is not None:
+    if generation.reference is not None and generation.ip_adapter is None:
         _check_image_to_image(config)
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from ray_synth.config import Config, GenerationConfig, parse_config
 from ray_synth.generators.registry import filled, fingerprint
@@ -36,6 +36,9 @@ class Arm:
         settings: what differs from the config, by dotted key.
         against: the arm that this one's change is measured against.
         line, x: where the study's plot is of lines: which line, and at which place on its axis.
+        rival: what is made of its real images before it: an adapter (tuned), or a set of other real
+            images (retrieved); see rivals.py.
+        by_seed: the settings that follow from that.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Arm:
     against: str = REAL_ONLY
     line: str = ""
     x: float | None = None
+    rival: Literal["", "tuned", "retrieved"] = ""
+    by_seed: dict[int, dict[str, Any]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def trials_of(
     for arm in arms:
         key = _images_key(_configured(base, arm, 0))
         for seed in seeds:
-            scale = arm.scale if PRACTICE in arm.settings else longest[key]
+            own = arm.rival or PRACTICE in arm.settings  # no prefix of another arm's plan
+            scale = arm.scale if own else longest[key]
             config = _configured(base, arm, seed, multiplier=scale or None)
             found.append(_trial(arm, seed, config))
     return found
@@ -115,7 +121,7 @@ def _trial(arm: Arm, seed: int, config: Config) -> Trial:
 def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = None) -> Config:
     values = base.model_dump()
     values["prompting"]["practice"] = None  # plans are fixed, but for arms that say otherwise
-    for key, value in arm.settings.items():
+    for key, value in {**arm.settings, **arm.by_seed.get(seed, {})}.items():
         *parents, leaf = key.split(".")
         node = values
         for parent in parents:
@@ -126,6 +132,7 @@ def _configured(base: Config, arm: Arm, seed: int, multiplier: float | None = No
     values["training"]["feed"] = "stored"  # a seed decides the result, and no clock
     values["data"]["validation"] = base.data.validation or VALIDATION_PER_CLASS
     values["studies"] = base.studies.model_validate({})  # of no concern to a run
+    values["tuning"] = base.tuning.model_validate({})
     if multiplier:
         values["prompting"]["multiplier"] = multiplier
     baseline = base.training.baseline

@@ -440,6 +440,27 @@ def _trained_on(arm: Arm, config: Config, counts: dict[str, int]) -> int:
     return sum(min(count, (given or {}).get(name, count)) for name, count in counts.items())
 
 
+def _rivals(config: Config, counts: dict[str, int]) -> Study:
+    scale = config.studies.scale
+    arms = [
+        REAL,
+        Arm("whole", "the recipe", scale),
+        Arm("tuned", "the same plan, generator tuned", scale, against="whole", rival="tuned"),
+    ]
+    if config.studies.pool:
+        arms.append(
+            Arm("retrieved", "retrieved real images", scale, against="whole", rival="retrieved")
+        )
+    return Study(
+        "rivals",
+        "Diversify, or fine-tune, or retrieve",
+        "The same number of images by the recipe, by the same plan with the generator tuned on the real "
+        "images (LoRA), and, of a pool, real images retrieved by CLIP: which helps most?",
+        tuple(arms),
+        measures=("generation", "diversity", "distance"),
+    )
+
+
 WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {
     "ablation": _ablation,
     "scaling": _scaling,
@@ -452,4 +473,5 @@ WRITERS: dict[str, Callable[[Config, dict[str, int]], Study]] = {
     "diversity": _diversity,
     "robustness": _robustness,
     "practice": _practice,
+    "rivals": _rivals,
 }

@@ -26,6 +26,7 @@ from ray_synth.preflight import Reach, check_budget
 from ray_synth.preflight.check import fit, most_at_once
 from ray_synth.preflight.demands import READ, demands
 from ray_synth.preflight.packing import Demand
+from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
 from ray_synth.training.brief import begin_brief, is_brief
@@ -158,7 +159,7 @@ class Grid:
             return
         job = run.train_job(
             trial.digest,
-            num_synthetic=round(trial.arm.scale * len(run.train)),
+            num_synthetic=_images(trial, run),
             config=training,
             seed=trial.seed,
             folder=self.arms,
@@ -261,6 +262,12 @@ class Grid:
         logical = self.reach.count == 1 and not any(part.gpus for part in parts)
         most = (os.cpu_count() or 1) if logical else MOST_AT_A_TIME
         return most_at_once(parts, read, self.reach, most)
+
+
+def _images(trial: Trial, run: Run) -> int:
+    """Synthetic images that a trial trains on: fewer where so many were not retrieved."""
+    wanted = round(trial.arm.scale * len(run.train))
+    return min(wanted, len(PlanFile(run.folder))) if trial.arm.rival else wanted
 
 
 def _run_training(job: Any, generation: Any, run_name: str) -> None:

@@ -15,6 +15,7 @@ from ray_synth.studies.catalog import Study, studies
 @dataclass(frozen=True)
 class StudyCost:
     """What a study would take by itself; studies share trainings and images where they are the same.
+    Tuning a generator and looking through a pool are not in it.
 
     Attributes:
         trainings: arms times seeds.
@@ -45,11 +46,10 @@ def _cost(config: Config, study: Study, sizes: Sizes, gpu: str | None) -> StudyC
     for arm in study.arms:
         share = _real(arm, sizes) / (sizes.real or 1)
         trained += share * (hours["training mixed"] if arm.scale else alone)
-        if arm.scale:
+        if arm.scale and arm.rival != "retrieved":
+            settings = {"rival": arm.rival, **arm.settings}
             key = tuple(
-                sorted(
-                    (k, str(v)) for k, v in arm.settings.items() if not k.startswith("training.")
-                )
+                sorted((k, str(v)) for k, v in settings.items() if not k.startswith("training."))
             )
             made[key] = max(made.get(key, 0.0), arm.scale * _real(arm, sizes))
     images = round(sum(made.values()))

@@ -16,12 +16,13 @@ from ray_synth.cluster.connection import connect, runs_folder
 from ray_synth.config import Config
 from ray_synth.data.class_names import read_class_names
 from ray_synth.data.dataset import hold_out, load_index, require_every_class
+from ray_synth.errors import UserError
 from ray_synth.monitoring.driver_lock import sole_driver
 from ray_synth.monitoring.heartbeat import watched
 from ray_synth.preflight import preflight
 from ray_synth.storage.folder import Folder
 from ray_synth.studies import measures, plots
-from ray_synth.studies.arm import VALIDATION_PER_CLASS, trials_of
+from ray_synth.studies.arm import VALIDATION_PER_CLASS, Arm, Trial, trials_of
 from ray_synth.studies.catalog import Study, known_name, studies
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
@@ -34,6 +35,7 @@ from ray_synth.studies.results import (
     compute_table,
     result_rows,
 )
+from ray_synth.studies.rivals import check_rivals, with_rivals
 from ray_synth.studies.saturation import measure_saturation
 
 log = logging.getLogger("ray_synth")
@@ -60,11 +62,18 @@ def run_studies(
     config, counts = with_validation(config)
     catalogue = studies(config, counts)
     everything = [arm for study in catalogue.values() for arm in study.arms]
-    chosen = list(catalogue) if name == "all" else [name]
+    if name == "all":
+        chosen = _possible(catalogue, config)
+    else:
+        check_rivals(catalogue[name], config)
+        chosen = [name]
     seeds = seeds or config.studies.seeds
-    trials = {
-        one: trials_of(config, catalogue[one].arms, seeds, everything=everything) for one in chosen
-    }
+
+    def trials_in(arms: Sequence[Arm]) -> list[Trial]:
+        return trials_of(config, arms, seeds, everything=everything)
+
+    # Of rivals, which are trained on what is yet to be tuned or retrieved, the other arms come first.
+    trials = {one: trials_in([a for a in catalogue[one].arms if not a.rival]) for one in chosen}
     run_folder = runs_folder(config.runs_dir).child(config.name)
     with ExitStack() as watching, connect(config.cluster):
         reach = preflight(trials[chosen[0]][0].config)
@@ -76,7 +85,12 @@ def run_studies(
         for one in chosen:
             started = time.perf_counter()
             # Taken out: what a grid has opened goes with it.
-            found = run_study(catalogue[one], config, grids.pop(one), until=until)
+            grid, study = grids.pop(one), catalogue[one]
+            if any(arm.rival for arm in study.arms):
+                study = with_rivals(study, config, grid)
+                grid = Grid(config, trials_in(study.arms), reach)
+                grid.check()
+            found = run_study(study, config, grid, until=until)
             if found is None:
                 continue
             log.info("study %s: %.0f s", one, time.perf_counter() - started)
@@ -84,6 +98,19 @@ def run_studies(
                 StudyTracker(config, one).log(found)
             write_page(run_folder, list(catalogue), config.name)
     return workspace(config)
+
+
+def _possible(catalogue: dict[str, Study], config: Config) -> list[str]:
+    """All studies but those whose rivals cannot be had, of which a line says why."""
+    found = []
+    for name, study in catalogue.items():
+        try:
+            check_rivals(study, config)
+        except UserError as error:
+            log.warning("study %s is left out: %s", name, error)
+            continue
+        found.append(name)
+    return found
 
 
 def with_validation(config: Config) -> tuple[Config, dict[str, int]]:

@@ -170,7 +170,7 @@ def test_all_studies_end_with_tables_plots_and_a_page(tmp_path):
         "data.train.images_per_class=2", "data.validation=4", "studies.scales=[1,2]",
         "studies.images_per_class=[2]", "studies.lambdas=[0.5]", "studies.real_fractions=[0.75]",
         "studies.generators={fonts: {generator: glyphs}}",
-        "studies.corruption={kinds: [blur], severities: [1], images: 8}",
+        "studies.corruption={kinds: [blur], severities: [1], images: 8}", "tuning.steps=2",
     ]  # fmt: skip
     finished(study("all", config, *settings), timeout=900)
     folder = tmp_path / "quickstart" / "studies"

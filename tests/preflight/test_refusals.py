@@ -18,7 +18,8 @@ QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 ROOMS = ("device", "meaning", "generators", "prompting", "generation", "service", "training",
          "evaluation", "storage", "pipeline.steps", "pipeline.results", "report")  # fmt: skip
 # In them, what other verbs, studies and the HTTP service alone use.
-OTHERS = ("generation.regenerate", "generation.selection", "service.client", "service.deploy_config",
+OTHERS = ("generators.tuning", "generation.retrieval",
+          "generation.regenerate", "generation.selection", "service.client", "service.deploy_config",
           "service.limits", "service.messages", "service.app", "evaluation.checkpoint",
           "evaluation.corruption", "evaluation.diversity", "evaluation.domain_shift",
           "evaluation.features", "report.status", "report.status_table", "storage.secrets",
@@ -234,6 +235,8 @@ def save_checkpoint(path, **shapes):
           "three: three, four: four, five: five, six: six, seven: seven, eight: eight}"],
          "no characters to draw for class 'owls'"),
         (["generation.adapters=[nowhere.safetensors]"], "generation.adapters: no such file"),
+        (["generation.adapters=[{path: a.safetensors, kind: ip_adapter}]", "generation.reference={}"],
+         "generation.adapters: no such file: a.safetensors"),
         (["generation.offload=true"], "generation.num_gpus is 0: there is none"),
         (["training.checkpoint=nowhere.safetensors"], "must be an existing .safetensors file"),
         (["training.checkpoint=OTHER"], "it is of another architecture"),

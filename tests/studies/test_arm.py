@@ -201,3 +201,15 @@ def test_an_unknown_study_is_told_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'ablation'"):
         known_name("ablations")
     assert known_name("domain-shift") == "domain_shift"
+
+
+def test_rivals_are_told_apart_by_what_is_made_for_each_seed(config):
+    pool = config.model_copy(update={"studies": config.studies.model_copy(update={"pool": "p"})})
+    assert [arm.rival for arm in studies(config, COUNTS)["rivals"].arms] == ["", "", "tuned"]
+    assert [arm.rival for arm in studies(pool, COUNTS)["rivals"].arms][3:] == ["retrieved"]
+    by_seed = {seed: {"prompting.negative_prompt": f"blur {seed}"} for seed in (0, 1)}
+    arm = Arm("tuned", "tuned", 6.0, rival="tuned", by_seed=by_seed)
+    found = trials_of(config, [arm, WHOLE], [0, 1], everything=[Arm("x24", "", 24.0)])
+    assert [t.config.prompting.negative_prompt for t in found] == ["blur 0", "blur 1", "", ""]
+    assert [t.config.prompting.multiplier for t in found] == [6.0, 6.0, 24.0, 24.0]
+    assert len({t.source for t in found}) == 4
