@@ -4,7 +4,8 @@ In: a pool's images, unit by unit, and what real training images say of the clas
 (`quality_reference.parquet`). Out: for each class the best of them, which are no copies of another or
 of a training image, as a WebDataset tar.
 
-An image is a candidate of the one class whose text it is nearest to, as in zero-shot classification.
+Each class has its own nearest images, since some texts are near to all images and would take them all.
+One that several classes have goes to the class in which it comes first.
 """
 
 from __future__ import annotations
@@ -78,11 +79,23 @@ class Nearest:
             self.least[labels[last]] = scores[last]
         return self._parts[0]
 
-    def of(self, label: int) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, rows) of a class, from the best."""
+    def shared_out(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """(scores, rows) of each class that has any, from the best; no row in two classes.
+
+        A row goes to the class in which it comes first; of those, to the one with the better score.
+        """
         labels, scores, rows = self.settled()
-        part = slice(*np.searchsorted(labels, [label, label + 1]))
-        return scores[part], rows[part]
+        rank = np.arange(len(labels)) - np.searchsorted(labels, labels)
+        order = np.lexsort((labels, -scores, rank, rows))
+        first = np.append(True, rows[order][1:] != rows[order][:-1])[: len(order)]
+        own = np.sort(order[first])
+        labels, scores, rows = labels[own], scores[own], rows[own]
+        there, starts = np.unique(labels, return_index=True)
+        ends = [*starts[1:], len(labels)]
+        return {
+            int(label): (scores[start:end], rows[start:end])
+            for label, start, end in zip(there, starts, ends, strict=False)
+        }
 
 
 class Finder:
@@ -110,14 +123,14 @@ class Finder:
         }
         for unit, start, task in zip(batch["unit"], batch["start"], batch["task"], strict=True):
             rows, features, bad = self._features(read_task(pickle.loads(task)))
-            similar = features @ self.texts.T
-            classes = similar.argmax(axis=1)
-            scores = similar.max(axis=1).astype(np.float32, copy=False)
-            good = self.best.add(classes, scores, rows + int(start))
+            similar = (features @ self.texts.T).astype(np.float32, copy=False)
+            at, classes = np.nonzero(similar >= self.best.least)
+            scores, places = similar[at, classes], rows[at] + int(start)
+            self.best.add(classes, scores, places)
             found["unit"].append(int(unit))
-            found["rows"].append((rows[good] + int(start)).tolist())
-            found["classes"].append(classes[good].tolist())
-            found["scores"].append(scores[good].tolist())
+            found["rows"].append(places)
+            found["classes"].append(classes)
+            found["scores"].append(scores)
             found["read"].append(len(rows))
             found["bad"].append(len(bad))
             found["named"].append(json.dumps(bad[:NAMED]))

@@ -42,7 +42,8 @@ RETRIEVED = "retrieved"  # the folder in a run's
 RECORD = "retrieval.json"  # in it, last: it says that all is there
 FOUND = "candidates.parquet"
 BEGUN = "begun.json"
-SPARE = 2  # candidates of each class for every image that is wanted: copies among them are left out
+# Candidates of each class for every image that is wanted: some are copies, or go to another class.
+SPARE = 3
 SAVE_S = 60.0  # what a kill costs at most of the search
 NAMED = 20  # unreadable images that the record names
 
@@ -281,11 +282,12 @@ def _write(
 
     kept = job.folder.child("classes")
     todo, counts = [], {}
+    own = nearest.shared_out()
     for label in range(len(job.meanings)):
-        scores, rows = nearest.of(label)
         if job.folder.exists(tar_name(label)) and kept.exists(f"{label}.json"):
             counts[label] = kept.read_json(f"{label}.json")
-        elif len(rows):
+        elif label in own:
+            scores, rows = own[label]
             todo.append({"class_index": label, "rows": rows.tolist(), "scores": scores.tolist()})
         else:
             counts[label] = [0, 0]

@@ -55,8 +55,20 @@ def compare(images, random):
         of_class = [row for row, (mine, _) in enumerate(images) if mine == label]
         best = sorted(of_class, key=lambda row: (-images[row][1], row))[:4]
         for found in (whole, parts):
-            assert found.of(label)[1].tolist() == best
-            assert found.of(label)[0].tolist() == [images[row][1] for row in best]
+            labels, scores, places = found.settled()
+            assert places[labels == label].tolist() == best
+            assert scores[labels == label].tolist() == [images[row][1] for row in best]
+
+
+def test_an_image_of_several_classes_goes_where_it_comes_first():
+    """Class 1's text is near to all images: by the score alone it would take them all."""
+    nearest = Nearest(3, 3)
+    scores = {0: [0.3, 0.2, 0.1], 1: [0.7, 0.8, 0.9]}
+    for label, of_class in scores.items():
+        nearest.add(np.full(3, label), np.array(of_class, np.float32), np.array([10, 11, 12]))
+    found = {label: rows.tolist() for label, (_, rows) in nearest.shared_out().items()}
+    assert found == {0: [10], 1: [12, 11]}
+    assert Nearest(3, 3).shared_out() == {}
 
 
 def test_what_is_worse_than_the_best_is_let_go_and_memory_is_bounded(monkeypatch):
@@ -127,7 +139,7 @@ def test_the_nearest_images_become_a_set_that_import_reads(pool_folder, referenc
     )
     written = {}
     for label in (0, 1):
-        scores, rows = nearest.of(label)
+        scores, rows = nearest.shared_out()[label]
         batch = {"class_index": np.array([label]), "rows": [rows], "scores": [scores]}
         written[label] = writer(batch)
     assert [written[label]["written"][0] for label in (0, 1)] == [10, 10]
