@@ -42,15 +42,6 @@ class Killed(BaseException):
     """What a process that is killed does not live to see."""
 
 
-class NotNow(dict):
-    """Test sets that cannot be touched."""
-
-    def _refuse(self, *_):
-        raise AssertionError("a test set was touched before the evaluation")
-
-    __getitem__ = __iter__ = items = keys = values = get = _refuse
-
-
 def opened(root: Path, *settings: str) -> Run:
     config = load_config(QUICKSTART, [f"runs_dir={root}", *SETTINGS, *settings])
     run = check_run(config)
@@ -134,11 +125,8 @@ class Cluster:
 
 
 def go(run: Run, cluster: Cluster) -> dict:
-    """The loop of rounds, with test sets out of reach."""
-    sealed = replace(run, sets=replace(run.sets, tests=NotNow()))
-    sizes = run.sizes
-    object.__setattr__(sealed, "sets", replace(sealed.sets, tests={}))
-    assert sealed.sizes.synthetic(run.config) == sizes.synthetic(run.config)
+    """The loop of rounds, which needs no test set."""
+    sealed = replace(run, sets=replace(run.sets, tests={}))
     work = Work(
         fill=cluster.fill,
         train=cluster.train,
