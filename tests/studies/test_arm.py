@@ -165,7 +165,7 @@ def test_a_wrong_setting_of_an_arm_is_named(config):
 
 
 def test_all_studies_see_the_same_number_of_real_images_in_every_arm(config, catalogue):
-    assert list(catalogue) == list(WRITERS) and len(catalogue) == 11
+    assert list(catalogue) == list(WRITERS) and len(catalogue) == 12
     for study in catalogue.values():
         names = [arm.name for arm in study.arms]
         assert len(set(names)) == len(names)
