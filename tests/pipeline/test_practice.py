@@ -1,6 +1,6 @@
 """The loop of rounds: killed at any point, the same command goes on to the same rounds.
 
-No Ray: images and training are stood in for; the real ones are in tests/e2e/test_practice.py.
+No Ray: images and training are stood in for; the real ones are in tests/e2e/test_practice_runs.py.
 """
 
 import hashlib
