@@ -144,7 +144,8 @@ def test_no_setting_of_how_a_run_is_done_is_an_input_of_a_stage():
 
 def test_every_setting_that_changes_a_result_is_an_input_of_a_stage():
     """But for those of the image generator, which its fingerprint stands for."""
-    given = ["prompting.practice={rounds: 2}", "training.feed=stored"]  # off by default
+    practice = "prompting.practice={rounds: 2, guidance: {}, select: {}}"  # off by default
+    given = [practice, "training.feed=stored"]
     inputs = stage_inputs(load_config(QUICKSTART, given), "g")["evaluation"]
     covered = ("generation.", "data.ood.ANY.")
     for key, field, mark in all_settings():
