@@ -13,8 +13,9 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ from ray_synth.data.dataset import Index, read_task
 from ray_synth.data.images import decode_image, file_suffix
 from ray_synth.errors import UserError
 from ray_synth.generation.quality import find_duplicates
-from ray_synth.generation.thresholds import load_reference
+from ray_synth.generation.thresholds import EXACT_COPY, load_reference, nearest_others
 from ray_synth.storage.folder import Folder
 
 DECODERS = 4  # threads of an actor that decode and scale
 WAITING = 65_536  # images that wait at least, before they are sorted in
+COPY = 0.1  # of the usual distance between different images: what is nearer is a copy
 NAMED = 3  # unreadable images of a unit that are named
 Row = dict[str, Any]
 
@@ -169,7 +171,10 @@ class Writer(Finder):
         class_names: tuple[str, ...], per_class: int, to: Folder,
     ) -> None:  # fmt: skip
         super().__init__(clip, reference, 1, max_pixels)
-        self.reference = load_reference(reference)
+        found = load_reference(reference)
+        apart = copy_distances(found.real_features)
+        self.real = found.real_features
+        self.thresholds = replace(found.thresholds, duplicate_distance=apart)
         self.images, self.class_names, self.per_class, self.to = pool, class_names, per_class, to
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
@@ -187,14 +192,12 @@ class Writer(Finder):
         """How many are written, and how many better ones are copies of another image."""
         named = ({"image_id": str(row), "image": self._read(int(row))} for row in rows.tolist())
         places, features, _ = self._features(named)
-        real = self.reference.real_features[label]
+        real = self.real[label]
         together = np.concatenate([real, features])
         ids = [*(f"real {at}" for at in range(len(real))), *map(str, places.tolist())]
-        thresholds = self.reference.thresholds
-        copies = {
-            item.sample_id
-            for item in find_duplicates(ids, np.full(len(ids), label), together, thresholds)
-        }
+        labels = np.full(len(ids), label)
+        found = find_duplicates(ids, labels, together, self.thresholds)
+        copies = {item.sample_id for item in found}
         kept = [at for at in places.tolist() if str(at) not in copies][: self.per_class]
         before = [at for at in places.tolist() if kept and at <= kept[-1]]
         self._tar(label, [int(rows[at]) for at in kept], [float(scores[at]) for at in kept])
@@ -218,6 +221,21 @@ class Writer(Finder):
 
     def _read(self, row: int) -> bytes:
         return self.images.locate(row).read()
+
+
+def copy_distances(real: Mapping[int, np.ndarray]) -> dict[int, float]:
+    """The cosine distance below which two images are copies, for each class.
+
+    A share of what the class's real images are from their nearest, in the mean: unlike its lower tail
+    (`thresholds.duplicate_distances`) it is known from few, and what is dropped here is gone.
+
+    Args:
+        real: class index -> (n, dim) unit rows.
+    """
+    nearest = {label: nearest_others(rows) for label, rows in real.items() if len(rows) > 1}
+    usual = float(np.concatenate([*nearest.values(), np.zeros(0)]).mean()) if nearest else 0.0
+    means = {label: float(nearest[label].mean()) if label in nearest else usual for label in real}
+    return {label: max(EXACT_COPY, COPY * mean) for label, mean in means.items()}
 
 
 def tar_name(label: int) -> str:

@@ -238,7 +238,7 @@ def duplicate_distances(
         quantile: the share of real images that would count as near-duplicates.
         images_per_class: images of a class among which duplicates will be looked for.
     """
-    nearest = {index: _nearest_others(rows) for index, rows in features.items() if len(rows) > 1}
+    nearest = {index: nearest_others(rows) for index, rows in features.items() if len(rows) > 1}
     # copies within the real images say nothing about how near different pictures come
     nearest = {i: own[own > EXACT_COPY] for i, own in nearest.items() if own.max() > EXACT_COPY}
     if not nearest:
@@ -267,7 +267,7 @@ def _lower_quantile(values: np.ndarray, share: float) -> float:
     return float(ordered[tail] * (share * len(ordered) / tail) ** (1 / power))
 
 
-def _nearest_others(rows: np.ndarray) -> np.ndarray:
+def nearest_others(rows: np.ndarray) -> np.ndarray:
     """(n,) float64: each row's cosine distance to the nearest other row, 0 or more."""
     similar = rows @ rows.T
     np.fill_diagonal(similar, -1)

@@ -132,6 +132,7 @@ def test_an_ip_adapter_guides_a_run_and_an_image_is_made_again_alone(tmp_path):
     folder = tmp_path / "runs" / "quickstart"
     rows = pq.read_table(next((folder / "images").glob("part-*"))).to_pylist()
     assert all(row["reference"] for row in rows)
-    again = run(line("regenerate", rows[0]["sample_id"], "--run", str(folder), "--json"))
+    where = ["--run", str(folder), "--out", str(tmp_path / "again.png")]
+    again = run(line("regenerate", rows[0]["sample_id"], *where, "--json"))
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads(again.stdout)["identical"]
