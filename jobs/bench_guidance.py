@@ -7,14 +7,18 @@ digit. Times are of the processor, in one thread. Without Ray: python jobs/bench
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ray_synth.config import GenerationConfig, PracticeGuidanceConfig
 from ray_synth.data.digits import CLASS_NAMES, load_digits
