@@ -379,7 +379,8 @@ class PracticeConfig(Section):
     )
     by_class: bool = result(True, description="classes that the model is unsure of get more images")
     by_kind: bool = result(
-        True, description="kinds and styles that it learns from, and the checks accept, get more"
+        True,
+        description="kinds, styles and scenes that it learns from, and the checks accept, get more",
     )
     apart: Literal["negative_prompt", "words"] | None = result(
         "negative_prompt",
@@ -978,11 +979,6 @@ class Config(Section):
         practice = self.prompting.practice
         if practice is None:
             return self
-        if self.training.feed != "stored":
-            raise UserError(
-                f"prompting.practice makes the images of a round before it trains on them, and "
-                f"training.feed is {self.training.feed}: set training.feed: stored"
-            )
         if self.take_over is not None:
             raise UserError(
                 "prompting.practice plans by what the model lacks, and take_over keeps an earlier plan's "

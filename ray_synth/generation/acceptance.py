@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class Acceptance:
         counts: dict[tuple[str, ...], list[int]] = {}
         for (name, prompt), (passed, made) in self._scenes.items():
             written = [item["context"] for item in contexts.get(name, {}).get("contexts", [])]
-            found = counts.setdefault((name, *_said(prompt, written)), [0, 0])
+            found = counts.setdefault((name, *scene_at(prompt, written)[1]), [0, 0])
             found[0] += passed
             found[1] += made
         rows = [(*key, *found) for key, found in sorted(counts.items())]
@@ -154,12 +155,14 @@ def least_accepted(found: dict[str, Any], column: str, most: int) -> list[tuple[
     return [row for _, row in ordered[:most]]
 
 
-def _said(prompt: str, contexts: list[dict[str, str]]) -> tuple[str, ...]:
-    """The phrases of a prompt by field: of the context of which it says the most."""
+def scene_at(prompt: str, contexts: Sequence[Mapping[str, str]]) -> tuple[int, tuple[str, ...]]:
+    """Which context a prompt says the most of, and its phrases by field, empty where the prompt had no
+    room for one; -1, and no phrase, where it says nothing of any."""
     text = f"{prompt}, "
-    said = [
-        tuple(phrase if phrase and f", {phrase}, " in text else "" for phrase in found)
-        for found in ([context.get(field, "") for field in FIELDS] for context in contexts)
-    ]
-    nothing = ("",) * len(FIELDS)
-    return max(said, key=lambda phrases: sum(map(bool, phrases)), default=nothing)
+    best, most = -1, ("",) * len(FIELDS)
+    for at, context in enumerate(contexts):
+        phrases = [context.get(field, "") for field in FIELDS]
+        said = tuple(phrase if phrase and f", {phrase}, " in text else "" for phrase in phrases)
+        if sum(map(bool, said)) > sum(map(bool, most)):
+            best, most = at, said
+    return best, most

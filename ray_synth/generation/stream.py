@@ -127,6 +127,13 @@ def missing_chunks(job: GenerationJob) -> list[Chunk]:
     return [chunk for chunk in _cut(settled(job)) if chunk.missing]
 
 
+def chunks_from(job: GenerationJob, row: int, *, others: bool) -> list[Chunk]:
+    """The plan's chunks from a row on; with `others`, those before it follow."""
+    chunks = _cut(settled(job))
+    late = [chunk for chunk in chunks if chunk.stop > row]
+    return late + chunks[: len(chunks) - len(late)] if others else late
+
+
 def stored_rows(job: GenerationJob, num_rows: int) -> StoredRows:
     """Where each of the plan's first rows lies in the store."""
     job = settled(job)

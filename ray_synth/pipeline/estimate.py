@@ -121,9 +121,11 @@ def estimate(
     if first or "training" not in stages:
         found |= {"generation": made, "training": alone + once + mixed + again}
     else:
-        beside, left = _beside(config, m, synthetic, pool, batches, crowd, shared)
-        found["training"] = alone + once + m.make_start + beside
-        if training.feed == "live" and not training.num_gpus:  # its generators go on to the end
+        drawn = round(_drawn(practice, synthetic))
+        beside, left = _beside(config, m, drawn, pool, batches, crowd, shared)
+        found["training"] = alone + once + again + m.make_start + beside
+        # A live feed's generators go on to the end, and each round is made whole.
+        if practice or (training.feed == "live" and not training.num_gpus):
             found["training"] += left
             left = 0.0
         found["generation"] = m.make_start + left if left else 0.0

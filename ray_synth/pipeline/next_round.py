@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ray_synth.config import Config
 from ray_synth.meaning.entries import read_meanings
-from ray_synth.prompting.rounds import ROUNDS, steering_learner, steering_of, write_round
+from ray_synth.prompting.rounds import (
+    contexts_file,
+    steering_learner,
+    steering_of,
+    write_round,
+)
 from ray_synth.training import needs
+from ray_synth.training.scene_scores import scene_text
 
 if TYPE_CHECKING:
     from ray_synth.prompting.plan import ClassPrompts
@@ -61,8 +67,11 @@ def plan_round(
     practice = run.config.prompting.practice
     if steering := steering_of(practice, run.folder, number):
         settings["fingerprint"] = steering.fingerprint(settings["fingerprint"])
+    classes = _classes(run, prompts(anew), why["confused"], anew)
+    if practice.by_kind:
+        classes = [_scenes_drawn(known, scores["synthetic"], practice.floor) for known in classes]
     tables = plan_tables(
-        _classes(run, prompts(anew), why["confused"], anew),
+        classes,
         num_images=total,
         budgets=budgets,
         number=number,
@@ -102,7 +111,8 @@ def _decided(
     if practice.by_kind:
         synthetic = scores["synthetic"]
         settings["mix"] = needs.kind_mix(settings["mix"], synthetic, practice.floor)
-        draws = needs.style_draws(styles, synthetic, practice.floor, draws)
+        seen, accepted = synthetic["style"], synthetic["accepted"]["style"]
+        draws = needs.item_draws(styles, seen, accepted, practice.floor, draws)
     settings["style_draws"] = draws
     why = {
         "weakness": dict(zip(names, weakness.round(6).tolist(), strict=True)),
@@ -136,6 +146,30 @@ def _classes(
     return found
 
 
+def _scenes_drawn(known: ClassPrompts, synthetic: dict[str, Any], floor: float) -> ClassPrompts:
+    """A class whose scenes are drawn by what their images are worth, as kinds and styles are."""
+    scenes = [scene_text(asdict(context)) for context, _ in known.contexts]
+    seen = synthetic.get("context", {}).get(known.class_name, {})
+    if not set(seen) & set(scenes):
+        return known
+    accepted = synthetic["accepted"]["context"].get(known.class_name, {})
+    drawn = needs.item_draws(scenes, seen, accepted, floor, known.context_draws)
+    return replace(known, context_draws=drawn)
+
+
+def scenes_of(run: Any, number: int) -> dict[str, list[dict[str, str]]]:
+    """The scenes of each class in a round: those that were written, for some classes anew."""
+    folder, name = run.folder, contexts_file(number)
+    written = folder.read_json("contexts.json")["classes"] if folder.exists("contexts.json") else {}
+    anew = folder.read_json(name) if folder.exists(name) else {}
+    if anew.get("token") == run.records.token("training"):
+        written = {**written, **anew["classes"]}
+    return {
+        class_name: [item["context"] for item in entry["contexts"]]
+        for class_name, entry in written.items()
+    }
+
+
 def _kept_style_draws(run: Any) -> list[int]:
     """How often each style was drawn in round 0, by the order of the styles."""
     from ray_synth.generation.draws import DRAWS
@@ -153,7 +187,7 @@ def _new_contexts(run: Any, number: int, weakness: np.ndarray, token: str) -> di
 
     if not asks_for_contexts(run.config):
         return {}
-    name = f"{ROUNDS}/contexts-{number:03}.json"
+    name = contexts_file(number)
     kept = run.folder.read_json(name) if run.folder.exists(name) else {}
     if kept.get("token") == token:
         return kept["classes"]

@@ -2,6 +2,8 @@
 
     round r: plan it, make its images, train on rounds up to r, score the learner; then round r + 1
 
+With `training.feed: stored` a round's images are made before its training, else while it trains.
+
 Everything is found again by what lies in the run's folder: rounds (`plan/`), scores and learners
 (`practice/`), images, checkpoints. What is done is skipped, and what is not goes on where it was.
 """
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ray_synth.errors import UserError
 from ray_synth.generation.usefulness import check_selection
 from ray_synth.generators.registry import check_guidance, generator_class
-from ray_synth.pipeline.next_round import plan_round, reads_apart
+from ray_synth.pipeline.next_round import plan_round, reads_apart, scenes_of
 from ray_synth.prompting.rounds import (
     Rounds,
     cut_rounds,
@@ -91,7 +93,7 @@ class Work:
 
     Attributes:
         fill: makes what the store lacks of the plan.
-        train: the mixed arm up to a step; `num_synthetic`, `stop`, `segment` and `publish` of a TrainJob.
+        train: the mixed arm up to a step; what says which part of a TrainJob it is.
         prompts: the classes as a plan has them, with contexts of some classes, by name, in the places of
             those that they have.
         score: as `score_round`.
@@ -124,12 +126,14 @@ def practise(run: Any, work: Work) -> dict[str, Any]:
         known = _read_scores(run, number, token)
         if known is None:
             so_far = cards[: number + 1]
-            rows = sum(card["rows"] for card in so_far)
-            work.fill()
             last = ended or number == len(rounds) - 1
             learner = run.folder if last else run.folder.child(learner_folder(number))
-            stop = rounds.stops[-1 if last else number]
-            work.train(num_synthetic=rows, stop=stop, segment=number, publish=learner)
+            streamed = run.config.training.feed != "stored"
+            if not streamed:
+                work.fill()
+            work.train(publish=learner, **_part(rounds, number, so_far, ended))
+            if streamed:  # what training left of the round
+                work.fill()
             known = {"token": token, **work.score(run, number, learner, so_far)}
             run.folder.write_json(scores_file(number), known)
         scores.append(known)
@@ -141,6 +145,20 @@ def practise(run: Any, work: Work) -> dict[str, Any]:
         "images": made, "images_saved": sum(rounds.images) - made,
     }  # fmt: skip
     return {"practice": found, "plan_digest": run.folder.digest("plan.parquet")}
+
+
+def _part(
+    rounds: Rounds, number: int, cards: Sequence[dict[str, Any]], ended: bool
+) -> dict[str, int]:
+    """Which part of the training follows a round: fields of a TrainJob."""
+    rows = [card["rows"] for card in cards]
+    return {
+        "num_synthetic": sum(rows),
+        "fresh_from": 0 if ended else sum(rows[:-1]),
+        "begin": rounds.stops[number - 1] if number else 0,
+        "stop": rounds.stops[-1 if ended else number],
+        "segment": number,
+    }
 
 
 def _ended(run: Any, scores: Sequence[dict[str, Any]]) -> bool:
@@ -190,7 +208,7 @@ def score_round(
     shown = [name for name, _ in by_budget] or list(run.train.class_names)
     sample = Sample(
         run.folder, real, real_set, stored, start, rows, run.config.data.max_pixels,
-        tuple(shown[:SHOWN]), examples_file(len(cards) - 1),
+        tuple(shown[:SHOWN]), examples_file(len(cards) - 1), scenes_of(run, len(cards) - 1),
     )  # fmt: skip
     own = {"num_cpus": evaluation.num_cpus, "num_gpus": evaluation.num_gpus}
     task: Any = ray.remote(score_learner).options(**own)

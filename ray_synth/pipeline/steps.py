@@ -406,7 +406,8 @@ def train_arm(run: Run, arm: str, tracker: Any, *, num_synthetic: int, **part: A
     job = _train_job(run, arm, tracker, board, num_synthetic=num_synthetic, **part)
     bars = {f"steps/{arm}": Bar(f"training {arm}", job.end, "steps")}
     if streamed:
-        bars["images"] = Bar("generation", num_synthetic, "images")
+        passed = job.fresh_from if run.config.training.feed == "live" else 0
+        bars["images"] = Bar("generation", num_synthetic - passed, "images")
     with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
         run_training(job, run.generation_job(board), run_name=_run_name(run, arm))
 

@@ -36,6 +36,11 @@ def round_card(number: int) -> str:
     return f"{ROUNDS}/round-{number:03}.json"
 
 
+def contexts_file(number: int) -> str:
+    """Scenes that were written anew for a round."""
+    return f"{ROUNDS}/contexts-{number:03}.json"
+
+
 def scores_file(number: int) -> str:
     """What the learner says after it was trained on rounds up to this one."""
     return f"{PRACTICE}/scores-{number:03}.json"

@@ -33,6 +33,9 @@ class TrainJob:
         stop: the step at which this part of the training ends; default: the last. Rates and lambda are
             those of the whole.
         segment: number of the part; the order of synthetic images is its own.
+        begin: the step at which this part begins.
+        fresh_from: the plan's first row that no part before has trained on; where images are streamed,
+            those from it on come first.
         publish: the folder of the models that this part leaves; default: `folder`.
     """
 
@@ -52,6 +55,8 @@ class TrainJob:
     num_threads: int | None = None
     stop: int | None = None
     segment: int = 0
+    begin: int = 0
+    fresh_from: int = 0
     publish: Folder | None = None
 
     @property

@@ -42,6 +42,8 @@ class LiveFeed:
             that are held are drawn again.
         shared: the store has images of other workers' streams as well, to be drawn after the end of
             this one.
+        earlier: the store has images from before this stream; they are drawn from the first batch on,
+            which no longer waits then.
 
     Attributes:
         ended: all that the stream had has arrived.
@@ -60,12 +62,14 @@ class LiveFeed:
         memory_bytes: int = MEMORY_BYTES,
         replays: Iterator[Row] | None = None,
         shared: bool = False,
+        earlier: bool = False,
     ) -> None:
         self.decoder, self.batch_size, self.seed = decoder, batch_size, seed
         self.warmup = max(warmup, 1)
         # Less than a batch more than the warm-up, and a full reservoir could wait for its own user.
         self.capacity = max(capacity, self.warmup + batch_size)
-        self.memory_bytes, self.replays, self.shared = memory_bytes, replays, shared
+        self.memory_bytes, self.replays = memory_bytes, replays
+        self.shared, self.earlier = shared, earlier
         self.images = Reservoir(memory_bytes if replays is None else sys.maxsize)
         self.fresh: deque[int] = deque()
         self.again: list[int] = []  # read from the store, not drawn since
@@ -123,6 +127,7 @@ class LiveFeed:
                 if self._closed:
                     return
                 self.again.append(self.images.put(item))
+                self._changed.notify_all()
 
     def _room_for_fresh(self) -> bool:
         done = self._closed or self._passing_over
@@ -156,14 +161,22 @@ class LiveFeed:
         fits = self.images.held_bytes < self.memory_bytes or len(self.images) < self.batch_size
         return self.replays is not None and not fits
 
+    def _can_draw(self) -> bool:
+        if self._closed or self._held_back or self._error is not None:
+            return True
+        if self.earlier:
+            there = self.num_used > 0 or (self.ended and self.arrived > 0)
+            return there or len(self.again) >= self.batch_size
+        return self.ended or self.arrived >= self.warmup
+
     def draw(self, step: int) -> Draw:
+        if self.earlier:
+            self._ask_for_replays()
         with self._changed:
-            self._changed.wait_for(
-                lambda: self.arrived >= self.warmup or self.ended or self._closed or self._held_back
-            )
+            self._changed.wait_for(self._can_draw)
             if self._error is not None:
                 raise self._error
-            if not self.arrived:
+            if not (self.arrived or self.again or self.num_used):
                 raise UserError("no synthetic image was accepted: nothing to train on")
             keys = [self.fresh.popleft() for _ in range(min(self.batch_size, len(self.fresh)))]
             self.fresh_drawn += len(keys)
@@ -198,7 +211,7 @@ class LiveFeed:
     def _ask_for_replays(self) -> None:
         if self.replays is None or self._reading:
             return
-        if self.dropped or (self.ended and self.shared):
+        if self.dropped or self.earlier or (self.ended and self.shared):
             self._reading = True
             self._start(self._read_again, self.replays)
 

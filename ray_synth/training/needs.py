@@ -2,7 +2,7 @@
 
 More images go to classes that the learner is unsure of on real images, in the manner of feedback-guided
 synthesis (Askari-Hemmat et al., arXiv 2310.00158) and Fill-Up (Shin et al., arXiv 2306.07200), and to
-kinds and styles whose images it is unsure of although the checks let them pass: entropy is what
+kinds, styles and scenes whose images it is unsure of although the checks let them pass: entropy is what
 Deliberate Practice (Askari-Hemmat et al., arXiv 2502.15588) selects images by. What few images say counts
 little, and a floor is left to all.
 """
@@ -71,7 +71,7 @@ def usefulness(
     accepted: Mapping[str, Sequence[int]],
     values: Sequence[str],
 ) -> np.ndarray:
-    """What a made image of each kind, or style, is worth, relative to the mean of all; (n,) float.
+    """What a made image of each kind, style or scene is worth, relative to the mean of all; (n,) float.
 
     The learner's mean entropy on those that were accepted, times the share that was; both drawn towards
     what is usual by `PRIOR` images. An image that the checks refuse is worth nothing.
@@ -79,7 +79,7 @@ def usefulness(
     Args:
         entropies: of a column of the scores: value -> `images`, `entropy`.
         accepted: value -> [accepted, made].
-        values: all kinds, or styles; one that was not seen is as usual.
+        values: all kinds, styles or scenes of a class; one that was not seen is as usual.
     """
     seen = np.array([entropies.get(v, {}).get("images", 0) for v in values], float)
     entropy = np.array([entropies.get(v, {}).get("entropy", 0.0) for v in values])
@@ -107,16 +107,21 @@ def kind_mix(
     return {kind: mix[kind] * factor for kind, factor in zip(kinds, factors, strict=True)}
 
 
-def style_draws(
-    styles: Sequence[str], synthetic: Mapping[str, Any], floor: float, draws: Sequence[int] = ()
+def item_draws(
+    items: Sequence[str],
+    entropies: Mapping[str, Mapping[str, Any]],
+    accepted: Mapping[str, Sequence[int]],
+    floor: float,
+    draws: Sequence[int] = (),
 ) -> list[int]:
-    """In how many of `PASSES` passes each style is drawn.
+    """In how many of `PASSES` passes each style, or each scene of a class, is drawn.
 
     Args:
+        entropies, accepted: as of `usefulness`.
         draws: how often each would be drawn otherwise; empty: all alike.
     """
-    worth = usefulness(synthetic["style"], synthetic["accepted"]["style"], styles)
-    wanted = with_floor(worth, floor) * np.array(draws or [1] * len(styles), float)
+    worth = usefulness(entropies, accepted, items)
+    wanted = with_floor(worth, floor) * np.array(draws or [1] * len(items), float)
     most = wanted.max(initial=1e-9)
     return np.clip(np.round(PASSES * wanted / most), 1, PASSES).astype(int).tolist()
 

@@ -1,5 +1,5 @@
-"""What a learner says of itself: how unsure it is, of which classes, kinds and styles; the record that
-decides the next round.
+"""What a learner says of itself: how unsure it is, of which classes, kinds, styles and scenes; the record
+that decides the next round.
 
 Looked at are real validation images (training images, where none are held out) and images of the newest
 round. A test image never comes here. Both samples are bounded, and the record is small JSON.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import pyarrow as pa
 from ray_synth.data.dataset import Index, read_index
 from ray_synth.prompting.plan_file import PLAN_FILE
 from ray_synth.storage.folder import Folder
+from ray_synth.training.scene_scores import Scenes, accepted_by_scene, by_scene
 
 if TYPE_CHECKING:
     from ray_synth.generation.stored import StoredRows
@@ -31,7 +32,7 @@ MEASURES = ("loss", "entropy", "margin", "doubt", "error")
 EXAMPLES = 3  # images of each class that is shown
 COLUMNS = ["sample_id", "image", "class_index", "kind", "style"]
 TOLD = ["class_name", "prompt", "negative_prompt"]  # besides, of examples
-# The plan's columns by which synthetic images are told apart. It has no column for the scene.
+# The plan's columns by which synthetic images are told apart. The scene is told by the prompt.
 GROUPS = ("class_name", "kind", "style", "context_source")
 
 
@@ -45,6 +46,7 @@ class Sample:
         stored: where all rows planned so far lie; None to leave synthetic images out.
         start, stop: the newest round's rows of the plan.
         shown: classes of which a few images are kept for the report, in the file `examples`.
+        scenes: of each class, in which the round places it.
     """
 
     folder: Folder
@@ -56,6 +58,7 @@ class Sample:
     max_pixels: int
     shown: tuple[str, ...] = ()
     examples: str = ""
+    scenes: Scenes = field(default_factory=dict)
 
 
 def verdicts(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -136,18 +139,27 @@ def few_real(index: Index, most: int = MOST) -> Index:
     return index.take(np.unique(places))
 
 
-def accepted_shares(sample: Sample) -> dict[str, dict[str, list[int]]]:
-    """column -> value -> [accepted, made] of all rows of the round."""
-    assert sample.stored is not None
-    plan = sample.folder.read_rows(PLAN_FILE, sample.start, sample.stop, list(GROUPS))
-    flags = np.unpackbits(sample.stored.accepted, count=sample.stored.rows).astype(np.int64)
-    plan = plan.append_column("accepted", pa.array(flags[sample.start : sample.stop]))
+def accepted_shares(sample: Sample) -> dict[str, dict[str, Any]]:
+    """column -> value -> [accepted, made] of all rows of the round; `context` -> class -> scene -> the
+    same, of its first `2 * MOST` rows."""
+    plan = _with_accepted(sample, sample.stop, GROUPS)
     counts: dict[str, dict[str, list[int]]] = {}
     for name in GROUPS:
         sums = plan.group_by(name).aggregate([("accepted", "sum"), ("accepted", "count")])
         found = {r[name]: [r["accepted_sum"], r["accepted_count"]] for r in sums.to_pylist()}
         counts[name] = dict(sorted((k, v) for k, v in found.items() if k))
-    return counts
+    first = _with_accepted(
+        sample, min(sample.stop, sample.start + 2 * MOST), ("class_name", "kind", "prompt")
+    )
+    return {**counts, "context": accepted_by_scene(sample.scenes, first)}
+
+
+def _with_accepted(sample: Sample, stop: int, columns: Iterable[str]) -> pa.Table:
+    """The round's rows of the plan up to one, and whether each was accepted, as 0 or 1."""
+    assert sample.stored is not None
+    plan = sample.folder.read_rows(PLAN_FILE, sample.start, stop, list(columns))
+    flags = np.unpackbits(sample.stored.accepted, count=sample.stored.rows).astype(np.int64)
+    return plan.append_column("accepted", pa.array(flags[sample.start : stop]))
 
 
 def score_learner(learner: Folder, arm: str, sample: Sample) -> dict[str, Any]:
@@ -159,8 +171,8 @@ def score_learner(learner: Folder, arm: str, sample: Sample) -> dict[str, Any]:
     Returns:
         `real`: `set`, means, `right` (`packed`, in the order of the set), `left_out` (images that cannot
         be decoded count as wrong) and `classes` (`by_class`).
-        `synthetic`: means, `kind` and `style` -> value -> means, `classes`, and `accepted`
-        (`accepted_shares`).
+        `synthetic`: means, `kind` and `style` -> value -> means, `context` (`by_scene`), `classes`, and
+        `accepted` (`accepted_shares`).
     """
     import torch
 
@@ -202,6 +214,7 @@ def _synthetic(
     for column in ("kind", "style"):
         values = np.array([row[column] for row in rows])
         record[column] = {str(v): means(found, values == v) for v in np.unique(values) if v}
+    record["context"] = by_scene(sample.scenes, rows, found["entropy"])
     record["classes"] = by_class(found, labels, names)
     record["accepted"] = accepted_shares(sample)
     return record

@@ -15,7 +15,7 @@ from ray_synth.config import TrainingConfig
 from ray_synth.data.packing import addressable
 from ray_synth.errors import UserError
 from ray_synth.generation.maker import GenerationJob
-from ray_synth.generation.stream import image_stream, stored_rows
+from ray_synth.generation.stream import chunks_from, image_stream, stored_rows
 from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 
@@ -129,10 +129,20 @@ def _run_config(job: TrainJob, name: str) -> Any:
 
 
 def _streamed(job: TrainJob, generation: GenerationJob) -> dict[str, Any]:
-    """The `synthetic` dataset of a feed that trains on images while they are made."""
+    """The `synthetic` dataset of a feed that trains on images while they are made.
+
+    Of a later part the newest images come first. A live feed draws those before from the store; in
+    lockstep they follow in the stream.
+    """
     if job.config.feed == "stored":
         return {}
-    return {"synthetic": lambda: image_stream(generation, columns=COLUMNS)}
+    others = job.config.feed == "lockstep"
+
+    def stream() -> Any:
+        chunks = chunks_from(generation, job.fresh_from, others=others) if job.fresh_from else None
+        return image_stream(generation, chunks=chunks, columns=COLUMNS)
+
+    return {"synthetic": stream}
 
 
 def _resources(num_cpus: float, num_gpus: float) -> dict[str, float]:

@@ -73,13 +73,13 @@ class _WorkerFeeds:
             self.decoder,
             batch_size=self.config.num_synth,
             seed=derived_seed(self.job.seed, self.rank),
-            start_step=self.first,
+            start_step=self.first - self.job.begin * self.config.accumulate_steps,
             memory_bytes=self.config.memory_mb << 20,
         )
 
     def _live(self) -> LiveFeed:
         job, config = self.job, self.config
-        share = max(1, job.num_synthetic // self.world_size)
+        share = max(1, (job.num_synthetic - job.fresh_from) // self.world_size)
         return LiveFeed(
             _rows(_shard("synthetic")),
             self.decoder,
@@ -94,6 +94,7 @@ class _WorkerFeeds:
                 derived_seed(job.seed, self.rank, self.first, 1),
             ),
             shared=self.world_size > 1,
+            earlier=job.fresh_from > 0,
         )
 
 

@@ -129,6 +129,44 @@ def test_killed_at_random_the_same_command_goes_on_to_the_same_rounds(seed, undi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_rounds_in_lockstep_are_made_while_they_are_trained_on_and_come_again(tmp_path):
+    """Killed in the second round, which is being made then, it goes on to the same rounds and model."""
+    settings = [*SETTINGS, "training.feed=lockstep"]
+    whole = run(command("run", tmp_path / "whole", *settings))
+    assert whole.returncode == 0, whole.stderr[-4000:]
+    line, folder = command("run", tmp_path / "killed", *settings), tmp_path / "killed/quickstart"
+    driver = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder / "plan/round-001.json").exists():
+        assert driver.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    time.sleep(3)
+    driver.kill()
+    driver.wait()
+    result = run(line)
+    assert result.returncode == 0, result.stderr[-4000:]
+    for name in ("whole", "killed"):
+        made = tmp_path / name / "quickstart"
+        assert sorted(stored_ids(made)) == sorted(planned_ids(made))
+        assert len(planned_ids(made)) == 96
+    assert kept(folder) == kept(tmp_path / "whole/quickstart")
+
+
+@pytest.mark.slow
+def test_rounds_of_a_live_feed_are_made_whole_and_trained_on(tmp_path):
+    result = run(command("run", tmp_path, *SETTINGS, "training.feed=live"))
+    assert result.returncode == 0, result.stderr[-4000:]
+    folder = tmp_path / "quickstart"
+    planned = planned_ids(folder)
+    assert len(planned) == len(set(planned)) == 96
+    assert sorted(stored_ids(folder)) == sorted(planned)
+    card = json.loads((folder / "models" / "mixed.json").read_text())
+    assert card["curve"][-1]["step"] == 30
+    scores = json.loads((folder / "practice/scores-002.json").read_text())
+    assert scores["synthetic"]["images"] == 32, "all of the round were there to be scored"
+
+
+@pytest.mark.slow
 def test_no_test_image_is_opened_before_the_evaluation(tmp_path):
     """They are taken away when they were looked at, before round 0; training ends all the same, and the
     evaluation cannot begin."""

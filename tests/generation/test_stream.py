@@ -10,7 +10,7 @@ from tiny import embedded
 
 from ray_synth.generation.maker import GenerationJob
 from ray_synth.generation.store import ImageStore
-from ray_synth.generation.stream import image_stream, make_images
+from ray_synth.generation.stream import chunks_from, image_stream, make_images
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
 from ray_synth.storage.folder import Folder
 
@@ -38,6 +38,17 @@ def test_a_stream_made_again_makes_nothing_twice(local_ray, tmp_path):
     made = [i for name in store.parts() for i in store.read(name)["sample_id"].to_pylist()]
     assert sorted(made) == plan["sample_id"].to_pylist()
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_a_later_rounds_chunks_come_first_and_those_before_it_after_them(tmp_path):
+    given = job(table(18), ImageStore(Folder(tmp_path)))
+    size = CONFIG.batch_size
+    starts = list(range(0, 18, size))
+    late = [start for start in starts if start + size > 7]
+    assert [chunk.start for chunk in chunks_from(given, 7, others=False)] == late
+    both = [chunk.start for chunk in chunks_from(given, 7, others=True)]
+    assert both == late + [start for start in starts if start not in late]
+    assert len(both) > len(late) > 1
 
 
 def test_an_actor_killed_in_mid_run_loses_and_doubles_nothing(local_ray, tmp_path):

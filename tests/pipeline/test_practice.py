@@ -16,13 +16,15 @@ from ray_synth.config import load_config
 from ray_synth.errors import UserError
 from ray_synth.pipeline.dry_run import dry_run
 from ray_synth.pipeline.kept import check_kept
-from ray_synth.pipeline.next_round import reads_apart
+from ray_synth.pipeline.next_round import _scenes_drawn, reads_apart
 from ray_synth.pipeline.practice import Work, practise
 from ray_synth.pipeline.records import StageRecords
 from ray_synth.pipeline.results import saved
 from ray_synth.pipeline.run import Run, begin, check_run
 from ray_synth.pipeline.sets import inspect_training
 from ray_synth.pipeline.steps import kept_prompts, resolve_meanings, write_plan
+from ray_synth.prompting.contexts import Context
+from ray_synth.prompting.plan import ClassPrompts
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.prompting.rounds import read_rounds
 from ray_synth.stages import stage_inputs
@@ -74,18 +76,27 @@ class Cluster:
         name = "images/made.json"
         return self.run.folder.read_json(name) if self.run.folder.exists(name) else []
 
-    def fill(self) -> None:
+    def fill(self, most: int | None = None) -> None:
+        """Make what is missing; `most`: no more than so many."""
         self._live()
         made = self.made
         planned = PlanFile(self.run.folder).ids_of(0, 10**6)
-        self.run.folder.write_json(
-            "images/made.json", made + [i for i in planned if i not in set(made)]
-        )
+        missing = [i for i in planned if i not in set(made)]
+        self.run.folder.write_json("images/made.json", made + missing[:most])
         self._live()
 
-    def train(self, *, num_synthetic, stop, segment, publish) -> None:
+    def train(self, *, num_synthetic, stop, begin, fresh_from, segment, publish) -> None:
         """Goes on from the newest checkpoint; its weights are a digest of all that it saw."""
         self._live()
+        rows = [card["rows"] for card in read_rounds(self.run.folder)]
+        assert num_synthetic == sum(rows)
+        assert fresh_from in (sum(rows[:-1]), 0)
+        if self.run.config.training.feed != "stored":
+            assert set(self.made) >= set(PlanFile(self.run.folder).ids_of(0, fresh_from))
+            self.fill(most=30)  # it ends before all are made
+            self.fill(most=15)
+            self.stream(begin, stop, segment, publish)
+            return
         name = "checkpoints/newest.json"
         newest = {"step": 0, "weights": ""}
         if self.run.folder.exists(name):
@@ -97,6 +108,20 @@ class Cluster:
             newest = {"step": step + 1, "weights": hashlib.sha256(seen.encode()).hexdigest()}
             if (step + 1) % 7 == 0:
                 self.run.folder.write_json(name, newest)
+        publish.write_json("models/mixed.json", newest)
+        self._live()
+        self.run.folder.write_json(name, newest)
+        self._live()
+
+    def stream(self, begin, stop, segment, publish) -> None:
+        """As `train`, in lockstep: what is seen at a step is a function of it and its part."""
+        name = "checkpoints/newest.json"
+        there = self.run.folder.exists(name)
+        newest = self.run.folder.read_json(name) if there else {"step": 0, "weights": ""}
+        assert begin <= newest["step"] <= stop
+        for step in range(newest["step"], stop):
+            seen = f"{newest['weights']}:{step - begin}:{segment}"
+            newest = {"step": step + 1, "weights": hashlib.sha256(seen.encode()).hexdigest()}
         publish.write_json("models/mixed.json", newest)
         self._live()
         self.run.folder.write_json(name, newest)
@@ -158,7 +183,10 @@ def copied(run: Run, to: Path) -> Run:
     return replace(run, folder=folder, records=StageRecords(folder, run.records.inputs))
 
 
-def test_killed_at_any_point_it_goes_on_to_the_same_rounds(planned, tmp_path):
+@pytest.mark.parametrize("feed", ["stored", "lockstep"])
+def test_killed_at_any_point_it_goes_on_to_the_same_rounds(feed, planned, tmp_path):
+    training = planned.config.training.model_copy(update={"feed": feed})
+    planned = replace(planned, config=planned.config.model_copy(update={"training": training}))
     whole = copied(planned, tmp_path / "whole")
     cluster = Cluster(whole)
     found = go(whole, cluster)
@@ -189,6 +217,17 @@ def test_rounds_go_to_what_the_learner_does_not_know(planned, tmp_path):
     assert {row["negative_prompt"] for row in PlanFile(run.folder).rows(0, 12)} == {""}
     last = PlanFile(run.folder).rows(sum(card["rows"] for card in cards[:3]), 10**6)
     assert {row["negative_prompt"] for row in last} > {""}
+
+
+def test_scenes_that_teach_are_drawn_more_and_new_ones_as_is_usual():
+    scenes = [Context(background=place) for place in ("in a pond", "on a site", "at sea")]
+    crane = ClassPrompts(0, "crane", "a large bird", [(scene, "llm") for scene in scenes])
+    seen = {"in a pond": {"images": 99, "entropy": 1.0}, "on a site": {"images": 99, "entropy": 0}}
+    accepted = {name: [99, 99] for name in seen}
+    synthetic = {"context": {"crane": seen}, "accepted": {"context": {"crane": accepted}}}
+    pond, site, sea = _scenes_drawn(crane, synthetic, 0.2).context_draws
+    assert 1 <= site < sea < pond == 8
+    assert _scenes_drawn(crane, {"accepted": {}}, 0.2) == crane, "nothing is known of them"
 
 
 def test_the_rule_ends_rounds_and_training_goes_on_to_its_end(tmp_path):
@@ -235,8 +274,6 @@ def test_without_practice_the_inputs_of_stages_are_what_they_were():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["training.feed=live"], "training.feed is live: set training.feed: stored"),
-        (["training.feed=lockstep"], "set training.feed: stored"),
         (["take_over={run: elsewhere}"], "take_over keeps an earlier plan's images"),
         (["prompting.fill_to=even"], "prompting has practice and fill_to"),
         (["prompting.class_multipliers={one: 3}"], "prompting has practice and class_multipliers"),

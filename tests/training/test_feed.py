@@ -1,5 +1,6 @@
 """Feeds: what reaches the training thread, in which order, and what happens when images are late."""
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -311,6 +312,39 @@ def test_live_never_waits_for_a_store_that_does_not_answer():
     assert asked.wait(10)
     labels_drawn(feed, 300)
     assert time.monotonic() - started < 30
+    feed.close()
+
+
+def test_live_begins_with_what_earlier_rounds_left_and_takes_fresh_images_first():
+    go_on = threading.Event()
+
+    def late():
+        assert go_on.wait(30)
+        yield from rows_of(1_100)[1_000:]
+
+    feed = LiveFeed(
+        late(), Names(), batch_size=10, warmup=50, capacity=200, seed=0,
+        replays=itertools.cycle(rows_of(1_000)), earlier=True,
+    )  # fmt: skip
+    early = {item.name for step in range(40) for item in feed.draw(step).items}
+    assert early <= {f"id {i}" for i in range(1_000)}
+    go_on.set()
+    wait_for(lambda: feed.ended)
+    names = [item.name for step in range(40, 50) for item in feed.draw(step).items]
+    assert sorted(names) == sorted(f"id {i}" for i in range(1_000, 1_100))
+    later = {item.name for step in range(50, 60) for item in feed.draw(step).items}
+    assert later & {f"id {i}" for i in range(1_000)}, "earlier ones come again"
+    feed.close()
+
+
+def test_live_trains_on_earlier_rounds_where_nothing_of_this_one_is_accepted():
+    stream = [{**row, "accepted": False} for row in rows_of(20)]
+    feed = LiveFeed(
+        stream, Names(), batch_size=10, warmup=50, seed=0,
+        replays=itertools.cycle(rows_of(100)), earlier=True,
+    )  # fmt: skip
+    wait_for(lambda: feed.ended)
+    assert len({item.name for step in range(10) for item in feed.draw(step).items}) > 40
     feed.close()
 
 

@@ -9,8 +9,8 @@ from ray_synth.training.needs import (
     class_images,
     class_weakness,
     confused_pairs,
+    item_draws,
     kind_mix,
-    style_draws,
     usefulness,
     weakest,
 )
@@ -92,7 +92,8 @@ def test_styles_are_drawn_by_what_they_are_worth_and_none_is_left_out():
         "style": {"ink": {"images": 100, "entropy": 1.0}, "oil": {"images": 100, "entropy": 0.0}},
         "accepted": {"style": {"ink": [100, 100], "oil": [100, 100]}},
     }
-    ink, oil, new = style_draws(["ink", "oil", "new"], synthetic, 0.2)
+    given = synthetic["style"], synthetic["accepted"]["style"]
+    ink, oil, new = item_draws(["ink", "oil", "new"], *given, 0.2)
     assert ink == 8
     assert 1 <= oil < new < ink
 

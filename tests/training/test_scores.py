@@ -17,6 +17,7 @@ from ray_synth.generation.stream import stored_rows
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanFile
 from ray_synth.storage.folder import Folder
 from ray_synth.training import recipe
+from ray_synth.training.scene_scores import accepted_by_scene, by_scene
 from ray_synth.training.scores import Sample, by_class, few_real, score_learner, unpacked, verdicts
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -107,3 +108,35 @@ def test_a_real_model_is_scored_on_real_and_on_the_newest_images(tmp_path):
     assert [sum(v) for v in zip(*by_kind.values(), strict=True)] == [8, 12]
     assert {row["class_name"] for row in folder.read_table("few.parquet").to_pylist()} == {"c1"}
     assert record == score_learner(folder, "mixed", sample), "the same again"
+
+
+def test_scenes_are_told_apart_by_their_prompts_class_by_class():
+    pond = {
+        "foreground": "near reeds",
+        "background": "in a pond",
+        "lighting": "",
+        "camera_angle": "",
+    }
+    site = {"foreground": "", "background": "on a site", "lighting": "at dusk", "camera_angle": ""}
+    scenes = {"crane": [pond, site], "heron": [pond]}
+    rows = [
+        {"class_name": "crane", "kind": "contextual", "prompt": "a crane, near reeds, in a pond"},
+        {"class_name": "crane", "kind": "contextual", "prompt": "a crane, on a site"},
+        {"class_name": "crane", "kind": "contextual", "prompt": "a crane, on a site"},
+        {"class_name": "crane", "kind": "plain", "prompt": "a photo of a crane"},
+        {"class_name": "heron", "kind": "contextual", "prompt": "a photo of a heron, in a pond"},
+        {"class_name": "stork", "kind": "contextual", "prompt": "a photo of a stork, in a pond"},
+    ]  # fmt: skip
+    found = by_scene(scenes, rows, np.array([0.5, 1.0, 2.0, 9.0, 0.25, 9.0]))
+    assert found == {
+        "crane": {
+            "near reeds, in a pond": {"images": 1, "entropy": 0.5},
+            "on a site, at dusk": {"images": 2, "entropy": 1.5},
+        },
+        "heron": {"near reeds, in a pond": {"images": 1, "entropy": 0.25}},
+    }
+    table = pa.Table.from_pylist([{**row, "accepted": at % 2} for at, row in enumerate(rows)])
+    assert accepted_by_scene(scenes, table) == {
+        "crane": {"near reeds, in a pond": [0, 1], "on a site, at dusk": [1, 2]},
+        "heron": {"near reeds, in a pond": [0, 1]},
+    }
