@@ -154,7 +154,7 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_a_run_in_a_bucket_is_exported_and_shown_as_one_on_disk(folder, tmp_path):
-    from test_export import image_rows, write_plan, write_store
+    from test_layouts import image_rows, write_plan, write_store
 
     from ray_synth.export.layouts import LAYOUTS, export_images
     from ray_synth.report.page import render_report, write_report
