@@ -47,6 +47,8 @@ def cost_note(counts: dict[str, float], config: Config) -> str:
         parts.append(f"cost {found['cost']:.2f}")
     if counts.get("rejected"):
         parts.append(f"{counts['rejected']:.0f} rejected")
+    if counts.get("passed_over"):  # candidates of which a learner kept others
+        parts.append(f"{counts['passed_over']:.0f} passed over")
     return ", ".join(parts)
 
 

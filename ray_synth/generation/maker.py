@@ -383,6 +383,7 @@ class ImageMaker:
             made = [row for row in rows if row["sample_id"] in new]
             counts = {
                 "images": len(rows),
+                "made": len(made),
                 "rejected": sum(not row["accepted"] for row in rows),
                 "gpu_seconds": sum(row["gpu_seconds"] for row in made),
             }

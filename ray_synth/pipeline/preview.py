@@ -64,8 +64,8 @@ def _draw(run: Run, count: int) -> None:
     if not chunks:
         return
     fetch_generator(run.config)
-    bars = {"images": Bar("generation", sum(chunk.missing for chunk in chunks), "images")}
-    with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
+    bars = {"made": Bar("generation", sum(chunk.missing for chunk in chunks), "images")}
+    with watch(board, bars, notes={"made": partial(cost_note, config=run.config)}):
         for _ in image_stream(job, chunks=chunks, columns=["sample_id"]).iter_batches(
             batch_size=None
         ):

@@ -337,8 +337,8 @@ def fill_store(run: Run, plan: PlanFile | None = None) -> int:
     chunks = missing_chunks(job)
     if chunks:
         fetch_generator(run.config)
-    bars = {"images": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
-    with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
+    bars = {"made": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
+    with watch(board, bars, notes={"made": partial(cost_note, config=run.config)}):
         return make_images(job, chunks)
 
 

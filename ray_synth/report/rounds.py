@@ -20,8 +20,8 @@ def rounds_of(folder: Folder) -> list[dict[str, Any]]:
     Returns:
         `round`, `images`; `steps`, `top1` in percent on `set`, and its `change` over the round before
         (`paired_gain`), where the learner was scored; `weak`: classes that were the weakest, each with
-        its images and its error in percent before and after; `kinds`, `styles`, `pairs` and
-        `new_contexts` of what was made; `examples`: rows with an image.
+        its images and its error in percent before and after; `kinds`, `styles`, `pairs`,
+        `new_contexts` and `steered` of what was made; `examples`: rows with an image.
     """
     cards = read_rounds(folder)
     scores = [
@@ -96,4 +96,15 @@ def _made_for(card: dict[str, Any]) -> dict[str, Any]:
         "styles": most if differ else [],
         "pairs": list(card.get("confused", {}).items())[:PAIRS],
         "new_contexts": card.get("new_contexts", []),
+        "steered": _steered(card.get("steering") or {}),
     }
+
+
+def _steered(steering: dict[str, Any]) -> list[str]:
+    """What the learner did in the making of the images, by `Steering.facts`."""
+    found = []
+    if guidance := steering.get("guidance"):
+        found.append(f"guided towards what the model is unsure of (scale {guidance['scale']:g})")
+    if factor := steering.get("factor"):
+        found.append(f"of {factor} images each the hardest that is right")
+    return found

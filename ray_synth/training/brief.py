@@ -18,23 +18,21 @@ BRIEF_PIXELS = 50_000_000  # of a baseline's real images: a minute or two of a s
 
 def is_brief(job: TrainJob) -> bool:
     """Whether a training is over before its checkpoints would be of use: one CPU, all in memory."""
-    return (
-        job.config.max_workers == 1
-        and not job.config.num_gpus
-        and job.steps <= BRIEF_STEPS
-        and job.holds_real
-        and (job.reads_store or not job.mixed)
-    )
+    in_memory = job.reads_store or not job.mixed
+    return in_memory and _is_small(job.config, job.steps, len(job.real))
 
 
 def is_brief_baseline(config: TrainingConfig, steps: int, num_real_images: int) -> bool:
     """Whether a run's baseline is so brief that it is trained beside the mixed model."""
     pixels = steps * config.accumulate_steps * config.num_real * config.image_size**2
+    return pixels <= BRIEF_PIXELS and _is_small(config, steps, num_real_images)
+
+
+def _is_small(config: TrainingConfig, steps: int, num_real_images: int) -> bool:
     return (
         config.max_workers == 1
         and not config.num_gpus
         and steps <= BRIEF_STEPS
-        and pixels <= BRIEF_PIXELS
         and config.fits_in_memory(num_real_images)
     )
 

@@ -88,6 +88,6 @@ def test_hours_and_cost_follow_what_an_actor_reserves():
     )
     found = hours_and_cost(config, 7200)
     assert found == {"gpu_hours": 1.0, "cpu_hours": 4.0, "cost": pytest.approx(3.4)}
-    note = cost_note({"gpu_seconds": 7200, "rejected": 3}, config)
-    assert note == "1.000 GPU-hours, cost 3.40, 3 rejected"
+    note = cost_note({"gpu_seconds": 7200, "rejected": 3, "passed_over": 90}, config)
+    assert note == "1.000 GPU-hours, cost 3.40, 3 rejected, 90 passed over"
     assert cost_note({}, load_config(QUICKSTART)) == "0.000 CPU-hours"

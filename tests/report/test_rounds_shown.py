@@ -46,6 +46,7 @@ def run(tmp_path) -> Folder:
         "budgets": dict(zip(NAMES, (4, 1, 1), strict=True)), "mix": {"plain": 1.0, "stylized": 3.0},
         "styles": {"ink": 8, "oil": 2, "chalk": 4, "neon": 1}, "confused": {"crane": "heron"},
         "new_contexts": ["crane"],
+        "steering": {"learner": "practice/learner-000", "guidance": {"scale": 0.2}, "factor": 4},
     }  # fmt: skip
     write_round(folder, 1, [table], card)
     scores(folder, 0, (0.6, 0.2, 0.1), 180)
@@ -76,6 +77,7 @@ def test_the_page_shows_rounds_with_pictures_and_escapes_names(run):
     assert "Weakest before" in page
     assert "Told apart: crane from heron" in page
     assert "New scenes for crane" in page
+    assert "unsure of (scale 0.2); of 4 images each the hardest that is right." in page
     assert "<b>owl</b>" not in page
     assert "crane <i>" not in page
     assert page.count('alt="synthetic image of crane, round 1"') == 1
