@@ -20,7 +20,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow -n 2
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
