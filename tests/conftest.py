@@ -30,8 +30,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 
 RAY_ROOMS = ("cluster", "e2e", "pipeline", "service", "jobs")
-RAY_FILES = ("docs/test_cluster_doc.py", "docs/test_site.py", "monitoring/test_prometheus.py",
-             "report/test_status.py", "test_device.py", "test_wheel.py")  # fmt: skip
 # What a shell starts in the background ignores Ctrl-C, and so would all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy machine is no bug: examples may take their time.
@@ -42,8 +40,8 @@ hypothesis.settings.load_profile("patient")
 @functools.cache
 def starts_ray(file: str) -> bool:
     """Whether a test file starts Ray, in this process or in others."""
-    room, known = Path(file).parts[1], file.removeprefix("tests/") in RAY_FILES
-    return known or room in RAY_ROOMS or "local_ray" in (ROOT / file).read_text()
+    room = Path(file).parts[1]
+    return room in RAY_ROOMS or "local_ray" in (ROOT / file).read_text()
 
 
 @pytest.hookimpl(optionalhook=True)
