@@ -6,9 +6,11 @@ Serve itself is stopped by whoever takes the last app down, and only where a pip
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -146,4 +148,14 @@ def _answer(item: Any, response: Any, ask: Any) -> Any:
             if attempt.retry_state.attempt_number > 1:
                 log.warning("a replica of the service is gone; asking again")
                 response = ask(item)
-            return response.result()
+            return _waited_for(response)
+
+
+def _waited_for(response: Any) -> Any:
+    """A response's result. Serve waits in no thread in which an event loop runs, as a notebook's does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return response.result()
+    with ThreadPoolExecutor(1, thread_name_prefix="answers") as pool:
+        return pool.submit(response.result).result()

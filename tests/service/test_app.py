@@ -1,5 +1,6 @@
 """The disambiguation service over HTTP, with its real models: answers, refusals, batching."""
 
+import asyncio
 import base64
 import json
 import re
@@ -291,3 +292,19 @@ def test_a_picture_of_any_size_is_one_image_for_the_cache():
     import asyncio
 
     assert asyncio.run(read_images([text], Limits())) == [data]
+
+
+def test_a_notebook_in_whose_thread_an_event_loop_runs_gets_answers(url):
+    from ray import serve
+
+    from ray_synth.service.session import ask_all
+
+    handle = serve.get_app_handle("test")
+
+    async def cell() -> list:
+        images = [[data] for data in digit_images("seven")[:3]]
+        return [rows.shape for _, rows in ask_all(images, handle.embed_images.remote)]
+
+    shapes = asyncio.run(cell())
+    assert len(shapes) == 3
+    assert {shape[0] for shape in shapes} == {1}
