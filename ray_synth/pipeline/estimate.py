@@ -115,7 +115,7 @@ def estimate(
         m.train_start + m.train_end + m.save + m.make_start + m.test_start
     )
     batches = steps * training.accumulate_steps * crowd
-    alone = _baselines(training, m, sizes.real, once, crowd, shared)
+    alone = _baselines(training, m, sizes.real, once, crowd)
     mixed = batches * m.step_mixed
     first = training.feed == "stored" or config.take_over is not None  # as `steps.run_stages`
     if first or "training" not in stages:
@@ -148,10 +148,9 @@ def _drawn(practice: PracticeConfig | None, synthetic: int) -> float:
 
 
 def _baselines(
-    training: TrainingConfig, m: Measured, images: int, once: float, crowd: int, shared: bool
+    training: TrainingConfig, m: Measured, images: int, once: float, crowd: int
 ) -> float:
-    """Seconds of the baselines; what is brief starts beside the mixed model, and on the same cores its
-    steps still take their time.
+    """Seconds of the baselines; what is brief starts no workers.
 
     Args:
         once: what starting and ending a training takes.
@@ -165,7 +164,7 @@ def _baselines(
         # In batches of as many real images as the probe took.
         batches = steps * own.accumulate_steps * own.num_real / training.num_real
         found += 0.0 if brief else once
-        found += crowd * batches * m.step_real if shared or not brief else 0.0
+        found += crowd * batches * m.step_real
     return found
 
 

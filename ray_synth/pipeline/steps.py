@@ -346,32 +346,17 @@ def fill_store(run: Run, plan: PlanFile | None = None) -> int:
 
 
 def train(run: Run, tracker: Any) -> dict[str, Any]:
-    """Train the baselines and the mixed model; the latter while images are being made, or in rounds.
-
-    Brief baselines are trained beside what comes first, which mostly waits for its start at that time.
-    """
-    import ray
-
-    from ray_synth.training.brief import begin_brief, is_brief_baseline
-
+    """Train the baselines, then the mixed model; the latter while images are being made, or in rounds."""
     seconds: dict[str, float] = {}
     more: dict[str, Any] = {}
-    board, beside, bars = make_board(), {}, {}
     for arm in run.arms:
-        job = _train_job(run, arm, tracker, board)
-        if arm != "mixed" and is_brief_baseline(job.config, job.steps, len(job.real)):
-            beside[arm] = begin_brief(job, None, _run_name(run, arm))
-            bars[f"steps/{arm}"] = Bar(f"training {arm}", job.steps, "steps")
-    with watch(board, bars):
-        for arm in run.arms:
-            started = time.perf_counter()
-            if arm == "mixed" and run.config.prompting.practice:
-                more = train_in_rounds(run, tracker)
-            elif arm not in beside:
-                planned = len(PlanFile(run.folder)) if arm == "mixed" else 0
-                train_arm(run, arm, tracker, num_synthetic=planned)
-            seconds[arm] = time.perf_counter() - started
-        seconds |= {arm: ray.get(task) for arm, task in beside.items()}
+        started = time.perf_counter()
+        if arm == "mixed" and run.config.prompting.practice:
+            more = train_in_rounds(run, tracker)
+        else:
+            planned = len(PlanFile(run.folder)) if arm == "mixed" else 0
+            train_arm(run, arm, tracker, num_synthetic=planned)
+        seconds[arm] = time.perf_counter() - started
     steps = total_steps(run.arm_config("mixed"), len(run.train))
     return {"seconds": seconds, "steps": steps, **more}
 
@@ -397,6 +382,7 @@ def train_arm(run: Run, arm: str, tracker: Any, *, num_synthetic: int, **part: A
         part: fields of `TrainJob` that say which part.
     """
     from ray_synth.generation.cost import cost_note
+    from ray_synth.training.brief import is_brief_baseline, train_briefly
     from ray_synth.training.trainer import run_training
 
     streamed = arm == "mixed" and run.config.training.feed != "stored"
@@ -409,7 +395,10 @@ def train_arm(run: Run, arm: str, tracker: Any, *, num_synthetic: int, **part: A
         passed = job.fresh_from if run.config.training.feed == "live" else 0
         bars["images"] = Bar("generation", num_synthetic - passed, "images")
     with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
-        run_training(job, run.generation_job(board), run_name=_run_name(run, arm))
+        if not job.mixed and is_brief_baseline(job.config, job.steps, len(job.real)):
+            train_briefly(job, _run_name(run, arm))
+        else:
+            run_training(job, run.generation_job(board), run_name=_run_name(run, arm))
 
 
 def _train_job(run: Run, arm: str, tracker: Any, board: Any, **part: Any) -> TrainJob:

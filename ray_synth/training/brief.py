@@ -23,7 +23,7 @@ def is_brief(job: TrainJob) -> bool:
 
 
 def is_brief_baseline(config: TrainingConfig, steps: int, num_real_images: int) -> bool:
-    """Whether a run's baseline is so brief that it is trained beside the mixed model."""
+    """Whether a run's baseline is so brief that a task trains it, without checkpoints."""
     pixels = steps * config.accumulate_steps * config.num_real * config.image_size**2
     return pixels <= BRIEF_PIXELS and _is_small(config, steps, num_real_images)
 
@@ -43,6 +43,13 @@ def begin_brief(job: TrainJob, generation: Any, run_name: str) -> Any:
 
     task = ray.remote(num_cpus=job.config.num_cpus)(_train)
     return task.remote(job, generation, run_name)
+
+
+def train_briefly(job: TrainJob, run_name: str) -> None:
+    """Train in a task, and wait for its end."""
+    import ray
+
+    ray.get(begin_brief(job, None, run_name))
 
 
 def _train(job: TrainJob, generation: Any, run_name: str) -> float:

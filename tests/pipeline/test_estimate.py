@@ -65,7 +65,7 @@ def test_apart_generation_and_training_overlap():
     found = seconds("generation.pool={min_size: 1, max_size: 4}", shared=False)
     once = 15 + 2 + 6 * 0.5
     warmup = 640 * 0.05 / 4
-    assert found["training"] == pytest.approx(once + 300 * 0.08 + 8 + warmup)
+    assert found["training"] == pytest.approx(once + 300 * (0.03 + 0.08) + 8 + warmup)
     assert found["generation"] == 0  # 7 s of making, 24 s of training
 
 
@@ -75,7 +75,7 @@ def test_candidates_that_a_learner_passes_over_are_made_as_well():
     assert found["generation"] == pytest.approx(8 + 1200 * (0.25 + 0.75 * 3) * 0.05)
 
 
-def test_a_baseline_that_is_not_brief_is_trained_before_the_mixed_model():
+def test_a_baseline_that_is_not_brief_starts_workers_of_its_own():
     once = 15 + 2 + 6 * 0.5
     long = seconds("training.feed=stored", "training.image_size=224")
     assert long["training"] == pytest.approx(2 * once + 300 * (0.03 + 0.08))
@@ -89,7 +89,7 @@ def test_without_training_all_images_are_made_by_the_stage_of_their_own():
 def test_lockstep_waits_for_every_image():
     apart = seconds("training.feed=lockstep", shared=False)
     once = 15 + 2 + 6 * 0.5
-    assert apart["training"] == pytest.approx(once + 8 + max(1200 * 0.05, 24))
+    assert apart["training"] == pytest.approx(once + 300 * 0.03 + 8 + max(1200 * 0.05, 24))
     together = seconds("training.feed=lockstep")
     speed = 0.08 / 0.2 + 0.05 / 0.1  # of both, as a share of what each does alone
     assert together["training"] == pytest.approx(once + 300 * 0.03 + 8 + (60 + 24) / speed)
