@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from small_runs import SMALL, command, planned_ids, run, stored_ids
 
 from ray_synth.cli.command import main
@@ -66,9 +65,8 @@ def test_a_finished_run_is_shown_exported_and_reported(runs, tmp_path, capsys):
         main(["regenerate", sample_id, "--run", str(folder), "--out", again, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["sample_id"] == sample_id
-    # It was made on a processor with AVX-512; one without adds up differently.
-    if "AVX512" in torch.backends.cpu.get_cpu_capability():
-        assert found["identical"]
+    # Another kind of processor adds up differently, also of two with AVX-512; on one machine the image
+    # is the same to the bit (tests/generation/test_regenerate.py).
     assert found["largest_difference"] <= 8
 
 
