@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ray_synth.meaning.answers import FIELDS
+from ray_synth.prompting.contexts import kept_contexts
 from ray_synth.storage.folder import Folder
 
 ACCEPTANCE, SCENES = "acceptance.json", "scenes.parquet"
@@ -93,8 +94,7 @@ class Acceptance:
     def save(self, run: Folder) -> None:
         """Write both files into the run's `quality/`."""
         found: dict[str, Any] = self.as_dict()
-        contexts = run.read_json("contexts.json")["classes"] if run.exists("contexts.json") else {}
-        scenes = self.scenes(contexts)
+        scenes = self.scenes(kept_contexts(run))
         for field in FIELDS:
             pairs = least_accepted({field: by_phrase(scenes, field)}, field, MOST_PHRASES)
             found[field] = {phrase: [passed, made] for phrase, passed, made in pairs}
@@ -118,7 +118,7 @@ def extremes(scenes: pa.Table) -> dict[str, dict[str, list[list[Any]]]]:
     """
     by_class: dict[str, list[list[Any]]] = {}
     for row in scenes.filter(pc.greater_equal(scenes["made"], ENOUGH)).to_pylist():
-        text = ", ".join(row[field] for field in FIELDS if row[field])
+        text = scene_text(row)
         low, high = (round(float(bound), 3) for bound in wilson(row["passed"], row["made"]))
         found = [text, row["passed"], row["made"], low, high]
         by_class.setdefault(row["class_name"], []).append(found)
@@ -153,6 +153,11 @@ def least_accepted(found: dict[str, Any], column: str, most: int) -> list[tuple[
     _, upper = wilson([row[1] for row in rows], [row[2] for row in rows])
     ordered = sorted(zip(upper.tolist(), rows, strict=True))
     return [row for _, row in ordered[:most]]
+
+
+def scene_text(scene: Mapping[str, Any]) -> str:
+    """A scene as records name it: its phrases, in the order of the fields."""
+    return ", ".join(scene[field] for field in FIELDS if scene.get(field))
 
 
 def scene_at(prompt: str, contexts: Sequence[Mapping[str, str]]) -> tuple[int, tuple[str, ...]]:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ray_synth.config import Config
+from ray_synth.generation.acceptance import scene_text
 from ray_synth.meaning.entries import read_meanings
+from ray_synth.prompting.contexts import kept_contexts
 from ray_synth.prompting.rounds import (
     contexts_file,
     steering_learner,
@@ -18,7 +20,6 @@ from ray_synth.prompting.rounds import (
     write_round,
 )
 from ray_synth.training import needs
-from ray_synth.training.scene_scores import scene_text
 
 if TYPE_CHECKING:
     from ray_synth.prompting.plan import ClassPrompts
@@ -159,11 +160,8 @@ def _scenes_drawn(known: ClassPrompts, synthetic: dict[str, Any], floor: float) 
 
 def scenes_of(run: Any, number: int) -> dict[str, list[dict[str, str]]]:
     """The scenes of each class in a round: those that were written, for some classes anew."""
-    folder, name = run.folder, contexts_file(number)
-    written = folder.read_json("contexts.json")["classes"] if folder.exists("contexts.json") else {}
-    anew = folder.read_json(name) if folder.exists(name) else {}
-    if anew.get("token") == run.records.token("training"):
-        written = {**written, **anew["classes"]}
+    anew = _written_anew(run, number, run.records.token("training")) or {}
+    written = {**kept_contexts(run.folder), **anew}
     return {
         class_name: [item["context"] for item in entry["contexts"]]
         for class_name, entry in written.items()
@@ -187,10 +185,8 @@ def _new_contexts(run: Any, number: int, weakness: np.ndarray, token: str) -> di
 
     if not asks_for_contexts(run.config):
         return {}
-    name = contexts_file(number)
-    kept = run.folder.read_json(name) if run.folder.exists(name) else {}
-    if kept.get("token") == token:
-        return kept["classes"]
+    if (kept := _written_anew(run, number, token)) is not None:
+        return kept
     names = run.train.class_names
     entries = read_meanings(run.folder, names)
     meanings = {entry["class_name"]: entry["choice"] for entry in entries}
@@ -198,5 +194,12 @@ def _new_contexts(run: Any, number: int, weakness: np.ndarray, token: str) -> di
     with Service(run.config) as service:
         found = dict(service.write_contexts_all(weak, seed=run.config.seed + number))
     written = {name: entry for name, entry in found.items() if entry["contexts"]}
-    run.folder.write_json(name, {"token": token, "classes": written})
+    run.folder.write_json(contexts_file(number), {"token": token, "classes": written})
     return written
+
+
+def _written_anew(run: Any, number: int, token: str) -> dict[str, Any] | None:
+    """The scenes that were written anew for a round of this training; None where none are kept."""
+    name = contexts_file(number)
+    kept = run.folder.read_json(name) if run.folder.exists(name) else {}
+    return kept["classes"] if kept.get("token") == token else None

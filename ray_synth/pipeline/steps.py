@@ -31,6 +31,7 @@ from ray_synth.pipeline.sets import are_found, found_again, inspect_tests, inspe
 from ray_synth.pipeline.take_over import known_classes, taken_contexts, taken_meanings
 from ray_synth.pipeline.taken_images import take_images
 from ray_synth.preflight.demands import asks_for_contexts
+from ray_synth.prompting.contexts import kept_contexts
 from ray_synth.prompting.plan import ClassPrompts
 from ray_synth.prompting.plan_file import PLAN_FILE, PLAN_SCHEMA, PlanFile
 from ray_synth.prompting.plan_settings import read_contexts
@@ -229,9 +230,8 @@ def kept_prompts(run: Run, anew: dict[str, Any]) -> list[ClassPrompts]:
     """
     entries = read_meanings(run.folder, run.train.class_names)
     meanings = {entry["class_name"]: entry["choice"] for entry in entries}
-    there = run.folder.exists("contexts.json")
-    contexts = run.folder.read_json("contexts.json")["classes"] if there else {}
-    return class_prompts(run, meanings, {**contexts, **anew}, choose_references(run))
+    contexts = {**kept_contexts(run.folder), **anew}
+    return class_prompts(run, meanings, contexts, choose_references(run))
 
 
 def _tell_shortened(shortened: Counter[str], rows: int, limit: int) -> None:

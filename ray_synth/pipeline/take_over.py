@@ -20,6 +20,7 @@ from ray_synth.errors import UserError, shortened
 from ray_synth.meaning.entries import MEANINGS, read_meanings
 from ray_synth.pipeline.records import StageRecords
 from ray_synth.pipeline.sets import USED, listing
+from ray_synth.prompting.contexts import kept_contexts
 from ray_synth.prompting.plan_file import MOST_CLASSES, PLAN_FILE
 from ray_synth.stages import changed
 from ray_synth.storage.damage import damaged
@@ -219,9 +220,7 @@ def taken_counts(run: Any, images: dict[str, int]) -> dict[str, Any]:
     if run.config.take_over is None:
         return {}
     entries = read_meanings(run.folder)
-    scenes: dict[str, Any] = {}
-    if run.folder.exists("contexts.json"):
-        scenes = run.folder.read_json("contexts.json")["classes"]
+    scenes = kept_contexts(run.folder)
 
     def counts(items: list[dict[str, Any]]) -> dict[str, int]:
         taken = sum(bool(item.get("taken_over")) for item in items)

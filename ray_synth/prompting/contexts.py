@@ -22,6 +22,7 @@ from ray_synth.meaning.candidates import few_shot_seed
 from ray_synth.meaning.few_shot import FewShot
 from ray_synth.meaning.names import plain_name
 from ray_synth.prompting.fitting import fit_prompt, subject
+from ray_synth.storage.folder import Folder
 
 PHOTO = "a photo of {subject}"
 PHRASES_AN_ANSWER = 3  # in each worked example
@@ -56,6 +57,11 @@ EXAMPLES: dict[str, dict[str, str]] = {
         "camera_angle": "front view; macro shot; from above",
     },
 }
+
+
+def kept_contexts(run: Folder) -> dict[str, Any]:
+    """What contexts.json has of each class, by name; empty where a run has none."""
+    return run.read_json("contexts.json")["classes"] if run.exists("contexts.json") else {}
 
 
 @dataclass(frozen=True)

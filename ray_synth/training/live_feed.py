@@ -83,6 +83,8 @@ class LiveFeed:
         self.first_after: float | None = None
         self._error: BaseException | None = None
         self._start(self._drain, iter(stream))
+        if earlier:
+            self._ask_for_replays()
 
     def _start(self, work: Callable[[Iterator[Row]], None], rows: Iterator[Row]) -> None:
         threading.Thread(target=self._guarded, args=(work, rows), daemon=True).start()
@@ -170,8 +172,6 @@ class LiveFeed:
         return self.ended or self.arrived >= self.warmup
 
     def draw(self, step: int) -> Draw:
-        if self.earlier:
-            self._ask_for_replays()
         with self._changed:
             self._changed.wait_for(self._can_draw)
             if self._error is not None:

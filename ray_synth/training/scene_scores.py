@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from ray_synth.generation.acceptance import scene_at
-from ray_synth.meaning.answers import FIELDS
+from ray_synth.generation.acceptance import scene_at, scene_text
 
 Scenes = Mapping[str, Sequence[Mapping[str, str]]]  # of each class, phrases by field
-
-
-def scene_text(scene: Mapping[str, str]) -> str:
-    """A scene as records name it: its phrases, in the order of the fields."""
-    return ", ".join(scene[field] for field in FIELDS if scene.get(field))
 
 
 class _Lookup:
@@ -69,14 +63,9 @@ def accepted_by_scene(scenes: Scenes, plan: pa.Table) -> dict[str, dict[str, lis
     """
     scene_of = _Lookup(scenes)
     counts: dict[str, dict[str, list[int]]] = {}
-    for row in _rows(plan):
+    for row in plan.to_pylist():
         if scene := scene_of(row):
             found = counts.setdefault(row["class_name"], {}).setdefault(scene, [0, 0])
             found[0] += row["accepted"]
             found[1] += 1
     return {name: dict(sorted(found.items())) for name, found in sorted(counts.items())}
-
-
-def _rows(table: pa.Table) -> Iterable[Mapping[str, Any]]:
-    for batch in table.to_batches():
-        yield from batch.to_pylist()

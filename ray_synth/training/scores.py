@@ -142,24 +142,21 @@ def few_real(index: Index, most: int = MOST) -> Index:
 def accepted_shares(sample: Sample) -> dict[str, dict[str, Any]]:
     """column -> value -> [accepted, made] of all rows of the round; `context` -> class -> scene -> the
     same, of its first `2 * MOST` rows."""
-    plan = _with_accepted(sample, sample.stop, GROUPS)
+    assert sample.stored is not None
+    plan = sample.folder.read_rows(PLAN_FILE, sample.start, sample.stop, list(GROUPS))
+    flags = np.unpackbits(sample.stored.accepted, count=sample.stored.rows).astype(np.int64)
+    plan = plan.append_column("accepted", pa.array(flags[sample.start : sample.stop]))
     counts: dict[str, dict[str, list[int]]] = {}
     for name in GROUPS:
         sums = plan.group_by(name).aggregate([("accepted", "sum"), ("accepted", "count")])
         found = {r[name]: [r["accepted_sum"], r["accepted_count"]] for r in sums.to_pylist()}
         counts[name] = dict(sorted((k, v) for k, v in found.items() if k))
-    first = _with_accepted(
-        sample, min(sample.stop, sample.start + 2 * MOST), ("class_name", "kind", "prompt")
+    first = plan.slice(0, 2 * MOST)
+    prompts = sample.folder.read_rows(
+        PLAN_FILE, sample.start, sample.start + len(first), ["prompt"]
     )
+    first = first.append_column("prompt", prompts["prompt"])
     return {**counts, "context": accepted_by_scene(sample.scenes, first)}
-
-
-def _with_accepted(sample: Sample, stop: int, columns: Iterable[str]) -> pa.Table:
-    """The round's rows of the plan up to one, and whether each was accepted, as 0 or 1."""
-    assert sample.stored is not None
-    plan = sample.folder.read_rows(PLAN_FILE, sample.start, stop, list(columns))
-    flags = np.unpackbits(sample.stored.accepted, count=sample.stored.rows).astype(np.int64)
-    return plan.append_column("accepted", pa.array(flags[sample.start : stop]))
 
 
 def score_learner(learner: Folder, arm: str, sample: Sample) -> dict[str, Any]:
