@@ -85,17 +85,49 @@ class GenerationJob:
         return next((found for first, found in reversed(self.steering) if first <= position), None)
 
 
-class ImageMaker:
-    """Makes what the store lacks of each chunk, and reads back the rest."""
+class Models:
+    """The generator and the CLIP of a process, loaded when they are first needed.
 
-    def __init__(self, job: GenerationJob) -> None:
+    Makers of several jobs share them where the jobs differ in nothing that they are loaded by; `device`
+    is held by the one whose batch is made.
+    """
+
+    def __init__(self) -> None:
+        self.device = threading.Lock()
+        self.generator: Any = None
+        self.fingerprint = ""
+        self._clip: Any = None
+
+    def load(self, config: GenerationConfig) -> None:
+        """The generator, where it is not loaded yet."""
+        if self.generator is None:
+            generator = generator_class(config.generator)(config)
+            self.fingerprint = fingerprint(config)
+            self.generator = generator
+
+    def clip(self, config: ClipConfig) -> Any:
+        """The CLIP model that judges."""
+        from ray_synth.meaning.clip import load_clip
+
+        if self._clip is None:
+            self._clip = load_clip(config)
+        return self._clip
+
+
+class ImageMaker:
+    """Makes what the store lacks of each chunk, and reads back the rest.
+
+    Args:
+        models: shared with makers of other jobs; default: its own.
+    """
+
+    def __init__(self, job: GenerationJob, models: Models | None = None) -> None:
         self.job, self.store = job, job.store
-        self._device, self._plan = threading.Lock(), threading.Lock()
-        self._generator: Any = None  # loaded by the first chunk that needs it
+        self._models, self._loaded = models or Models(), False
+        self._plan = threading.Lock()
         self._judge: Judge | None = None
         self._steering: Steering | None = None
         self._learner: SteeringLearner | None = None
-        self._fingerprint = ""
         self._references: dict[str, bytes] = {}
         self._near: tuple[str, int, pa.Table] | None = (
             None  # rows of a pack, from a row of the plan
@@ -179,10 +211,10 @@ class ImageMaker:
             {**row, "seed": attempt_seed(row["seed"], attempt), **self._reference(row)}
             for row in rows
         ]
-        with self._device:
+        with self._models.device:
             learner = self._steer(steering)
             started = time.perf_counter()
-            results = generate_all(self._generator, inputs)
+            results = generate_all(self._models.generator, inputs)
             seconds = time.perf_counter() - started
             self._count_batch(len(rows), seconds)
             facts = {
@@ -212,8 +244,8 @@ class ImageMaker:
         """Have the generator be guided as these rows are to be; the learner that steers them."""
         if steering != self._steering:
             device = pick_device(self.job.config.device)
-            self._steering, self._learner = None, steer(self._generator, None, device)
-            self._learner = steer(self._generator, steering, device)
+            self._steering, self._learner = None, steer(self._models.generator, None, device)
+            self._learner = steer(self._models.generator, steering, device)
             self._steering = steering
         return self._learner
 
@@ -221,9 +253,9 @@ class ImageMaker:
         """The `generator` column."""
         config = self.job.config
         if steering is None:
-            return provenance(self._generator, config, self._fingerprint)
-        digest = steering.fingerprint(self._fingerprint)
-        return provenance(self._generator, config, digest, steering=steering.facts())
+            return provenance(self._models.generator, config, self._models.fingerprint)
+        digest = steering.fingerprint(self._models.fingerprint)
+        return provenance(self._models.generator, config, digest, steering=steering.facts())
 
     def _encode(self, images: list[Image.Image | None]) -> list[bytes]:
         """The bytes of each image, empty where there is none."""
@@ -255,15 +287,14 @@ class ImageMaker:
         }
 
     def _load(self) -> None:
-        with self._device:
-            if self._generator is not None:
+        with self._models.device:
+            if self._loaded:
                 return
             config = self.job.config
             self._judge = self._load_judge()
             self._references = read_references(self.job.run) if config.reference else {}
-            generator = generator_class(config.generator)(config)
-            self._fingerprint = fingerprint(config)
-            self._generator = generator
+            self._models.load(config)
+            self._loaded = True
 
     def _load_judge(self) -> Judge | None:
         checks = self.job.config.checks
@@ -274,10 +305,11 @@ class ImageMaker:
 
         if self.job.clip is None or self.job.run is None or not checks.need_clip:
             return Judge(None, None)
-        from ray_synth.meaning.clip import load_clip
-
-        reference = load_reference(self.job.run.child("quality"))
-        return Judge(reference, load_clip(self.job.clip), scores=checks.clip, labels=checks.label)
+        reference, clip = (
+            load_reference(self.job.run.child("quality")),
+            self._models.clip(self.job.clip),
+        )
+        return Judge(reference, clip, scores=checks.clip, labels=checks.label)
 
     def _judge_all(
         self, rows: list[Row], images: list[Image.Image | None]
@@ -359,7 +391,7 @@ class ImageMaker:
             return [self._pack[1]]
 
     def _count_batch(self, rows: int, seconds: float) -> None:
-        size = int(getattr(self._generator, "batch_size", self.job.config.batch_size))
+        size = int(getattr(self._models.generator, "batch_size", self.job.config.batch_size))
         metrics.record("generator_seconds_total", seconds)
         metrics.record("generator_rows_total", rows)
         metrics.record("generator_places_total", -(-rows // size) * size)

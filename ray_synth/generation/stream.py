@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from ray_synth.config import GenerationConfig
 from ray_synth.errors import UserError
 from ray_synth.generation import packs
 from ray_synth.generation.checking import good_parts
@@ -48,17 +49,32 @@ def image_stream(
     Raises:
         UserError: as `check_steering`.
     """
-    import ray.data
-
     check_steering(job)
     job = settled(job)
     config = job.config
     if chunks is None:
         chunks = _cut(job)
     job = replace(job, packer=_packer(job, chunks))
-    made = ray.data.from_arrow(chunk_blocks(chunks)).map_batches(
-        ImageMaker,
-        fn_constructor_kwargs={"job": job},
+    made = through_pool(chunk_blocks(chunks), ImageMaker, {"job": job}, config)
+    return made.select_columns(columns) if columns else made
+
+
+def through_pool(
+    blocks: list[pa.Table], maker: type, arguments: dict[str, Any], config: GenerationConfig
+) -> ray.data.Dataset:
+    """What an autoscaling pool of makers makes of blocks of chunks, lazily executed.
+
+    Args:
+        blocks: one per task; see `chunk_blocks`.
+        maker: the class of the pool's actors, called with rows of the blocks.
+        arguments: of its constructor.
+        config: the size of the pool, and the CPUs and GPUs of an actor.
+    """
+    import ray.data
+
+    made = ray.data.from_arrow(blocks).map_batches(
+        maker,
+        fn_constructor_kwargs=arguments,
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
@@ -73,7 +89,7 @@ def image_stream(
         num_gpus=config.num_gpus,
     )
     made.context.target_max_block_size = OUTPUT_BLOCK_BYTES
-    return made.select_columns(columns) if columns else made
+    return made
 
 
 def make_images(job: GenerationJob, chunks: list[Chunk] | None = None) -> int:

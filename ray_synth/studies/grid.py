@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ray_synth.cluster.connection import runs_folder
 from ray_synth.config import Config
@@ -19,9 +18,7 @@ from ray_synth.data.dataset import Index
 from ray_synth.errors import UserError
 from ray_synth.monitoring.mlflow_run import digest
 from ray_synth.monitoring.progress import Bar
-from ray_synth.pipeline.run import Run, open_run
-from ray_synth.pipeline.sets import listing
-from ray_synth.pipeline.steps import inspected, run_images, run_words
+from ray_synth.pipeline.run import Run
 from ray_synth.preflight import Reach, check_budget
 from ray_synth.preflight.check import fit, most_at_once
 from ray_synth.preflight.demands import READ, demands
@@ -29,12 +26,12 @@ from ray_synth.preflight.packing import Demand
 from ray_synth.prompting.plan_file import PlanFile
 from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import ARMS, STUDIES, Trial
+from ray_synth.studies.sources import make_sources, side_by_side
 from ray_synth.training.brief import begin_brief, is_brief
 
 log = logging.getLogger("ray_synth")
 VALIDATION = "validation"
 MOST_AT_A_TIME = 256
-T = TypeVar("T")
 
 
 def workspace(config: Config) -> Folder:
@@ -58,7 +55,6 @@ class Grid:
         self.arms = self.folder.child(ARMS)
         self.trials = [replace(trial, config=self._placed(trial.config)) for trial in trials]
         self.runs: dict[str, Run] = {}
-        self.done: dict[tuple[str, str], Run] = {}
 
     def _placed(self, config: Config) -> Config:
         """The config of a source, with its run directory in the workspace."""
@@ -81,51 +77,11 @@ class Grid:
         Raises:
             UserError: as the pipeline's stages do.
         """
-        mixed: dict[str, Run] = {}
-        for trial in self.trials:
-            if trial.source not in self.runs:
-                run = open_run(trial.config, kept_in=self.folder)
-                self._share(run, "data", listing("data.train"))
-                self.runs[trial.source] = inspected(run)
-                for stage in ("data", "meaning"):
-                    if run.records.record(stage) is not None:
-                        self._keep(run, stage)
-            if trial.mixed:
-                mixed[trial.source] = self.runs[trial.source]
-        self._write_words([run for run in mixed.values() if run.records.record("plan") is None])
-        missing = [run for run in mixed.values() if run.records.record("generation") is None]
-        side_by_side(run_images, missing, self._room_for("generation"))
-
-    def _write_words(self, runs: list[Run]) -> None:
-        """Meanings and plans; the models are loaded once for all runs that ask the same ones."""
-        from ray_synth.service.session import Service
-
-        groups: dict[str, list[Run]] = {}
-        for run in runs:
-            meaning = run.config.meaning
-            models = meaning.llm.model_dump_json() + meaning.clip.model_dump_json()
-            groups.setdefault(models + meaning.lexicon, []).append(run)
-        for group in groups.values():
-            with Service(group[0].config) as service:
-                for number, run in enumerate(group):
-                    log.info("words of source %d of %d", number + 1, len(group))
-                    service.config = run.config
-                    self._share(run, "meaning", "meanings.json")
-                    run_words(run, service)
-                    self._keep(run, "meaning")
-
-    def _keep(self, run: Run, stage: str) -> None:
-        """Remember which run did a stage, by the digest of the stage's inputs."""
-        self.done.setdefault((stage, run.records.digest(stage)), run)
-
-    def _share(self, run: Run, stage: str, *files: str) -> None:
-        """Take a stage's result from a run that did it with the same inputs, if there is one."""
-        other = self.done.get((stage, run.records.digest(stage)))
-        if other is None or other is run or run.records.record(stage) is not None:
-            return
-        for name in (*files, f"stages/{stage}.json"):  # the record last: it says that all is there
-            if other.folder.exists(name):  # images that ship with the package have no list of files
-                run.folder.write_bytes(name, other.folder.read_bytes(name))
+        configs = {trial.source: trial.config for trial in reversed(self.trials)}  # the first's
+        mixed = {trial.source for trial in self.trials if trial.mixed}
+        self.runs = make_sources(
+            configs, mixed, self.folder, at_a_time=self._room_for("generation")
+        )
 
     def train(self) -> None:
         """Train every trial that is not trained yet."""
@@ -289,15 +245,3 @@ def _run_practice(run: Run, arms: Folder, digest: str) -> None:
         data = run.folder.read_bytes(f"models/mixed.{bn}.safetensors")
         arms.write_bytes(f"models/{digest}.{bn}.safetensors", data)
     arms.write_json(f"models/{digest}.json", {**card, "arm": digest})
-
-
-def side_by_side(work: Callable[[T], Any], items: Iterable[T], at_a_time: int) -> None:
-    """Do all, so many at a time; the first error is raised, when those under way have ended."""
-    with ThreadPoolExecutor(at_a_time) as pool:
-        waiting = [pool.submit(work, item) for item in items]
-        try:
-            for future in waiting:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise

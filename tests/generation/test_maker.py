@@ -125,7 +125,7 @@ def test_a_generator_that_fails_on_every_row_stops_the_run(tmp_path):
         raise UserError("no endpoint at http://localhost:9")
 
     made._load()
-    made._generator.generate = refused
+    made._models.generator.generate = refused
     with pytest.raises(UserError, match="^no endpoint at http://localhost:9$"):
         made.chunk(0, 4, [])
 

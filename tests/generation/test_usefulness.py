@@ -104,7 +104,7 @@ def test_it_is_the_same_in_any_batch_and_after_an_interruption(tmp_path):
     assert kept(alone) == kept(whole)
     again = maker(tmp_path / "a", rows, config(), steering=((0, steering),))
     assert kept(again.chunk(0, 6, first.store.parts())) == kept(whole)
-    assert again._generator is None, "nothing was made again"
+    assert again._models.generator is None, "nothing was made again"
 
 
 def test_what_no_candidate_of_passes_is_tried_with_further_seeds(tmp_path):

@@ -1,0 +1,64 @@
+"""Several jobs through one pool: each store gets its own images, and the models are loaded once."""
+
+import pyarrow as pa
+from test_store import plan_rows
+from tiny import embedded
+
+from ray_synth.config import QualityConfig
+from ray_synth.generation.maker import GenerationJob, ImageMaker
+from ray_synth.generation.shared_pool import SharedMaker, make_together, pool_key
+from ray_synth.generation.store import ImageStore
+from ray_synth.generation.stream import make_images, missing_chunks
+from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
+from ray_synth.storage.folder import Folder
+
+CONFIG = embedded()
+
+
+def jobs(folder, sizes, config=CONFIG):
+    return [
+        GenerationJob(
+            config,
+            PlanTable(pa.Table.from_pylist(plan_rows(size), schema=PLAN_SCHEMA)),
+            ImageStore(Folder(folder / str(number))),
+        )
+        for number, size in enumerate(sizes)
+    ]
+
+
+def held(job):
+    rows = [row for name in job.store.parts() for row in job.store.read(name).to_pylist()]
+    return {row["sample_id"]: row["image"] for row in rows}
+
+
+def test_each_store_gets_the_images_that_a_pool_of_its_own_would_make(local_ray, tmp_path):
+    together, alone = jobs(tmp_path / "a", [10, 6]), jobs(tmp_path / "b", [10, 6])
+    make_images(jobs(tmp_path / "a", [4])[0])  # what is there is not made again
+    before = together[0].store.parts()
+    work = [(job, missing_chunks(job)) for job in together]
+    assert [sum(chunk.missing for chunk in chunks) for _, chunks in work] == [6, 6]
+    make_together(work, at_a_time=2)
+    for job, other in zip(together, alone, strict=True):
+        assert missing_chunks(job) == []
+        make_images(other)
+        assert held(job) == held(other)
+    assert set(before) <= set(together[0].store.parts())
+
+
+def test_the_makers_of_a_process_share_one_generator(tmp_path):
+    maker = SharedMaker(jobs(tmp_path, [4, 4]))
+    chunks = {"job": [0, 1, 0], "start": [0, 0, 0], "stop": [4, 4, 4], "parts": [[], [], []]}
+    assert maker(pa.table(chunks))["rows"].to_pylist() == [4, 4, 4]
+    first, second = maker._maker(0), maker._maker(1)
+    assert first is not second
+    assert first._models is second._models
+    assert ImageMaker(first.job)._models is not first._models
+
+
+def test_jobs_whose_checks_differ_share_a_pool_and_those_of_other_models_do_not(tmp_path):
+    def key(**changes):
+        return pool_key(jobs(tmp_path, [4], CONFIG.model_copy(update=changes))[0])
+
+    assert key(checks=QualityConfig(policy="flag")) == key()
+    assert key(num_inference_steps=2) != key()
+    assert key(model="other") != key()
