@@ -28,7 +28,7 @@ from ray_synth.prompting.rounds import (
     read_rounds,
     scores_file,
 )
-from ray_synth.training.job import total_steps
+from ray_synth.training.job import STATE_FILE, total_steps
 
 if TYPE_CHECKING:
     from ray_synth.prompting.plan import ClassPrompts
@@ -131,7 +131,9 @@ def practise(run: Any, work: Work) -> dict[str, Any]:
             streamed = run.config.training.feed != "stored"
             if not streamed:
                 work.fill()
-            work.train(publish=learner, **_part(rounds, number, so_far, ended))
+            before = run.folder.child(learner_folder(number - 1)) if number else None
+            resume = before if before and before.exists(STATE_FILE) else None
+            work.train(publish=learner, resume=resume, **_part(rounds, number, so_far, ended))
             if streamed:  # what training left of the round
                 work.fill()
             known = {"token": token, **work.score(run, number, learner, so_far)}

@@ -382,7 +382,7 @@ def train_arm(run: Run, arm: str, tracker: Any, *, num_synthetic: int, **part: A
         part: fields of `TrainJob` that say which part.
     """
     from ray_synth.generation.cost import cost_note
-    from ray_synth.training.brief import is_brief_baseline, train_briefly
+    from ray_synth.training.brief import is_brief_baseline, is_brief_part, train_briefly
     from ray_synth.training.trainer import run_training
 
     streamed = arm == "mixed" and run.config.training.feed != "stored"
@@ -395,7 +395,8 @@ def train_arm(run: Run, arm: str, tracker: Any, *, num_synthetic: int, **part: A
         passed = job.fresh_from if run.config.training.feed == "live" else 0
         bars["images"] = Bar("generation", num_synthetic - passed, "images")
     with watch(board, bars, notes={"images": partial(cost_note, config=run.config)}):
-        if not job.mixed and is_brief_baseline(job.config, job.steps, len(job.real)):
+        alone = not job.mixed and is_brief_baseline(job.config, job.steps, len(job.real))
+        if alone or is_brief_part(job):
             train_briefly(job, _run_name(run, arm))
         else:
             run_training(job, run.generation_job(board), run_name=_run_name(run, arm))

@@ -1,12 +1,13 @@
 """Trainings so brief that starting workers would take most of their time: each in a task, on one CPU.
 
 Ray's idle processes serve the next one, their imports done. No checkpoint outlives such a training: one
-that is killed begins again.
+that is killed begins again. Of a training in parts, each leaves its state to the next.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from ray_synth.config import TrainingConfig
@@ -20,6 +21,11 @@ def is_brief(job: TrainJob) -> bool:
     """Whether a training is over before its checkpoints would be of use: one CPU, all in memory."""
     in_memory = job.reads_store or not job.mixed
     return in_memory and _is_small(job.config, job.steps, len(job.real))
+
+
+def is_brief_part(job: TrainJob) -> bool:
+    """Whether a task trains this part of a training in rounds: also the one before has left its state."""
+    return job.publish is not None and (not job.begin or job.resume is not None) and is_brief(job)
 
 
 def is_brief_baseline(config: TrainingConfig, steps: int, num_real_images: int) -> bool:
@@ -46,9 +52,10 @@ def begin_brief(job: TrainJob, generation: Any, run_name: str) -> Any:
 
 
 def train_briefly(job: TrainJob, run_name: str) -> None:
-    """Train in a task, and wait for its end."""
+    """Train in a task, and wait for its end; another part may follow."""
     import ray
 
+    job = replace(job, keep_state=job.end < job.steps)
     ray.get(begin_brief(job, None, run_name))
 
 

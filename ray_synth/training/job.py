@@ -15,6 +15,8 @@ from ray_synth.storage.folder import Folder
 if TYPE_CHECKING:
     import pyarrow as pa
 
+STATE_FILE = "state.pt"  # a learner and all that changes with it
+
 
 @dataclass(frozen=True)
 class TrainJob:
@@ -37,6 +39,8 @@ class TrainJob:
         fresh_from: the plan's first row that no part before has trained on; where images are streamed,
             those from it on come first.
         publish: the folder of the models that this part leaves; default: `folder`.
+        resume: where the part before has left its state, for a part of which there is no checkpoint.
+        keep_state: leave the state at the end with the models, for the next part.
     """
 
     arm: str
@@ -58,6 +62,8 @@ class TrainJob:
     begin: int = 0
     fresh_from: int = 0
     publish: Folder | None = None
+    resume: Folder | None = None
+    keep_state: bool = False
 
     @property
     def end(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,13 @@ from ray_synth.training import recipe
 from ray_synth.training.augmentation import Mixing, train_transform
 from ray_synth.training.dual_bn import convert_dual_bn, domain_split
 from ray_synth.training.feed import derived_seed
-from ray_synth.training.job import TrainJob
+from ray_synth.training.job import STATE_FILE, TrainJob
 
 if TYPE_CHECKING:
+    from ray_synth.storage.folder import Folder
     from ray_synth.training.prefetch import Prepared
 
 log = logging.getLogger("ray_synth")
-STATE_FILE = "state.pt"
 MODEL, AUGMENTATION = 1, 2  # what a seed is for
 
 
@@ -83,6 +84,18 @@ class Learner:
     def save(self, folder: Path, history: dict[str, Any]) -> None:
         state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
         torch.save({**state, "history": history}, folder / STATE_FILE)
+
+    def leave(self, folder: Folder, history: dict[str, Any]) -> None:
+        """`save` for the next part of the training, in the folder of this one's models."""
+        with tempfile.TemporaryDirectory() as local:
+            self.save(Path(local), history)
+            folder.write_bytes(STATE_FILE, (Path(local) / STATE_FILE).read_bytes())
+
+    def take(self, folder: Folder) -> dict[str, Any]:
+        """`restore` of what `leave` wrote."""
+        with tempfile.TemporaryDirectory() as local:
+            (Path(local) / STATE_FILE).write_bytes(folder.read_bytes(STATE_FILE))
+            return self.restore(Path(local))
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {

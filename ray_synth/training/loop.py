@@ -115,6 +115,8 @@ def _train(
             history["corrupt"] = sorted({*history["corrupt"], *decoder.corrupt})
             if last and learner.rank == 0:
                 export_models(job, learner, history, prefetcher.feeds[-1])
+                if job.keep_state:
+                    learner.leave(job.publish or job.folder, history)
             saving = time.perf_counter()
             _report(learner, history)
             meter.checkpointed(time.perf_counter() - saving)
@@ -134,10 +136,13 @@ def _let_stream_end(config: TrainingConfig, feed: Feed) -> None:
 
 
 def _restore(learner: Learner) -> dict[str, Any]:
-    """Load the newest checkpoint of this run, if there is one; the history so far."""
+    """Load the newest checkpoint of this run, or what the part before has left, if there is one; the
+    history so far."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None and learner.job.resume is not None:
+        return learner.take(learner.job.resume)
     if checkpoint is None:
         return {
             "step": 0, "curve": [], "seconds": 0.0, "stalled": 0.0, "corrupt": [],

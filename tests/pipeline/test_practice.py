@@ -85,7 +85,7 @@ class Cluster:
         self.run.folder.write_json("images/made.json", made + missing[:most])
         self._live()
 
-    def train(self, *, num_synthetic, stop, begin, fresh_from, segment, publish) -> None:
+    def train(self, *, num_synthetic, stop, begin, fresh_from, segment, publish, resume) -> None:
         """Goes on from the newest checkpoint; its weights are a digest of all that it saw."""
         self._live()
         rows = [card["rows"] for card in read_rounds(self.run.folder)]

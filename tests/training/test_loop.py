@@ -76,6 +76,26 @@ def test_training_in_process_gives_the_same_weights(local_ray, tmp_path):
 
 
 @pytest.mark.slow
+def test_parts_in_process_go_on_from_each_others_state_as_others_do_from_checkpoints(
+    local_ray, tmp_path
+):
+    def trained(folder: Folder, *, brief: bool) -> tuple[list, bytes]:
+        train, first = local_ray.remote(num_cpus=0.5)(train_digits), folder.child("part-0")
+        parts = [
+            {"stop": 4, "publish": first, "keep_state": brief},
+            {"begin": 4, "segment": 1, "resume": first if brief else None},
+        ]
+        for part in parts:
+            card = local_ray.get(train.remote(folder, feed="stored", in_process=brief, part=part))
+        return card["curve"], folder.read_bytes("models/mixed.main.safetensors")
+
+    kept, left = (trained(Folder(tmp_path / str(brief)), brief=brief) for brief in (False, True))
+    assert [point["step"] for point in left[0]] == list(range(1, 9))
+    assert left == kept
+    assert not (tmp_path / "True/state.pt").exists(), "the last part leaves none"
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(local_ray, tmp_path):
     optimizer = {"name": "sgd", "lr": 1e30, "clip_grad_norm": None, "warmup_fraction": 0.9}
     with pytest.raises(ValueError, match=r"the loss of step (\d+) is not a number") as error:
