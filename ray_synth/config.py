@@ -850,6 +850,11 @@ class StudiesConfig(Section):
     """What `ray-synth study` varies; all else is as the config says."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = how([0, 1, 2], min_length=1)
+    more_seeds: dict[str, Positive] = how(
+        default_factory=dict,
+        description="by study, how many seeds (0, 1, ...) it takes in place of seeds: small effects "
+        "need more",
+    )
     scale: Annotated[float, Field(gt=0)] = how(
         6.0, description="synthetic images per real one, where the study varies something else"
     )

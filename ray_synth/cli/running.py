@@ -274,9 +274,10 @@ def study(
     as_json: AsJson = False,
 ) -> None:
     """Answer one question by a grid of runs: a table, a plot and a page."""
+    from ray_synth.studies.catalog import known_name
     from ray_synth.studies.study import run_studies
 
-    settings = load_config(config, overrides)
+    settings, name = load_config(config, overrides), known_name(name)
     try:
         chosen = [int(part) for part in seeds.split(",")] if seeds else None
     except ValueError:

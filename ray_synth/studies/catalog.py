@@ -72,6 +72,18 @@ def known_name(name: str) -> str:
     raise UserError(f"no study is called {name!r}; {hint}")
 
 
+def seeds_of(config: Config, name: str) -> list[int]:
+    """The seeds of a study.
+
+    Raises:
+        UserError: `studies.more_seeds` has a study that there is not.
+    """
+    if "all" in config.studies.more_seeds:
+        raise UserError("studies.more_seeds: all: is no study; studies.seeds is for all of them")
+    more = {known_name(study): count for study, count in config.studies.more_seeds.items()}
+    return [*range(more[name])] if name in more else config.studies.seeds
+
+
 def _ablation(config: Config, counts: dict[str, int]) -> Study:
     scale = config.studies.scale
     kinds = {str(kind): share for kind, share in config.prompting.mix.items() if share}

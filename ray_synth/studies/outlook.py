@@ -9,7 +9,7 @@ from ray_synth.config import Config
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.outlook import PEAK, gpu_of, images_per_second, outlook
 from ray_synth.studies.arm import Arm
-from ray_synth.studies.catalog import Study, studies
+from ray_synth.studies.catalog import Study, seeds_of, studies
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def study_costs(config: Config, sizes: Sizes, gpu: str | None = None) -> list[St
 
 
 def _cost(config: Config, study: Study, sizes: Sizes, gpu: str | None) -> StudyCost:
-    seeds = len(config.studies.seeds)
+    seeds = len(seeds_of(config, study.name))
     hours = {part.what: part.gpu_hours for part in _of(config, sizes, gpu).parts}
     alone = hours.get("training real_only", hours["training mixed"] / 2)
     made: dict[Any, float] = {}

@@ -23,7 +23,7 @@ from ray_synth.preflight import preflight
 from ray_synth.storage.folder import Folder
 from ray_synth.studies import measures, plots
 from ray_synth.studies.arm import VALIDATION_PER_CLASS, Arm, Trial, trials_of
-from ray_synth.studies.catalog import Study, known_name, studies
+from ray_synth.studies.catalog import Study, known_name, seeds_of, studies
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
 from ray_synth.studies.layers import layer_figure, measure_layers
@@ -67,13 +67,14 @@ def run_studies(
     else:
         check_rivals(catalogue[name], config)
         chosen = [name]
-    seeds = seeds or config.studies.seeds
 
-    def trials_in(arms: Sequence[Arm]) -> list[Trial]:
-        return trials_of(config, arms, seeds, everything=everything)
+    def trials_in(name: str, arms: Sequence[Arm]) -> list[Trial]:
+        return trials_of(config, arms, seeds or seeds_of(config, name), everything=everything)
 
     # Of rivals, which are trained on what is yet to be tuned or retrieved, the other arms come first.
-    trials = {one: trials_in([a for a in catalogue[one].arms if not a.rival]) for one in chosen}
+    trials = {
+        one: trials_in(one, [a for a in catalogue[one].arms if not a.rival]) for one in chosen
+    }
     run_folder = runs_folder(config.runs_dir).child(config.name)
     with ExitStack() as watching, connect(config.cluster):
         reach = preflight(trials[chosen[0]][0].config)
@@ -88,7 +89,7 @@ def run_studies(
             grid, study = grids.pop(one), catalogue[one]
             if any(arm.rival for arm in study.arms):
                 study = with_rivals(study, config, grid)
-                grid = Grid(config, trials_in(study.arms), reach)
+                grid = Grid(config, trials_in(one, study.arms), reach)
                 grid.check()
             found = run_study(study, config, grid, until=until)
             if found is None:

@@ -6,8 +6,9 @@ import pytest
 from samples import ROOT
 
 from ray_synth.config import PracticeConfig, load_config
+from ray_synth.errors import UserError
 from ray_synth.studies.arm import PRACTICE, REAL_ONLY, VALIDATION_PER_CLASS, Arm, trials_of
-from ray_synth.studies.catalog import WRITERS, known_name, long_tail, studies
+from ray_synth.studies.catalog import WRITERS, known_name, long_tail, seeds_of, studies
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -213,3 +214,14 @@ def test_rivals_are_told_apart_by_what_is_made_for_each_seed(config):
     assert [t.config.prompting.negative_prompt for t in found] == ["blur 0", "blur 1", "", ""]
     assert [t.config.prompting.multiplier for t in found] == [6.0, 6.0, 24.0, 24.0]
     assert len({t.source for t in found}) == 4
+
+
+def test_a_study_can_take_more_seeds_than_others(config):
+    given = config.studies.model_copy(update={"seeds": [3], "more_seeds": {"low-data": 2}})
+    config = config.model_copy(update={"studies": given})
+    assert seeds_of(config, "low_data") == [0, 1]
+    assert seeds_of(config, "mix") == [3]
+    for wrong, said in ({"low_dat": 2}, "low_data"), ({"all": 2}, "studies.seeds"):
+        given = config.studies.model_copy(update={"more_seeds": wrong})
+        with pytest.raises(UserError, match=said):
+            seeds_of(config.model_copy(update={"studies": given}), "mix")
