@@ -332,14 +332,15 @@ def fill_store(run: Run, plan: PlanFile | None = None) -> int:
     from ray_synth.generation.cost import cost_note
     from ray_synth.generation.stream import make_images, missing_chunks
 
-    board = make_board()
-    job = replace(run.generation_job(board), plan=plan or PlanFile(run.folder))
+    job = replace(run.generation_job(), plan=plan or PlanFile(run.folder))
     chunks = missing_chunks(job)
-    if chunks:
-        fetch_generator(run.config)
-    bars = {"made": Bar("generation", missing_rows(chunks), "images")} if chunks else {}
+    if not chunks:
+        return make_images(job, chunks)  # packs what is small
+    fetch_generator(run.config)
+    board = make_board()
+    bars = {"made": Bar("generation", missing_rows(chunks), "images")}
     with watch(board, bars, notes={"made": partial(cost_note, config=run.config)}):
-        return make_images(job, chunks)
+        return make_images(replace(job, board=board), chunks)
 
 
 # Stage "training": section 3.3.
