@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from ray_synth.config import QualityConfig
+from ray_synth.generation.batch_size import RECORD, find_batch_size, recorded_batch_size
 from ray_synth.generation.chunks import Chunk
 from ray_synth.generation.maker import GenerationJob, ImageMaker, Models
+from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import chunk_blocks, settled, through_pool
 
 
@@ -46,6 +48,19 @@ def pool_key(job: GenerationJob) -> str:
     """Equal for settled jobs that one pool can work on: all that the models are loaded by."""
     config = job.config.model_copy(update={"checks": QualityConfig()})
     return config.model_dump_json() + (job.clip.model_dump_json() if job.clip else "")
+
+
+def share_batch_sizes(jobs: Sequence[GenerationJob]) -> None:
+    """Have stores of one configuration take the batch size that was found for the first: one probe."""
+    found: dict[str, ImageStore] = {}
+    for job in sorted(jobs, key=lambda job: recorded_batch_size(job.config, job.store) is None):
+        if job.config.batch_size != "auto":
+            continue
+        first = found.setdefault(job.config.model_dump_json(), job.store)
+        if first is job.store:
+            find_batch_size(job.config, job.store)
+        elif not job.store.folder.exists(RECORD):
+            job.store.folder.write_json(RECORD, first.folder.read_json(RECORD))
 
 
 def make_together(work: Sequence[tuple[GenerationJob, list[Chunk]]], *, at_a_time: int = 1) -> None:

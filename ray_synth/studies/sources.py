@@ -105,13 +105,14 @@ def _measured(run: Run) -> None:
 def _make_images(runs: list[Run], at_a_time: int) -> None:
     """What the stores lack, through one pool for all runs of a generator."""
     from ray_synth.generation.cost import cost_note
-    from ray_synth.generation.shared_pool import make_together
+    from ray_synth.generation.shared_pool import make_together, share_batch_sizes
     from ray_synth.generation.stream import missing_chunks
 
     if len(runs) < 2:  # alone, it has a pool of its own
         return
     board = make_board()
     jobs = [run.generation_job(board) for run in runs if run.config.take_over is None]
+    share_batch_sizes(jobs)
     work = [(job, missing_chunks(job)) for job in jobs]
     total = sum(missing_rows(chunks) for _, chunks in work)
     if not total:

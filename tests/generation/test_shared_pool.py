@@ -6,7 +6,7 @@ from tiny import embedded
 
 from ray_synth.config import QualityConfig
 from ray_synth.generation.maker import GenerationJob, ImageMaker
-from ray_synth.generation.shared_pool import SharedMaker, make_together, pool_key
+from ray_synth.generation.shared_pool import SharedMaker, make_together, pool_key, share_batch_sizes
 from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import make_images, missing_chunks
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
@@ -62,3 +62,14 @@ def test_jobs_whose_checks_differ_share_a_pool_and_those_of_other_models_do_not(
     assert key(checks=QualityConfig(policy="flag")) == key()
     assert key(num_inference_steps=2) != key()
     assert key(model="other") != key()
+
+
+def test_stores_of_one_configuration_share_a_probe_of_the_batch_size(tmp_path):
+    open_size = CONFIG.model_copy(update={"batch_size": "auto"})
+    first, second, third = jobs(tmp_path, [4, 4, 4], open_size)
+    second.store.folder.write_json("batch.json", {"batch_size": 16, "device": "gpu"})
+    share_batch_sizes([first, second, third, *jobs(tmp_path / "given", [4])])
+    for job in (first, third):
+        found = job.store.folder.read_json("batch.json")
+        assert found == {"batch_size": 16, "device": "gpu"}
+    assert not (tmp_path / "given/0/batch.json").exists()
