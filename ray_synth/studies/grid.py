@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ray_synth.config import Config
 from ray_synth.data.dataset import Index
 from ray_synth.errors import UserError
 from ray_synth.monitoring.mlflow_run import digest
-from ray_synth.monitoring.progress import Bar
+from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.run import Run
 from ray_synth.preflight import Reach, check_budget
 from ray_synth.preflight.check import fit, most_at_once
@@ -32,6 +32,7 @@ from ray_synth.training.brief import begin_brief, is_brief
 log = logging.getLogger("ray_synth")
 VALIDATION = "validation"
 MOST_AT_A_TIME = 256
+MOST_BYTES = 4 << 30  # of models that a process which tests them holds at a time
 
 
 def workspace(config: Config) -> Folder:
@@ -160,8 +161,10 @@ class Grid:
                 found = sets(self.runs[trial.source])
                 name = "".join(f"{key}{digest(index)}" for key, index in found.items())
                 groups.setdefault(name, {})[trial.digest] = trial
+        sizes = self.arms.child("models").stamps()
         for group in groups.values():
-            self._evaluate_group(list(group.values()), kind, sets)
+            for few in held_together(list(group.values()), sizes):
+                self._evaluate_group(few, kind, sets)
 
     def _evaluate_group(
         self, trials: list[Trial], kind: str, sets: Callable[[Run], dict[str, Index]]
@@ -169,15 +172,19 @@ class Grid:
         from ray_synth.evaluation.predictor import evaluate
 
         run = self.runs[trials[0].source]
-        bns = ["main", "aux", "average"]
-        found, _ = evaluate(
-            sets(run),
-            folder=self.arms,
-            arms=[trial.digest for trial in trials],
-            config=run.config.evaluation.model_copy(update={"bns": bns}),
-            class_names=run.train.class_names,
-            max_pixels=run.config.data.max_pixels,
-        )
+        bns, tested = ["main", "aux", "average"], sets(run)
+        board = make_board()
+        bar = Bar(f"evaluation of {len(trials)} models", sum(map(len, tested.values())), "images")
+        with watch(board, {"tested": bar}):
+            found, _ = evaluate(
+                tested,
+                folder=self.arms,
+                arms=[trial.digest for trial in trials],
+                config=run.config.evaluation.model_copy(update={"bns": bns}),
+                class_names=run.train.class_names,
+                max_pixels=run.config.data.max_pixels,
+                board=board,
+            )
         for trial in trials:
             results: dict[str, dict[str, Any]] = {}
             for (model, test_set), result in found.items():
@@ -218,6 +225,27 @@ class Grid:
         logical = self.reach.count == 1 and not any(part.gpus for part in parts)
         most = (os.cpu_count() or 1) if logical else MOST_AT_A_TIME
         return most_at_once(parts, read, self.reach, most)
+
+
+def held_together(
+    trials: list[Trial], sizes: dict[str, tuple[int, int]], most: int = MOST_BYTES
+) -> Iterator[list[Trial]]:
+    """The trials, as many at a time as have weights of no more than `most` bytes together, at least one.
+
+    Args:
+        sizes: bytes (and more) of the files of models, by name.
+    """
+    few: list[Trial] = []
+    held = 0
+    for trial in trials:
+        own = sum(size for name, (size, *_) in sizes.items() if name.startswith(trial.digest))
+        if few and held + own > most:
+            yield few
+            few, held = [], 0
+        few.append(trial)
+        held += own
+    if few:
+        yield few
 
 
 def _images(trial: Trial, run: Run) -> int:

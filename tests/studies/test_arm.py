@@ -9,6 +9,7 @@ from ray_synth.config import PracticeConfig, load_config
 from ray_synth.errors import UserError
 from ray_synth.studies.arm import PRACTICE, REAL_ONLY, VALIDATION_PER_CLASS, Arm, trials_of
 from ray_synth.studies.catalog import WRITERS, known_name, long_tail, seeds_of, studies
+from ray_synth.studies.grid import held_together
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -225,3 +226,14 @@ def test_a_study_can_take_more_seeds_than_others(config):
         given = config.studies.model_copy(update={"more_seeds": wrong})
         with pytest.raises(UserError, match=said):
             seeds_of(config.model_copy(update={"studies": given}), "mix")
+
+
+def test_models_are_tested_as_many_at_a_time_as_memory_holds(config):
+    trials = [one(config, Arm("whole", "the whole", 6), seed) for seed in range(5)]
+    sizes = {
+        f"{trial.digest}.{bn}.safetensors": (10, 0) for trial in trials for bn in ("main", "aux")
+    }
+    few = [[t.seed for t in some] for some in held_together(trials, sizes, most=45)]
+    assert few == [[0, 1], [2, 3], [4]]
+    assert [len(some) for some in held_together(trials, sizes, most=5)] == [1] * 5
+    assert list(held_together([], sizes)) == []
