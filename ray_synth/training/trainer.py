@@ -20,6 +20,7 @@ from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 
 log = logging.getLogger("ray_synth")
+CONTROLLERS = 5  # Ray Train starts its own again nowhere
 COLUMNS = ["sample_id", "image", "class_index", "accepted"]
 
 
@@ -73,9 +74,6 @@ def run_training(
             a new checkpoint between.
         UserError: the loss was not finite.
     """
-    import ray
-    import ray.train
-    import ray.train.torch
 
     config = job.config
     if not job.holds_real:
@@ -85,28 +83,47 @@ def run_training(
         datasets.update(_streamed(job, generation))
         if config.feed == "stored" and not job.reads_store:
             job = replace(job, stored=stored_rows(generation, job.num_synthetic))
-    options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
-    trainer = ray.train.torch.TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
-        # Once per node, not per worker: the index of a large set is a hundred megabytes.
-        train_loop_config={"job": ray.put(job)},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=0 if in_process else config.num_workers,  # type: ignore[arg-type]
-            use_gpu=config.num_gpus > 0,
-            resources_per_worker=_resources(config.num_cpus, config.num_gpus),
-        ),
-        run_config=_run_config(job, run_name),
-        datasets=datasets,
-        dataset_config=ray.train.DataConfig(execution_options=options),
-    )
-    try:
-        with own_handlers():
-            result = trainer.fit()
-    except SystemExit:  # what Ray Train makes of Ctrl-C, with code 0 as if all were done
-        raise KeyboardInterrupt from None
+    result = _fit(job, run_name, datasets, in_process)
     error = (getattr(result, "return_value", None) or {}).get("error")
     if error:
         raise UserError(error)
+
+
+def _fit(job: TrainJob, run_name: str, datasets: dict[str, Any], in_process: bool) -> Any:
+    """Ray Train's result; where the controller of its workers is killed, another goes on."""
+    import ray
+    import ray.train.torch
+
+    config = job.config
+    options = ray.data.ExecutionOptions(preserve_order=config.feed != "live")
+    reference = ray.put(job)
+    for controller in range(CONTROLLERS):
+        trainer = ray.train.torch.TorchTrainer(
+            train_worker,  # type: ignore[arg-type]  # Ray 2.60 takes a return value
+            # Once per node, not per worker: the index of a large set is a hundred megabytes.
+            train_loop_config={"job": reference},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=0 if in_process else config.num_workers,  # type: ignore[arg-type]
+                use_gpu=config.num_gpus > 0,
+                resources_per_worker=_resources(config.num_cpus, config.num_gpus),
+            ),
+            run_config=_run_config(job, run_name),
+            datasets=datasets,
+            dataset_config=ray.train.DataConfig(execution_options=options),
+        )
+        try:
+            with own_handlers():
+                return trainer.fit()
+        except SystemExit:  # what Ray Train makes of Ctrl-C, with code 0 as if all were done
+            raise KeyboardInterrupt from None
+        except ray.exceptions.ActorDiedError as error:
+            if "TrainController" not in str(error) or controller == CONTROLLERS - 1:
+                raise
+            log.warning(
+                "the process that controls the training workers was killed; training goes on from its "
+                "newest checkpoint"
+            )
+    raise AssertionError("every turn returns, raises, or goes on")
 
 
 def _run_config(job: TrainJob, name: str) -> Any:

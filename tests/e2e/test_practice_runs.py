@@ -14,9 +14,8 @@ import pytest
 from small_runs import ROOT, SMALL, command, planned_ids, run, stored_ids
 
 KILLS = int(os.environ.get("RAY_SYNTH_PRACTICE_KILLS", "4"))
-CONTROLLER = "TrainController"
 # The driver plans; brief trainings are tasks (`_train`), others have a controller and workers.
-WORKERS = ["ray::_train", "RayTrainWorker", CONTROLLER, "MapWorker"]
+WORKERS = ["ray::_train", "RayTrainWorker", "TrainController", "MapWorker"]
 SETTINGS = [
     *SMALL, "meaning.enabled=false", "prompting.contexts_per_class=0",
     "prompting.mix={plain: 1, stylized: 1}", "generation.generator=glyphs",
@@ -68,18 +67,15 @@ def disturbed(line: list[str], rng: random.Random, kills: int, log: Path) -> int
     Returns:
         How many there were.
     """
-    done, driver, victim = 0, None, ""
+    done, driver = 0, None
     try:
         while True:
             if driver is None or driver.poll() is not None:
                 with log.open("a") as said:
                     driver = subprocess.Popen(line, cwd=ROOT, stdout=said, stderr=said)
             if _ends(driver, rng.uniform(5, 60) if done < kills else 600):
-                # Ray Train's controller is not started again: its end is the command's.
-                assert driver.returncode == 0 or victim == CONTROLLER, log.read_text()[-4000:]
-                if driver.returncode == 0:
-                    return done
-                continue
+                assert driver.returncode == 0, log.read_text()[-4000:]
+                return done
             assert done < kills, "it hangs"
             there = {name: processes(driver.pid, name) for name in WORKERS}
             victim = rng.choice(["driver", *(name for name, found in there.items() if found)])

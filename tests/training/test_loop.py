@@ -137,12 +137,12 @@ def test_the_settings_of_large_runs_train_together(local_ray, tmp_path):
     assert last["loss"] == pytest.approx(last["loss_real"])
 
 
-def training_processes(parent: int) -> list[psutil.Process]:
-    """The training workers that a driver's own Ray has started."""
+def training_processes(parent: int, name: str = "RayTrainWorker") -> list[psutil.Process]:
+    """The training workers, or others, that a driver's own Ray has started."""
     found = []
     for process in psutil.Process(parent).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -158,8 +158,9 @@ def wait_until(ready, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_lockstep_gives_the_same_curve_after_a_lost_worker_and_a_lost_driver(tmp_path):
-    """2 workers: one is killed in mid-epoch, later the driver; then the same command ends it."""
+def test_lockstep_gives_the_same_curve_after_a_lost_worker_controller_and_driver(tmp_path):
+    """2 workers: one is killed in mid-epoch, then what controls them, later the driver; then the same
+    command ends it."""
     settings = {
         "feed": "lockstep",
         "num_workers": 2,
@@ -179,11 +180,15 @@ def test_lockstep_gives_the_same_curve_after_a_lost_worker_and_a_lost_driver(tmp
     driver = subprocess.Popen(line("disturbed"))
     try:
         wait_until(lambda: checkpoints() >= 1, driver)
-        training_processes(driver.pid)[1].kill()
-        before = {p.pid for p in training_processes(driver.pid)}
-        wait_until(
-            lambda: len({p.pid for p in training_processes(driver.pid)} - before) == 2, driver
-        )
+        for name in ("RayTrainWorker", "TrainController"):
+            before = {p.pid for p in training_processes(driver.pid)}
+            training_processes(driver.pid, name)[-1].kill()
+            wait_until(
+                lambda known=before: (
+                    len({p.pid for p in training_processes(driver.pid)} - known) >= 2
+                ),
+                driver,
+            )
         wait_until(lambda: checkpoints() >= 2, driver)
     finally:
         os.kill(driver.pid, signal.SIGKILL)
