@@ -20,7 +20,7 @@ from ray_synth.training.job import TrainJob
 from ray_synth.training.loop import train_worker
 
 log = logging.getLogger("ray_synth")
-CONTROLLERS = 5  # Ray Train starts its own again nowhere
+CONTROLLERS = 5  # of one training: Ray Train does not start a killed one again
 COLUMNS = ["sample_id", "image", "class_index", "accepted"]
 
 
@@ -74,7 +74,6 @@ def run_training(
             a new checkpoint between.
         UserError: the loss was not finite.
     """
-
     config = job.config
     if not job.holds_real:
         job = replace(job, real=addressable(job.real, job.folder.child("real")))
