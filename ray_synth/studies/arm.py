@@ -110,7 +110,7 @@ def _trial(arm: Arm, seed: int, config: Config) -> Trial:
         # The later rounds of practice follow from the training.
         decides = "training" if config.prompting.practice else "generation"
         source = _digest(inputs[decides])
-        digest = _digest({**inputs["training"], "scale": arm.scale})
+        digest = _digest({**inputs["training"], "scale": float(arm.scale)})  # 6 is 6.0
     else:  # nothing that concerns synthetic images makes a difference
         source = _digest(inputs["data"])
         training = {k: v for k, v in inputs["training"].items() if k.startswith("training.")}

@@ -237,3 +237,10 @@ def test_models_are_tested_as_many_at_a_time_as_memory_holds(config):
     assert few == [[0, 1], [2, 3], [4]]
     assert [len(some) for some in held_together(trials, sizes, most=5)] == [1] * 5
     assert list(held_together([], sizes)) == []
+
+
+def test_the_same_training_in_two_studies_is_done_once(config, catalogue):
+    """The whole of the ablation is dual BN at the scale that all studies have."""
+    whole = next(arm for arm in catalogue["ablation"].arms if arm.name == "whole")
+    scaled = next(arm for arm in catalogue["scaling"].arms if arm.name == f"dual_{whole.scale:g}x")
+    assert one(config, whole).digest == one(config, scaled).digest
