@@ -205,12 +205,16 @@ def test_live_lets_its_stream_go_on_to_the_end_when_training_is_done():
 
 
 def test_an_error_of_the_stream_after_training_is_none_of_the_feed():
+    trained = threading.Event()
+
     def broken():
         yield from (row(i) for i in range(4))
+        assert trained.wait(60)
         raise OSError("the disk is gone")
 
     feed = LiveFeed(broken(), decoder(), batch_size=2, warmup=2, capacity=3, seed=0)
     batch_of(feed, 0)
+    trained.set()
     assert feed.finish(5)
     feed.close()
 
