@@ -18,6 +18,8 @@ from ray_synth.generation.maker import GenerationJob, ImageMaker, Models
 from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import chunk_blocks, settled, through_pool
 
+MAKERS = 4  # of a process: jobs follow one another, two at most overlap
+
 
 class SharedMaker:
     """Makes chunks of several jobs, each for its own store; what it passes on are counts.
@@ -40,6 +42,8 @@ class SharedMaker:
     def _maker(self, number: int) -> ImageMaker:
         with self._making:  # a call for each of two threads
             if number not in self._makers:
+                if len(self._makers) == MAKERS:  # the oldest goes, with its reference of quality
+                    del self._makers[next(iter(self._makers))]
                 self._makers[number] = ImageMaker(self._jobs[number], self._models)
             return self._makers[number]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -110,8 +111,7 @@ def _make_images(runs: list[Run], at_a_time: int) -> None:
 
     if len(runs) < 2:  # alone, it has a pool of its own
         return
-    board = make_board()
-    jobs = [run.generation_job(board) for run in runs if run.config.take_over is None]
+    jobs = [run.generation_job() for run in runs if run.config.take_over is None]
     share_batch_sizes(jobs)
     work = [(job, missing_chunks(job)) for job in jobs]
     total = sum(missing_rows(chunks) for _, chunks in work)
@@ -119,7 +119,8 @@ def _make_images(runs: list[Run], at_a_time: int) -> None:
         return
     for config in {run.config.generation.model_dump_json(): run.config for run in runs}.values():
         fetch_generator(config)
-    bars = {"made": Bar("generation", total, "images")}
+    board, bars = make_board(), {"made": Bar("generation", total, "images")}
+    work = [(replace(job, board=board), chunks) for job, chunks in work]
     with watch(board, bars, notes={"made": partial(cost_note, config=runs[0].config)}):
         make_together(work, at_a_time=at_a_time)
 

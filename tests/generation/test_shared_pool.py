@@ -6,7 +6,13 @@ from tiny import embedded
 
 from ray_synth.config import QualityConfig
 from ray_synth.generation.maker import GenerationJob, ImageMaker
-from ray_synth.generation.shared_pool import SharedMaker, make_together, pool_key, share_batch_sizes
+from ray_synth.generation.shared_pool import (
+    MAKERS,
+    SharedMaker,
+    make_together,
+    pool_key,
+    share_batch_sizes,
+)
 from ray_synth.generation.store import ImageStore
 from ray_synth.generation.stream import missing_chunks
 from ray_synth.prompting.plan_file import PLAN_SCHEMA, PlanTable
@@ -55,6 +61,13 @@ def test_the_makers_of_a_process_share_one_generator(tmp_path):
     assert first is not second
     assert first._models is second._models
     assert ImageMaker(first.job)._models is not first._models
+
+
+def test_a_process_keeps_few_makers(tmp_path):
+    maker = SharedMaker(jobs(tmp_path, [4] * (MAKERS + 2)))
+    made = [maker._maker(number) for number in range(MAKERS + 2)]
+    assert maker._maker(MAKERS + 1) is made[-1]
+    assert len(maker._makers) == MAKERS
 
 
 def test_jobs_whose_checks_differ_share_a_pool_and_those_of_other_models_do_not(tmp_path):
