@@ -305,10 +305,8 @@ class ImageMaker:
 
         if self.job.clip is None or self.job.run is None or not checks.need_clip:
             return Judge(None, None)
-        reference, clip = (
-            load_reference(self.job.run.child("quality")),
-            self._models.clip(self.job.clip),
-        )
+        reference = load_reference(self.job.run.child("quality"))
+        clip = self._models.clip(self.job.clip)
         return Judge(reference, clip, scores=checks.clip, labels=checks.label)
 
     def _judge_all(

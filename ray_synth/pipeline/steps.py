@@ -53,7 +53,7 @@ def run_stages(run: Run, until: str, tracker: Any = None) -> None:
         with Service(run.config) as service:
             run_words(run, service, plan="plan" in wanted)
     if "quality" in wanted:
-        run.records.run("quality", lambda: measure_quality(run))
+        run_quality(run)
     first = run.config.training.feed == "stored" or run.config.take_over is not None
     if practises(run):
         if "generation" in wanted and "training" not in wanted:
@@ -84,9 +84,14 @@ def run_words(run: Run, service: Any, *, plan: bool = True) -> None:
         run.records.run("plan", lambda: write_plan(run, service))
 
 
+def run_quality(run: Run) -> None:
+    """The stage that measures real images, which generated ones are then held against."""
+    run.records.run("quality", lambda: measure_quality(run))
+
+
 def run_images(run: Run) -> None:
     """The stages that make all images of a plan; with practice, those that are planned so far."""
-    run.records.run("quality", lambda: measure_quality(run))
+    run_quality(run)
     if practises(run):
         fill_store(run)
     else:

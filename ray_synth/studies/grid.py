@@ -78,7 +78,9 @@ class Grid:
         Raises:
             UserError: as the pipeline's stages do.
         """
-        configs = {trial.source: trial.config for trial in reversed(self.trials)}  # the first's
+        configs: dict[str, Config] = {}
+        for trial in self.trials:
+            configs.setdefault(trial.source, trial.config)
         mixed = {trial.source for trial in self.trials if trial.mixed}
         self.runs = make_sources(
             configs, mixed, self.folder, at_a_time=self._room_for("generation")

@@ -19,7 +19,7 @@ from ray_synth.monitoring.progress import Bar, make_board, watch
 from ray_synth.pipeline.commits import fetch_generator
 from ray_synth.pipeline.run import Run, open_run
 from ray_synth.pipeline.sets import listing
-from ray_synth.pipeline.steps import inspected, measure_quality, practises, run_images, run_words
+from ray_synth.pipeline.steps import inspected, practises, run_images, run_quality, run_words
 from ray_synth.storage.folder import Folder
 
 log = logging.getLogger("ray_synth")
@@ -44,7 +44,7 @@ def make_sources(
     wanted = [run for name, run in runs.items() if name in mixed]
     _write_words([run for run in wanted if run.records.record("plan") is None], shared)
     missing = [run for run in wanted if run.records.record("generation") is None]
-    side_by_side(_measured, missing, at_a_time)
+    side_by_side(run_quality, missing, at_a_time)
     _make_images([run for run in missing if not practises(run)], at_a_time)
     side_by_side(run_images, missing, at_a_time)
     return runs
@@ -97,10 +97,6 @@ def _write_words(runs: list[Run], shared: _Shared) -> None:
                 shared.take(run, "meaning", "meanings.json")
                 run_words(run, service)
                 shared.keep(run, "meaning")
-
-
-def _measured(run: Run) -> None:
-    run.records.run("quality", lambda: measure_quality(run))
 
 
 def _make_images(runs: list[Run], at_a_time: int) -> None:

@@ -154,6 +154,7 @@ def test_killed_at_random_the_same_command_goes_on_to_the_same_rounds(feed, requ
         folder, number = runs / "quickstart", number + 1
         assert kept(folder) == kept(whole)
         assert sorted(stored_ids(folder)) == sorted(planned_ids(folder))
+        assert len(planned_ids(folder)) == 96
 
 
 @pytest.mark.slow
