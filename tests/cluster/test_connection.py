@@ -26,7 +26,7 @@ def starts(monkeypatch, failures: int) -> list[subprocess.Popen[bytes]]:
     def init(**options):
         if len(left) < failures:
             left.append(subprocess.Popen(["bash", "-c", "exec -a raylet sleep 60"]))
-            while "raylet" not in Path(f"/proc/{left[-1].pid}/cmdline").read_text():
+            while not Path(f"/proc/{left[-1].pid}/cmdline").read_text().startswith("raylet"):
                 pass
             raise Exception(LATE)
 

@@ -158,7 +158,7 @@ def test_any_damage_leaves_the_true_images_of_the_rest(mode, data, tmp_path_fact
         assert row["label"] in ("", own, "7", "\0")  # the last two were written over it
         assert row["size"] == len(pictures[row["name"]])
         assert row["offset"] + row["size"] <= len(raw)
-    if len(raw) < BLOCKS:
+    if len(raw) < 512 + len(A):  # a picture may be whole without what fills its last block
         assert not len(scan.images)
 
 
