@@ -211,6 +211,25 @@ def feed_verb(
     _json("feed", **feeds(**shape, rounds=rounds, workers=numbers))
 
 
+@app.command("practice")
+def practice_verb(
+    config: ConfigPath = QUICKSTART,
+    overrides: Overrides = None,
+    feeds: Annotated[str, typer.Option(help="of training")] = "stored,lockstep",
+    rounds: Annotated[int, typer.Option(help="that the plan is cut into")] = 4,
+    repeats: Annotated[int, typer.Option(help="runs of each, in turn")] = 3,
+) -> None:
+    """A plan in rounds against the same images and steps at once: seconds that each round costs."""
+    from bench_practice import rounds_cost
+
+    # Words are the same for both, and a baseline is no part of the loop.
+    words = ["meaning.enabled=false", "prompting.mix={plain: 1}"]
+    settings = load_config(
+        config, [*words, "training.baseline=none", "data.validation=20", *(overrides or [])]
+    )
+    _json("practice", **rounds_cost(settings, feeds.split(","), rounds=rounds, repeats=repeats))
+
+
 def _ours(made: GenerationConfig, *, parts: bool) -> dict[str, Contender]:
     """Our generator: alone, with each part of its speed path alone, and under Ray Data."""
     from ray_synth.generators.diffusion import DiffusionGenerator

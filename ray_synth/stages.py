@@ -1,7 +1,7 @@
 """The stages of a run, in the paper's order: one table that every room reads.
 
 A stage that is done is skipped. What invalidates it are its own settings and those of all stages before
-it: only those that are marked `result` in config.py.
+it: only those that are marked `result` in config/.
 """
 
 from __future__ import annotations

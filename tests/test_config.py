@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from samples import ROOT
 
 from ray_synth import config as config_module
-from ray_synth.config import Config, _section_at, changes_result, load_config, parse_config
+from ray_synth.config import Config, changes_result, load_config, parse_config
+from ray_synth.config.lookup import section_at
 from ray_synth.errors import UserError
 from ray_synth.stages import stage_inputs
 from ray_synth.storage.folder import Folder
@@ -113,7 +114,7 @@ def all_settings(model: type[BaseModel] = Config, place: str = "", mark: str = "
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
         own = extra.get("changes", "") if isinstance(extra, dict) else ""
-        section = _section_at(model, [name, "ANY"] if _is_mapping(field) else [name])
+        section = section_at(model, [name, "ANY"] if _is_mapping(field) else [name])
         key = f"{place}{name}" + (".ANY" if section and _is_mapping(field) else "")
         inherited = mark if mark == "how" else own
         if section:
@@ -149,7 +150,7 @@ def test_every_setting_that_changes_a_result_is_an_input_of_a_stage():
     inputs = stage_inputs(load_config(QUICKSTART, given), "g")["evaluation"]
     covered = ("generation.", "data.ood.ANY.")
     for key, field, mark in all_settings():
-        is_leaf = _section_at(Config, key.split(".")) is None
+        is_leaf = section_at(Config, key.split(".")) is None
         if mark == "result" and is_leaf and not key.startswith(covered):
             assert (
                 key in inputs or any(k.startswith(f"{key}.") for k in inputs) or not _default(field)
