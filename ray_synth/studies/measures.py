@@ -20,7 +20,7 @@ from ray_synth.meaning.comparison import Outcome, compare
 from ray_synth.meaning.entries import read_meanings
 from ray_synth.pipeline.run import Run
 from ray_synth.studies.arm import Arm, Trial
-from ray_synth.studies.catalog import Study
+from ray_synth.studies.design import Study
 from ray_synth.studies.grid import Grid
 from ray_synth.studies.results import IN_DOMAIN, Row, Table
 from ray_synth.studies.statistics import correlation, estimate

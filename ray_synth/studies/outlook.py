@@ -9,7 +9,8 @@ from ray_synth.config import Config
 from ray_synth.preflight.demands import Sizes
 from ray_synth.preflight.outlook import PEAK, gpu_of, images_per_second, outlook
 from ray_synth.studies.arm import Arm
-from ray_synth.studies.catalog import Study, seeds_of, studies
+from ray_synth.studies.catalog import seeds_of, studies
+from ray_synth.studies.design import Study
 
 
 @dataclass(frozen=True)

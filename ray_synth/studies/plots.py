@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from ray_synth.studies.catalog import Study
+from ray_synth.studies.design import Study
 from ray_synth.studies.results import IN_DOMAIN, Row
 
 COLOURS = ("#2557d6", "#c2620a", "#0f9d76", "#8b5cf6", "#6b7280", "#b3261e")

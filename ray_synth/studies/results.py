@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from ray_synth.report.table import BASELINES
 from ray_synth.studies.arm import REAL_ONLY, Arm
-from ray_synth.studies.catalog import Study
+from ray_synth.studies.design import Study
 from ray_synth.studies.statistics import Estimate, estimate, false_discovery_rates, paired
 
 IN_DOMAIN = "in_domain"

@@ -20,7 +20,7 @@ from ray_synth.pipeline.tuning import run_tuning, tuning_job, without_tests
 from ray_synth.preflight.refusals import check_clip
 from ray_synth.storage.folder import Folder
 from ray_synth.studies.arm import Arm
-from ray_synth.studies.catalog import Study
+from ray_synth.studies.design import Study
 from ray_synth.studies.grid import Grid
 
 RIVALS = "rivals"  # the folder of what is made for them, in the studies'

@@ -23,7 +23,8 @@ from ray_synth.preflight import preflight
 from ray_synth.storage.folder import Folder
 from ray_synth.studies import measures, plots
 from ray_synth.studies.arm import VALIDATION_PER_CLASS, Arm, Trial, trials_of
-from ray_synth.studies.catalog import Study, known_name, seeds_of, studies
+from ray_synth.studies.catalog import known_name, seeds_of, studies
+from ray_synth.studies.design import Study
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
 from ray_synth.studies.layers import layer_figure, measure_layers

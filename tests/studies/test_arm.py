@@ -7,8 +7,9 @@ from samples import ROOT
 
 from ray_synth.config import PracticeConfig, load_config
 from ray_synth.errors import UserError
+from ray_synth.studies.amounts import long_tail
 from ray_synth.studies.arm import PRACTICE, REAL_ONLY, VALIDATION_PER_CLASS, Arm, trials_of
-from ray_synth.studies.catalog import WRITERS, known_name, long_tail, seeds_of, studies
+from ray_synth.studies.catalog import WRITERS, known_name, seeds_of, studies
 from ray_synth.studies.grid import held_together
 
 QUICKSTART = ROOT / "jobs" / "configs" / "quickstart.yaml"

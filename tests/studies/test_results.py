@@ -4,7 +4,7 @@ import pytest
 
 from ray_synth.studies import plots
 from ray_synth.studies.arm import REAL_ONLY, Arm
-from ray_synth.studies.catalog import Study
+from ray_synth.studies.design import Study
 from ray_synth.studies.results import Table, accuracy_table, as_table, choice, result_rows
 
 ARMS = (

@@ -1,7 +1,7 @@
 """Where gains stop, from made-up results over scales."""
 
 from ray_synth.studies.arm import Arm
-from ray_synth.studies.catalog import Study
+from ray_synth.studies.design import Study
 from ray_synth.studies.results import result_rows
 from ray_synth.studies.saturation import saturation_tables
 

@@ -8,7 +8,8 @@ from ray_synth.report.page import write_report
 from ray_synth.storage.folder import Folder
 from ray_synth.studies import plots
 from ray_synth.studies.arm import REAL_ONLY, Arm
-from ray_synth.studies.catalog import WRITERS, Study
+from ray_synth.studies.catalog import WRITERS
+from ray_synth.studies.design import Study
 from ray_synth.studies.page import write_page
 from ray_synth.studies.results import accuracy_table, result_rows
 
