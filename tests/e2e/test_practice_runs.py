@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from small_runs import ROOT, SMALL, command, planned_ids, run, stored_ids
 
@@ -22,6 +23,14 @@ SETTINGS = [
     "generation.checks.policy=off", "data.validation=4", "data.train.images_per_class=8",
     "prompting.multiplier=6", "prompting.practice={rounds: 3}", "training.feed=stored",
     "training.baseline=none", "tracking.enabled=false", "cluster.num_cpus=6",
+]  # fmt: skip
+STEERED = [
+    "data.validation=20", "data.train.images_per_class=8", "prompting.multiplier=12",
+    "prompting.mix={plain: 1, contextual: 1}", "generation.checks.policy=retry",
+    "generation.num_inference_steps=4", "training.feed=stored", "training.baseline=none",
+    "tracking.enabled=false",
+    "prompting.practice={rounds: 6, contexts: true, apart: words, stop: 100, select: {factor: 2}, "
+    "guidance: {scale: 0.1, steps: 0.5}}",
 ]  # fmt: skip
 LOCKSTEP = [*SETTINGS, "training.feed=lockstep"]
 
@@ -169,6 +178,39 @@ def test_rounds_of_a_live_feed_are_made_whole_and_trained_on(tmp_path):
     assert card["curve"][-1]["step"] == 30
     scores = json.loads((folder / "practice/scores-002.json").read_text())
     assert scores["synthetic"]["images"] == 32, "all of the round were there to be scored"
+
+
+@pytest.mark.slow
+def test_all_that_practice_can_do_in_one_run_and_an_early_end(tmp_path):
+    """The language model writes anew, the learner guides the embedded sampler and chooses among
+    candidates, and rounds end where none can gain what `stop` asks for."""
+    result = run(command("run", tmp_path, *SMALL, *STEERED))
+    assert result.returncode == 0, result.stderr[-4000:]
+    folder = tmp_path / "quickstart"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    practice = metrics["practice"]
+    assert (practice["rounds"], practice["of"], practice["ended"]) == (3, 6, True)
+    assert (practice["images"], practice["images_saved"]) == (96, 96)
+    written = json.loads((folder / "plan/contexts-001.json").read_text())["classes"]
+    assert all(scene["source"] for found in written.values() for scene in found["contexts"])
+    assert len(written) == 1, "of the weakest tenth"
+    rows = [
+        row
+        for part in sorted((folder / "images").glob("part-*.parquet"))
+        for row in pq.read_table(part, columns=["sample_id", "generator"]).to_pylist()
+    ]
+    made_by = {row["sample_id"]: json.loads(row["generator"]) for row in rows}
+    planned = planned_ids(folder)
+    assert sorted(made_by) == sorted(planned)
+    assert not any("steering" in made_by[name] for name in planned[:32])
+    for at, name in enumerate(planned[32:], 32):
+        steering = made_by[name]["steering"]
+        assert steering["learner"] == f"practice/learner-{at // 32 - 1:03d}"
+        assert (steering["factor"], steering["guidance"]["scale"]) == (2, 0.1)
+    curve = json.loads((folder / "models/mixed.json").read_text())["curve"]
+    assert curve[-1]["step"] == 30, "training goes on to its end on the images that are there"
+    page = (folder / "report/index.html").read_text()
+    assert "after 3 of 6: 96 images were not made" in page
 
 
 @pytest.mark.slow
