@@ -41,7 +41,7 @@ class ClassPrompts:
             A class that moves to another index keeps its number, and so its images.
         said: what prompts call it; default: its name.
         context_draws: how often each context comes, relative to each other; empty: all equally often.
-        unlike: what it is taken for and is not (`a heron`): every second row says so.
+        unlike: what it is taken for and is not (`a heron`): half of the rows say so.
     """
 
     class_index: int
@@ -274,8 +274,8 @@ def _table(
     """The rows of some slots (columns of `_rounds`)."""
     position, kind, context, style, reference, row = slots
     known = [classes[i] for i in position.tolist()]
-    texts, negatives = prompts.told_apart(prompts.of(position, kind, context, style), known, row)
     seeds = [_digest_int(seed, k.key, r) for k, r in zip(known, row.tolist(), strict=True)]
+    texts, negatives = prompts.told_apart(prompts.of(position, kind, context, style), known, seeds)
     references = [
         k.references[r] if r >= 0 else "" for k, r in zip(known, reference.tolist(), strict=True)
     ]
@@ -332,12 +332,12 @@ class _Prompts(dict[int, tuple[str, str]]):
         return [prompt for prompt, _ in found]
 
     def told_apart(
-        self, texts: list[str], known: Sequence[ClassPrompts], row: np.ndarray
+        self, texts: list[str], known: Sequence[ClassPrompts], seeds: Sequence[int]
     ) -> tuple[list[str], list[str]]:
-        """The prompts and negative prompts of some rows, every second one saying what its class is not
-        (`ClassPrompts.unlike`), where there is room for it."""
+        """The prompts and negative prompts of some rows, half of them saying what their class is not
+        (`ClassPrompts.unlike`), where there is room for it: by their seeds, since kinds take turns."""
         negatives = [self.negative] * len(texts)
-        for at in [i for i, k in enumerate(known) if k.unlike and row[i] % 2]:
+        for at in [i for i, k in enumerate(known) if k.unlike and seeds[i] % 2]:
             unlike = known[at].unlike
             if self.in_words:
                 texts[at] = self._if_fits(f"{texts[at]}, not {unlike}", texts[at])

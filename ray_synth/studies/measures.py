@@ -1,4 +1,4 @@
-"""What studies measure beside accuracy, as tables: prompts, images, distances, rare classes.
+"""What studies measure beside accuracy, as tables: prompts, images, distances.
 
 Features are CLIP's: of synthetic images as the store has them, of real images (training and validation,
 never test) embedded once per source.
@@ -23,7 +23,7 @@ from ray_synth.studies.arm import Arm, Trial
 from ray_synth.studies.design import Study
 from ray_synth.studies.grid import Grid
 from ray_synth.studies.results import IN_DOMAIN, Row, Table
-from ray_synth.studies.statistics import correlation, estimate
+from ray_synth.studies.statistics import correlation
 
 NEIGHBOURS = 5
 Measure = Callable[["Measured"], list[Table]]
@@ -274,30 +274,6 @@ def measure_meanings(measured: Measured) -> list[Table]:
         tuple((name, *(mine[name] for mine in choices.values())) for name in names),
     )
     return [agreement, chosen]
-
-
-def measure_by_frequency(measured: Measured) -> list[Table]:
-    """Top-1 of frequent, middling and rare classes of the long-tailed sets, in domain."""
-    arms = [arm for arm in measured.study.arms if arm.name.startswith("tail_")]
-    rows = []
-    names: list[str] = []
-    groups: list[list[str]] = []
-    for arm in arms:
-        values = []
-        for trial in (t for t in measured.grid.trials if t.arm.name == arm.name):
-            counts = measured.run(trial).train.counts()
-            order = sorted(counts, key=lambda name: -counts[name])
-            groups = [list(part) for part in np.array_split(order, 3) if len(part)]
-            names = [f"{counts[g[-1]]} to {counts[g[0]]} images" for g in groups]
-            by_class = measured.grid.results(trial)["main"][IN_DOMAIN]["by_class"]
-            values.append([np.mean([by_class[n] for n in g if n in by_class]) for g in groups])
-        found = np.array(values)
-        cells = [estimate(column.tolist()).shown() for column in found.T]
-        rows.append((arm.label, *cells))
-        for name, column in zip(names, found.T, strict=True):
-            measured.figures[f"by_frequency.{arm.name}.{name}"] = float(column.mean())
-    note = "In-domain top-1 in percent, by how many real images their classes have."
-    return [Table("Rare classes", ("arm", *names), tuple(rows), note)] if rows else []
 
 
 def explained(measured: Measured, found: dict[Arm, np.ndarray], names: Sequence[str]) -> str:

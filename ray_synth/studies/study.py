@@ -28,6 +28,7 @@ from ray_synth.studies.design import Study
 from ray_synth.studies.drift import drift_figure, measure_corruptions
 from ray_synth.studies.grid import VALIDATION, Grid, workspace
 from ray_synth.studies.layers import layer_figure, measure_layers
+from ray_synth.studies.rare_classes import measure_by_frequency
 from ray_synth.studies.results import (
     Table,
     accuracy_table,
@@ -179,7 +180,7 @@ MEASURES: dict[str, Callable[[measures.Measured], list[Table]]] = {
     "prompts": measures.measure_prompts,
     "generation": measures.measure_generation,
     "meanings": measures.measure_meanings,
-    "by_frequency": measures.measure_by_frequency,
+    "by_frequency": measure_by_frequency,
     "corruptions": measure_corruptions,
     "layers": measure_layers,
     "saturation": measure_saturation,
